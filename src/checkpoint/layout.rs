@@ -1,0 +1,161 @@
+//! How each family stores its parameters: tensor names, fused projections, transposed matrices.
+
+use candle_core::{D, Tensor};
+
+use crate::error::Result;
+use crate::model::{Architecture, BlockParam, NormPart, NormPlacement, NormSite, Param, Projection};
+
+/// One tensor of a checkpoint, and the parameters that it holds.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Stored {
+    /// The tensor's name in a Hugging Face checkpoint.
+    pub name: String,
+    /// Its shape there.
+    pub shape: Vec<usize>,
+    /// The parameters in it, one below the other, with the size of each one's first dimension.
+    pub params: Vec<(Param, usize)>,
+    /// Stored as `(in, out)` where the decoder has `(out, in)`.
+    pub transposed: bool,
+}
+
+impl Stored {
+    fn absorb(&mut self, below: Stored) {
+        if let (Some(rows), Some(more)) = (self.shape.first_mut(), below.shape.first()) {
+            *rows += more;
+        }
+        self.params.extend(below.params);
+    }
+
+    fn one(name: impl Into<String>, param: Param, shape: Vec<usize>) -> Self {
+        let rows = shape.first().copied().unwrap_or_default();
+        Self { name: name.into(), shape, params: vec![(param, rows)], transposed: false }
+    }
+
+    /// The parameters of a tensor as it is stored.
+    pub(crate) fn split(&self, tensor: &Tensor) -> Result<Vec<(Param, Tensor)>> {
+        let upright = if self.transposed { tensor.t()? } else { tensor.clone() };
+        let mut start = 0;
+        let mut parts = Vec::with_capacity(self.params.len());
+        for &(param, rows) in &self.params {
+            // A copy where the tensor holds more than this: otherwise the whole would be kept alive.
+            let part = upright.narrow(0, start, rows)?;
+            let part = if self.params.len() > 1 { part.force_contiguous()? } else { part.contiguous()? };
+            parts.push((param, part));
+            start += rows;
+        }
+        Ok(parts)
+    }
+
+    /// The tensor as it is stored, from its parameters.
+    pub(crate) fn join(&self, mut param: impl FnMut(Param) -> Result<Tensor>) -> Result<Tensor> {
+        let parts = self.params.iter().map(|&(part, _)| param(part)).collect::<Result<Vec<_>>>()?;
+        let upright = match parts.as_slice() {
+            [whole] => whole.clone(),
+            parts => Tensor::cat(parts, 0)?,
+        };
+        Ok(if self.transposed { upright.transpose(D::Minus2, D::Minus1)? } else { upright }.contiguous()?)
+    }
+}
+
+/// Every tensor of a checkpoint of this architecture, in the order of computation.
+pub(crate) fn stored_tensors(arch: &Architecture) -> Vec<Stored> {
+    let mut tensors: Vec<Stored> = Vec::new();
+    for (param, shape) in arch.params() {
+        let name = tensor_name(arch, param);
+        let stored = Stored { transposed: is_transposed(arch, param), ..Stored::one(name, param, shape) };
+        // What is fused belongs to one block, so that only the latest names can be the same.
+        match tensors.iter_mut().rev().take(Projection::ALL.len() * 2).find(|known| known.name == stored.name)
+        {
+            Some(fused) => fused.absorb(stored),
+            None => tensors.push(stored),
+        }
+    }
+    for stored in tensors.iter_mut().filter(|stored| stored.transposed) {
+        stored.shape.reverse();
+    }
+    tensors
+}
+
+/// The prefix of all tensors but the head; files of a bare base model lack it.
+pub(crate) fn base_prefix(arch: &Architecture) -> &'static str {
+    if arch.model_type == "gpt2" { "transformer." } else { "model." }
+}
+
+/// Tensors that files carry and the decoder does not need: they are computed, or tied.
+pub(crate) fn is_redundant(arch: &Architecture, name: &str) -> bool {
+    let computed = name.ends_with(".rotary_emb.inv_freq")
+        || (arch.model_type == "gpt2"
+            && (name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias")));
+    computed || (arch.tied && name == HEAD)
+}
+
+const HEAD: &str = "lm_head.weight";
+
+/// gpt2 keeps its matrices as `(in, out)`.
+fn is_transposed(arch: &Architecture, param: Param) -> bool {
+    arch.model_type == "gpt2" && matches!(param, Param::Block(_, BlockParam::Weight(_)))
+}
+
+/// The name of the tensor that holds a parameter; parameters with one name are fused.
+fn tensor_name(arch: &Architecture, param: Param) -> String {
+    let prefix = base_prefix(arch);
+    let gpt2 = arch.model_type == "gpt2";
+    match param {
+        Param::Embedding if gpt2 => format!("{prefix}wte.weight"),
+        Param::Embedding => format!("{prefix}embed_tokens.weight"),
+        Param::Positions => format!("{prefix}wpe.weight"),
+        Param::FinalNorm(part) => format!("{prefix}{}.{}", if gpt2 { "ln_f" } else { "norm" }, suffix(part)),
+        Param::Head => HEAD.into(),
+        Param::Block(index, part) => {
+            let blocks = if gpt2 { "h" } else { "layers" };
+            let (module, suffix) = match part {
+                BlockParam::Weight(projection) => (projection_name(arch, projection), "weight"),
+                BlockParam::Bias(projection) => (projection_name(arch, projection), "bias"),
+                BlockParam::Norm(site, part) => (norm_name(arch, site), suffix(part)),
+            };
+            format!("{prefix}{blocks}.{index}.{module}.{suffix}")
+        }
+    }
+}
+
+fn suffix(part: NormPart) -> &'static str {
+    match part {
+        NormPart::Gain => "weight",
+        NormPart::Bias => "bias",
+    }
+}
+
+fn projection_name(arch: &Architecture, projection: Projection) -> &'static str {
+    use Projection::{Down, Gate, K, O, Q, Up, V};
+    match (arch.model_type.as_str(), projection) {
+        ("gpt2", Q | K | V) => "attn.c_attn",
+        ("gpt2", O) => "attn.c_proj",
+        ("gpt2", Gate | Up) => "mlp.c_fc",
+        ("gpt2", Down) => "mlp.c_proj",
+        ("phi3", Q | K | V) => "self_attn.qkv_proj",
+        ("phi3", Gate | Up) => "mlp.gate_up_proj",
+        (_, Q) => "self_attn.q_proj",
+        (_, K) => "self_attn.k_proj",
+        (_, V) => "self_attn.v_proj",
+        (_, O) => "self_attn.o_proj",
+        (_, Gate) => "mlp.gate_proj",
+        (_, Up) => "mlp.up_proj",
+        (_, Down) => "mlp.down_proj",
+    }
+}
+
+fn norm_name(arch: &Architecture, site: NormSite) -> &'static str {
+    let gpt2 = arch.model_type == "gpt2";
+    match site {
+        NormSite::AttentionIn if gpt2 => "ln_1",
+        NormSite::MlpIn if gpt2 => "ln_2",
+        NormSite::AttentionIn => "input_layernorm",
+        NormSite::AttentionOut => "post_attention_layernorm",
+        // Where only inputs are normalised, this name means the norm after the attention's residual.
+        NormSite::MlpIn if arch.norm_placement == NormPlacement::Pre => "post_attention_layernorm",
+        NormSite::MlpIn => "pre_feedforward_layernorm",
+        NormSite::MlpOut => "post_feedforward_layernorm",
+        NormSite::Q => "self_attn.q_norm",
+        NormSite::K => "self_attn.k_norm",
+    }
+}

@@ -1,0 +1,289 @@
+//! Checkpoints: the only module that touches files of weights.
+
+mod config;
+mod gguf;
+mod gguf_config;
+mod gguf_metadata;
+mod gguf_names;
+mod gguf_tokenizer;
+mod hub;
+mod layout;
+mod safetensors;
+mod save;
+mod surgery;
+
+pub use save::{SaveOptions, Saved};
+
+use std::collections::HashMap;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use crate::data::Tokenizer;
+use crate::error::{Error, Result};
+use crate::model::{Architecture, Decoder, Param};
+use gguf::GgufFile;
+use layout::Stored;
+use safetensors::Safetensors;
+
+/// A model on disk: its configuration, its tensors by name, its tokenizer.
+///
+/// Opening reads headers only, and checks every tensor's name and shape against the configuration.
+///
+/// ```
+/// use foldgpt::{Checkpoint, candle::{DType, Device}};
+///
+/// let checkpoint = Checkpoint::open("examples/tiny-stories")?;
+/// let decoder = checkpoint.decoder(DType::F32, &Device::Cpu)?;
+/// assert_eq!(decoder.depth(), checkpoint.architecture().depth());
+/// # Ok::<(), foldgpt::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Checkpoint {
+    location: PathBuf,
+    source: Source,
+    config: Value,
+    architecture: Architecture,
+    tensors: Vec<Stored>,
+    dtype: Option<DType>,
+}
+
+#[derive(Debug)]
+enum Source {
+    Safetensors(Safetensors),
+    Gguf(Box<GgufFile>),
+    /// Nothing on disk yet, only a tokenizer to save with the weights.
+    New(Box<Tokenizer>),
+}
+
+impl Checkpoint {
+    /// Opens a model: a directory in the Hugging Face layout, a GGUF file, or (with the feature `hub`) a hub id
+    /// `org/name`. What exists on disk is never looked for elsewhere.
+    ///
+    /// # Errors
+    /// A path that does not exist, a file that is truncated or not what it seems, a configuration that is not
+    /// supported, or tensors that contradict it; nothing large is allocated before all of this is known.
+    pub fn open(model: impl AsRef<Path>) -> Result<Self> {
+        let path = model.as_ref();
+        if path.is_dir() {
+            return Self::open_directory(path);
+        }
+        if path.is_file() {
+            return Self::open_gguf(path);
+        }
+        match path.to_str().filter(|name| hub::is_hub_id(name)) {
+            Some(id) => Self::open_directory(&hub::fetch(id)?),
+            None => Err(Error::format(path, "does not exist, expected a directory, a gguf file or a hub id")),
+        }
+    }
+
+    /// A checkpoint that is not on disk yet: what [`save`](Self::save) will write beside the weights of a new model.
+    ///
+    /// # Errors
+    /// A `config.json` that is not supported.
+    pub fn create(config: Value, tokenizer: Tokenizer) -> Result<Self> {
+        let source = Source::New(Box::new(tokenizer));
+        Self::checked(PathBuf::new(), source, config)
+    }
+
+    fn open_directory(directory: &Path) -> Result<Self> {
+        let path = directory.join("config.json");
+        let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+        let config = serde_json::from_str(&text).map_err(|error| Error::format(&path, error.to_string()))?;
+        let tensors = Safetensors::open(directory)?;
+        Self::checked(directory.to_path_buf(), Source::Safetensors(tensors), config)
+    }
+
+    fn open_gguf(path: &Path) -> Result<Self> {
+        let file = GgufFile::open(path)?;
+        let config = file.config()?;
+        Self::checked(path.to_path_buf(), Source::Gguf(Box::new(file)), config)
+    }
+
+    fn checked(location: PathBuf, source: Source, config: Value) -> Result<Self> {
+        let architecture = config::architecture(&config)?;
+        let tensors = layout::stored_tensors(&architecture);
+        let checkpoint = Self { location, source, config, architecture, tensors, dtype: None };
+        checkpoint.check_tensors()?;
+        Ok(checkpoint)
+    }
+
+    /// What will be written where nothing else is asked for, and what the weights are rounded to when they are
+    /// loaded: `dtype` in place of the stored types.
+    ///
+    /// A GGUF file's weights are bf16 unless this says otherwise.
+    #[must_use]
+    pub fn stored_as(mut self, dtype: DType) -> Self {
+        self.dtype = Some(dtype);
+        self
+    }
+
+    /// What the configuration describes.
+    #[must_use]
+    pub fn architecture(&self) -> &Architecture {
+        &self.architecture
+    }
+
+    /// The `config.json`; for a GGUF file, its equivalent.
+    #[must_use]
+    pub fn config(&self) -> &Value {
+        &self.config
+    }
+
+    /// Where the model was found.
+    #[must_use]
+    pub fn location(&self) -> &Path {
+        &self.location
+    }
+
+    /// The model's tokenizer.
+    ///
+    /// # Errors
+    /// A missing or unreadable tokenizer.
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        match &self.source {
+            Source::Safetensors(_) => Tokenizer::open(&self.location.join("tokenizer.json"), &self.config),
+            Source::Gguf(file) => Ok(Tokenizer::new(file.tokenizer()?, &self.config)),
+            Source::New(tokenizer) => Ok((**tokenizer).clone()),
+        }
+    }
+
+    /// Reads the weights, one tensor at a time: peak memory is the model and one tensor.
+    ///
+    /// # Errors
+    /// A file that cannot be read, or a weight that is NaN or infinite.
+    pub fn decoder(&self, dtype: DType, device: &Device) -> Result<Decoder> {
+        let mut holders = HashMap::new();
+        for stored in &self.tensors {
+            holders.extend(stored.params.iter().map(|(param, _)| (*param, stored)));
+        }
+        let mut waiting: HashMap<Param, Tensor> = HashMap::new();
+        Decoder::build(self.architecture.clone(), |param, _| {
+            if let Some(ready) = waiting.remove(&param) {
+                return Ok(ready);
+            }
+            let Some(stored) = holders.get(&param) else {
+                return Err(Error::tensor(&self.location, param.to_string(), "is stored nowhere"));
+            };
+            let tensor = self.read(stored)?.to_dtype(dtype)?.to_device(device)?;
+            waiting.extend(stored.split(&tensor)?);
+            waiting
+                .remove(&param)
+                .ok_or_else(|| Error::tensor(&self.location, &stored.name, "does not hold it"))
+        })
+    }
+
+    /// The SHA-256 of the files of weights, one after the other, in hexadecimal.
+    ///
+    /// # Errors
+    /// A file that cannot be read.
+    pub fn sha256(&self) -> Result<String> {
+        let files = match &self.source {
+            Source::Safetensors(tensors) => tensors.files().to_vec(),
+            Source::Gguf(_) => vec![self.location.clone()],
+            Source::New(_) => Vec::new(),
+        };
+        let mut hash = Sha256::new();
+        let mut buffer = vec![0u8; 1 << 20];
+        for path in &files {
+            let mut file = std::fs::File::open(path).map_err(Error::io("open", path))?;
+            loop {
+                let read = file.read(&mut buffer).map_err(Error::io("read", path))?;
+                let Some(bytes) = buffer.get(..read).filter(|bytes| !bytes.is_empty()) else { break };
+                hash.update(bytes);
+            }
+        }
+        Ok(crate::data::hex(&hash.finalize()))
+    }
+
+    /// A tensor as it is stored, rounded to what will be written.
+    fn read(&self, stored: &Stored) -> Result<Tensor> {
+        let tensor = match &self.source {
+            Source::Safetensors(tensors) => match self.entry(tensors, &stored.name) {
+                Some((name, entry)) => entry.read(&name)?,
+                None => return Err(Error::tensor(&self.location, &stored.name, "missing")),
+            },
+            Source::Gguf(file) => file.read(&stored.name)?,
+            Source::New(_) => {
+                return Err(Error::format(&self.location, "the model has no weights on disk yet"));
+            }
+        };
+        check_finite(&self.location, &stored.name, &tensor)?;
+        Ok(tensor.to_dtype(self.stored_dtype(&stored.name))?)
+    }
+
+    /// The type that a tensor has on disk, or will have.
+    fn stored_dtype(&self, name: &str) -> DType {
+        let on_disk = match &self.source {
+            Source::Safetensors(tensors) => self.entry(tensors, name).map(|(_, entry)| entry.dtype),
+            Source::Gguf(_) | Source::New(_) => None,
+        };
+        self.dtype.or(on_disk).unwrap_or(DType::BF16)
+    }
+
+    /// A tensor of the files by its full name, or by that of a bare base model.
+    fn entry<'a>(&self, tensors: &'a Safetensors, name: &str) -> Option<(String, &'a safetensors::Entry)> {
+        let bare = name.strip_prefix(layout::base_prefix(&self.architecture));
+        [Some(name), bare].into_iter().flatten().find_map(|name| Some((name.to_string(), tensors.get(name)?)))
+    }
+
+    /// Every tensor that the configuration asks for is there in its shape, and no other.
+    fn check_tensors(&self) -> Result<()> {
+        let (location, arch) = (self.location.as_path(), &self.architecture);
+        let found: HashMap<String, (PathBuf, Vec<usize>)> = match &self.source {
+            Source::New(_) => return Ok(()),
+            Source::Gguf(file) => {
+                let tensors = file.tensors().into_iter();
+                tensors.map(|(name, shape)| (name, (location.to_path_buf(), shape))).collect()
+            }
+            Source::Safetensors(tensors) => tensors
+                .names()
+                .filter_map(|name| {
+                    let entry = tensors.get(name)?;
+                    Some((name.to_string(), (entry.file.clone(), entry.shape.clone())))
+                })
+                .collect(),
+        };
+        let prefix = layout::base_prefix(arch);
+        let mut expected = std::collections::HashSet::new();
+        for stored in &self.tensors {
+            let bare = stored.name.strip_prefix(prefix).unwrap_or(&stored.name);
+            let name = if found.contains_key(&stored.name) { stored.name.as_str() } else { bare };
+            let Some((file, shape)) = found.get(name) else {
+                let reason = format!("missing, expected shape {:?}", stored.shape);
+                return Err(Error::tensor(location, &stored.name, reason));
+            };
+            if *shape != stored.shape {
+                let reason = format!("shape {shape:?}, expected {:?} by config.json", stored.shape);
+                return Err(Error::tensor(file, name, reason));
+            }
+            expected.insert(name);
+        }
+        let mut extra: Vec<_> = found.iter().filter(|(name, _)| !expected.contains(name.as_str())).collect();
+        extra.retain(|(name, _)| !layout::is_redundant(arch, name));
+        extra.sort();
+        match extra.first() {
+            Some((name, (file, shape))) => {
+                let reason = format!("shape {shape:?} is not expected by config.json");
+                Err(Error::tensor(file, name.as_str(), reason))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// Refuses NaN and infinities in a tensor on the CPU.
+fn check_finite(path: &Path, name: &str, tensor: &Tensor) -> Result<()> {
+    let (storage, _) = tensor.storage_and_layout();
+    let finite = match &*storage {
+        Storage::Cpu(CpuStorage::F32(values)) => values.iter().all(|value| value.is_finite()),
+        Storage::Cpu(CpuStorage::F64(values)) => values.iter().all(|value| value.is_finite()),
+        Storage::Cpu(CpuStorage::BF16(values)) => values.iter().all(|value| value.is_finite()),
+        Storage::Cpu(CpuStorage::F16(values)) => values.iter().all(|value| value.is_finite()),
+        _ => return Err(Error::tensor(path, name, format!("type {:?}, expected a float", tensor.dtype()))),
+    };
+    if finite { Ok(()) } else { Err(Error::tensor(path, name, "holds a value that is NaN or infinite")) }
+}

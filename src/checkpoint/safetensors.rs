@@ -1,0 +1,156 @@
+//! Safetensors files, read tensor by tensor.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+use safetensors::tensor::Metadata;
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+
+/// Where a tensor lies.
+#[derive(Debug, Clone)]
+pub(crate) struct Entry {
+    pub file: PathBuf,
+    pub dtype: DType,
+    pub shape: Vec<usize>,
+    start: u64,
+    bytes: usize,
+}
+
+/// The tensors of one file or of all shards of an index, by name; only headers are in memory.
+#[derive(Debug)]
+pub(crate) struct Safetensors {
+    entries: BTreeMap<String, Entry>,
+    files: Vec<PathBuf>,
+}
+
+/// What the format itself allows for a header.
+const LARGEST_HEADER: u64 = 100_000_000;
+const INDEX: &str = "model.safetensors.index.json";
+const SINGLE: &str = "model.safetensors";
+
+impl Safetensors {
+    /// Reads the headers of `model.safetensors`, or of the shards that the index names, in `directory`.
+    pub(crate) fn open(directory: &Path) -> Result<Self> {
+        let files = shards(directory)?;
+        let mut entries = BTreeMap::new();
+        for file in &files {
+            for (name, entry) in header(file)? {
+                if let Some(other) = entries.insert(name.clone(), entry) {
+                    let reason = format!("stands in {} too, expected one", other.file.display());
+                    return Err(Error::tensor(file, name, reason));
+                }
+            }
+        }
+        Ok(Self { entries, files })
+    }
+
+    pub(crate) fn files(&self) -> &[PathBuf] {
+        &self.files
+    }
+
+    pub(crate) fn get(&self, name: &str) -> Option<&Entry> {
+        self.entries.get(name)
+    }
+
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
+        self.entries.keys().map(String::as_str)
+    }
+}
+
+impl Entry {
+    /// The tensor as it is stored, on the CPU.
+    pub(crate) fn read(&self, name: &str) -> Result<Tensor> {
+        let mut file = File::open(&self.file).map_err(Error::io("open", &self.file))?;
+        file.seek(SeekFrom::Start(self.start)).map_err(Error::io("read", &self.file))?;
+        let mut bytes = vec![0u8; self.bytes];
+        file.read_exact(&mut bytes).map_err(Error::io("read", &self.file))?;
+        Tensor::from_raw_buffer(&bytes, self.dtype, &self.shape, &Device::Cpu)
+            .map_err(|error| Error::tensor(&self.file, name, error.to_string()))
+    }
+}
+
+/// The files that hold the tensors, in the order of their names.
+fn shards(directory: &Path) -> Result<Vec<PathBuf>> {
+    let (single, index) = (directory.join(SINGLE), directory.join(INDEX));
+    if !index.exists() {
+        if single.exists() {
+            return Ok(vec![single]);
+        }
+        return Err(Error::format(directory, format!("no weights, expected {SINGLE} or {INDEX}")));
+    }
+    let text = std::fs::read_to_string(&index).map_err(Error::io("read", &index))?;
+    let json: Value =
+        serde_json::from_str(&text).map_err(|error| Error::format(&index, error.to_string()))?;
+    let map = json.get("weight_map").and_then(Value::as_object);
+    let map = map.ok_or_else(|| Error::format(&index, "no object `weight_map`"))?;
+    let mut names = std::collections::BTreeSet::new();
+    for (tensor, file) in map {
+        // A shard is a plain file name beside its index, never a path that leads elsewhere.
+        let name =
+            file.as_str().filter(|name| !name.is_empty() && !name.contains(['/', '\\']) && *name != "..");
+        let Some(name) = name else {
+            return Err(Error::tensor(&index, tensor, format!("is in {file}, expected a file name")));
+        };
+        names.insert(name);
+    }
+    if names.is_empty() {
+        return Err(Error::format(&index, "`weight_map` is empty"));
+    }
+    Ok(names.into_iter().map(|name| directory.join(name)).collect())
+}
+
+/// The header of one file: every tensor's place, checked against the file's length.
+fn header(path: &Path) -> Result<Vec<(String, Entry)>> {
+    let mut file = File::open(path).map_err(Error::io("open", path))?;
+    let len = file.metadata().map_err(Error::io("read", path))?.len();
+    let mut prefix = [0u8; 8];
+    let short = || Error::format(path, format!("{len} bytes are too short for a safetensors header"));
+    if len < 8 {
+        return Err(short());
+    }
+    file.read_exact(&mut prefix).map_err(Error::io("read", path))?;
+    let header_len = u64::from_le_bytes(prefix);
+    if header_len > LARGEST_HEADER || header_len > len - 8 {
+        let reason = format!("a header of {header_len} bytes in a file of {len} bytes, is it safetensors?");
+        return Err(Error::format(path, reason));
+    }
+    let mut json = vec![0u8; header_len as usize];
+    file.read_exact(&mut json).map_err(Error::io("read", path))?;
+    let metadata: Metadata =
+        serde_json::from_slice(&json).map_err(|error| Error::format(path, format!("bad header: {error}")))?;
+    let data_start = 8 + header_len;
+    let expected = metadata.data_len() as u64;
+    if data_start.checked_add(expected) != Some(len) {
+        let found = len - data_start;
+        return Err(Error::format(
+            path,
+            format!("{found} bytes of tensors, but the header tells of {expected}"),
+        ));
+    }
+    let mut entries = Vec::new();
+    for (name, info) in metadata.tensors() {
+        let dtype = DType::try_from(info.dtype)
+            .map_err(|_| Error::tensor(path, &name, format!("type {:?} is not supported", info.dtype)))?;
+        let (start, end) = info.data_offsets;
+        let elements = info.shape.iter().try_fold(1usize, |n, &dim| n.checked_mul(dim));
+        let size = elements.and_then(|n| n.checked_mul(dtype.size_in_bytes()));
+        if start > end || end as u64 > expected || size != Some(end - start) {
+            let reason = format!("bytes {start}..{end} do not hold {dtype:?} {:?}", info.shape);
+            return Err(Error::tensor(path, name, reason));
+        }
+        let entry = Entry {
+            file: path.to_path_buf(),
+            dtype,
+            shape: info.shape.clone(),
+            start: data_start + start as u64,
+            bytes: end - start,
+        };
+        entries.push((name, entry));
+    }
+    Ok(entries)
+}

@@ -1,0 +1,48 @@
+//! The `config.json` of a decoder that lost blocks.
+
+use serde_json::{Map, Value};
+
+use super::config::{depth_field, layer_type};
+use crate::error::{Error, Result};
+use crate::model::Architecture;
+
+/// Lists that may happen to be as long as the model is deep and are not about its blocks.
+const NOT_PER_BLOCK: [&str; 5] =
+    ["architectures", "eos_token_id", "bos_token_id", "pad_token_id", "bad_words_ids"];
+
+/// Families whose blocks may attend differently, and say so in `layer_types`.
+const MIXED_ATTENTION: [&str; 4] = ["qwen2", "qwen3", "gemma2", "gemma3_text"];
+
+/// `config` for the blocks that `kept` names by their index in it, each keeping its own kind of attention.
+pub(super) fn cut(config: &Value, kept: &[usize], arch: &Architecture, dtype: &str) -> Result<Value> {
+    let mut fields: Map<String, Value> =
+        config.as_object().cloned().ok_or_else(|| Error::config("", "expected a json object of fields"))?;
+    let depth_field = depth_field(config);
+    let depth = fields.get(depth_field).and_then(Value::as_u64).unwrap_or_default() as usize;
+    if let Some(&index) = kept.iter().find(|&&index| index >= depth) {
+        return Err(Error::NoSuchBlock { index, depth });
+    }
+    for (name, value) in &mut fields {
+        if NOT_PER_BLOCK.contains(&name.as_str()) {
+            continue;
+        }
+        if let Some(list) = value.as_array_mut().filter(|list| list.len() == depth) {
+            *list = kept.iter().filter_map(|&index| list.get(index).cloned()).collect();
+        }
+    }
+    fields.insert(depth_field.into(), kept.len().into());
+    if let Some(first) = fields.get("max_window_layers").and_then(Value::as_u64) {
+        let below = kept.iter().filter(|&&index| (index as u64) < first).count();
+        fields.insert("max_window_layers".into(), below.into());
+    }
+    if MIXED_ATTENTION.contains(&arch.model_type.as_str()) {
+        let types: Vec<Value> = arch.blocks.iter().map(|block| layer_type(block).into()).collect();
+        fields.insert("layer_types".into(), types.into());
+    }
+    for name in ["dtype", "torch_dtype"] {
+        if fields.contains_key(name) {
+            fields.insert(name.into(), dtype.into());
+        }
+    }
+    Ok(Value::Object(fields))
+}

@@ -1,0 +1,145 @@
+//! Non-overlapping windows of tokens, what scoring and evaluation run on.
+
+use candle_core::{Device, Tensor};
+use sha2::{Digest, Sha256};
+
+use super::{Tokenizer, hex};
+use crate::error::{Error, Result};
+
+/// Whether windows begin with the begin-of-text token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Bos {
+    /// As the tokenizer does it.
+    #[default]
+    Auto,
+    /// Always.
+    Always,
+    /// Never.
+    Never,
+}
+
+/// Windows of `seq_len` tokens each, cut from one text, and what a result must say of them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Windows {
+    ids: Vec<Vec<u32>>,
+    seq_len: usize,
+    bos: bool,
+    text_sha256: String,
+}
+
+impl Windows {
+    /// Tokenises `text` once and cuts it into non-overlapping windows; what is left over is dropped.
+    ///
+    /// With a begin-of-text token each window is that token and `seq_len − 1` tokens of the text. At most `limit`
+    /// windows are kept, the first ones.
+    ///
+    /// ```
+    /// use foldgpt::{Bos, Checkpoint, Windows};
+    ///
+    /// let tokenizer = Checkpoint::open("examples/tiny-stories")?.tokenizer()?;
+    /// let text = "Once there was a kite. ".repeat(40);
+    /// let windows = Windows::from_text(&tokenizer, &text, 64, Some(2), Bos::Auto)?;
+    /// assert_eq!((windows.len(), windows.seq_len()), (2, 64));
+    /// # Ok::<(), foldgpt::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// An empty text, or one too short for a single window.
+    pub fn from_text(
+        tokenizer: &Tokenizer,
+        text: &str,
+        seq_len: usize,
+        limit: Option<usize>,
+        bos: Bos,
+    ) -> Result<Self> {
+        let first = match bos {
+            Bos::Never => None,
+            Bos::Auto => tokenizer.bos().filter(|_| tokenizer.adds_bos()),
+            Bos::Always => Some(tokenizer.bos().ok_or_else(|| {
+                Error::Tokenizer("has no begin-of-text token, and windows should begin with it".into())
+            })?),
+        };
+        check_seq_len(seq_len)?;
+        if text.trim().is_empty() {
+            return Err(Error::Text("empty".into()));
+        }
+        let tokens = tokenizer.encode(text)?;
+        let per_window = seq_len - usize::from(first.is_some());
+        let windows = tokens.chunks_exact(per_window).take(limit.unwrap_or(usize::MAX));
+        let ids: Vec<Vec<u32>> =
+            windows.map(|window| first.into_iter().chain(window.iter().copied()).collect()).collect();
+        if ids.is_empty() {
+            let reason =
+                format!("{} tokens are too few for one window, expected at least {per_window}", tokens.len());
+            return Err(Error::Text(reason));
+        }
+        let text_sha256 = hex(&Sha256::digest(text.as_bytes()));
+        Ok(Self { ids, seq_len, bos: first.is_some(), text_sha256 })
+    }
+
+    /// Windows that are token ids already, each of the same length; the hash is of the ids as little-endian `u32`.
+    ///
+    /// # Errors
+    /// No window, windows of different lengths, or of fewer than two tokens.
+    pub fn from_ids(ids: Vec<Vec<u32>>) -> Result<Self> {
+        let seq_len = ids.first().map(Vec::len).ok_or_else(|| Error::Text("no windows".into()))?;
+        check_seq_len(seq_len)?;
+        if let Some((index, window)) = ids.iter().enumerate().find(|(_, window)| window.len() != seq_len) {
+            let reason =
+                format!("window {index} has {} tokens, expected {seq_len} as the first has", window.len());
+            return Err(Error::Text(reason));
+        }
+        let mut hash = Sha256::new();
+        ids.iter().flatten().for_each(|id| hash.update(id.to_le_bytes()));
+        Ok(Self { ids, seq_len, bos: false, text_sha256: hex(&hash.finalize()) })
+    }
+
+    /// The number of windows, at least 1.
+    #[must_use]
+    #[allow(clippy::len_without_is_empty)] // never empty
+    pub fn len(&self) -> usize {
+        self.ids.len()
+    }
+
+    /// Tokens in each window.
+    #[must_use]
+    pub fn seq_len(&self) -> usize {
+        self.seq_len
+    }
+
+    /// Whether each window begins with the begin-of-text token.
+    #[must_use]
+    pub fn bos(&self) -> bool {
+        self.bos
+    }
+
+    /// The SHA-256 of the whole text, in hexadecimal.
+    #[must_use]
+    pub fn text_sha256(&self) -> &str {
+        &self.text_sha256
+    }
+
+    /// The token ids of each window.
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = &[u32]> {
+        self.ids.iter().map(Vec::as_slice)
+    }
+
+    /// One window as a batch of one, `(1, seq_len)`.
+    pub(crate) fn tensor(&self, index: usize, device: &Device) -> Result<Tensor> {
+        let window = self.window(index)?;
+        Ok(Tensor::from_slice(window, (1, window.len()), device)?)
+    }
+
+    pub(crate) fn window(&self, index: usize) -> Result<&[u32]> {
+        let missing = || Error::argument("window", index, format!("less than {}", self.ids.len()));
+        self.ids.get(index).map(Vec::as_slice).ok_or_else(missing)
+    }
+}
+
+fn check_seq_len(seq_len: usize) -> Result<()> {
+    if seq_len < 2 {
+        return Err(Error::argument("seq_len", seq_len, "at least 2 tokens, one to see and one to predict"));
+    }
+    Ok(())
+}

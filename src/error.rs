@@ -1,0 +1,135 @@
+//! The one error type of the crate.
+
+use std::path::{Path, PathBuf};
+
+/// What went wrong, where, and what was expected instead.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file or directory could not be read, written, synced or renamed.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// What was tried, as a verb: `read`, `write`, `rename`.
+        action: &'static str,
+        /// The file or directory.
+        path: PathBuf,
+        /// The system's own word.
+        source: std::io::Error,
+    },
+
+    /// A file is there, but is not what its name or place says.
+    #[error("{}: {reason}", path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it, and what was expected.
+        reason: String,
+    },
+
+    /// A configuration field that is missing, contradictory, or asks for what the decoder does not compute.
+    #[error("config field `{field}`: {reason}")]
+    Config {
+        /// The field's name as in `config.json`; nested fields are joined by dots.
+        field: String,
+        /// The value found and what would have been accepted.
+        reason: String,
+    },
+
+    /// A tensor that is missing, superfluous, or has the wrong shape or type.
+    #[error("{}: tensor `{tensor}`: {reason}", path.display())]
+    Tensor {
+        /// The file that holds (or should hold) the tensor.
+        path: PathBuf,
+        /// The tensor's name in that file.
+        tensor: String,
+        /// What was found and what was expected.
+        reason: String,
+    },
+
+    /// A model could not be found or fetched by its hub id.
+    #[error("hub model `{id}`: {reason}")]
+    Hub {
+        /// The id as given, `org/name`.
+        id: String,
+        /// What failed and what can be done about it.
+        reason: String,
+    },
+
+    /// The tokenizer refused a text, or cannot be built from its file.
+    #[error("tokenizer: {0}")]
+    Tokenizer(String),
+
+    /// A text that cannot be used: empty, or too short for one window.
+    #[error("text: {0}")]
+    Text(String),
+
+    /// An argument outside of what the call accepts.
+    #[error("{name} is {value}, expected {expected}")]
+    Argument {
+        /// The argument's name.
+        name: &'static str,
+        /// The value given.
+        value: String,
+        /// What is accepted.
+        expected: String,
+    },
+
+    /// A plan that contradicts itself or the model it is applied to.
+    #[error("plan: {0}")]
+    Plan(String),
+
+    /// A computation gave NaN or an infinity.
+    #[error("{what} is not finite ({value})")]
+    NotFinite {
+        /// What was computed, with its block or window.
+        what: String,
+        /// The value found.
+        value: f64,
+    },
+
+    /// A block index beyond the model's depth.
+    #[error("block {index} does not exist: the model has {depth} blocks")]
+    NoSuchBlock {
+        /// The index asked for, counted from 0.
+        index: usize,
+        /// The number of blocks of the model.
+        depth: usize,
+    },
+
+    /// The observer asked to stop.
+    #[error("cancelled during {stage}")]
+    Cancelled {
+        /// The stage that was running.
+        stage: &'static str,
+    },
+
+    /// An operation on tensors failed.
+    #[error(transparent)]
+    Candle(#[from] candle_core::Error),
+}
+
+/// `Result` with the crate's [`enum@Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// For `map_err` on a file operation: `.map_err(Error::io("read", path))`.
+    pub(crate) fn io<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(std::io::Error) -> Error + 'a {
+        move |source| Error::Io { action, path: path.to_path_buf(), source }
+    }
+
+    pub(crate) fn format(path: &Path, reason: impl Into<String>) -> Error {
+        Error::Format { path: path.to_path_buf(), reason: reason.into() }
+    }
+
+    pub(crate) fn config(field: impl Into<String>, reason: impl Into<String>) -> Error {
+        Error::Config { field: field.into(), reason: reason.into() }
+    }
+
+    pub(crate) fn tensor(path: &Path, tensor: impl Into<String>, reason: impl Into<String>) -> Error {
+        Error::Tensor { path: path.to_path_buf(), tensor: tensor.into(), reason: reason.into() }
+    }
+
+    pub(crate) fn argument(name: &'static str, value: impl ToString, expected: impl Into<String>) -> Error {
+        Error::Argument { name, value: value.to_string(), expected: expected.into() }
+    }
+}

@@ -1,0 +1,26 @@
+#![doc = include_str!("../README.md")]
+
+pub mod checkpoint;
+pub mod data;
+pub mod error;
+pub mod eval;
+mod fold;
+mod generate;
+pub mod importance;
+pub mod model;
+pub mod ops;
+mod plan;
+mod progress;
+
+pub use candle_core as candle;
+
+pub use checkpoint::{Checkpoint, SaveOptions, Saved};
+pub use data::{Bos, Tokenizer, Windows};
+pub use error::{Error, Result};
+pub use eval::{Perplexity, perplexity};
+pub use fold::fold;
+pub use generate::Generate;
+pub use importance::{Importance, Scores};
+pub use model::{Architecture, Decoder, KvCache};
+pub use plan::{PLAN_VERSION, Plan, Target};
+pub use progress::Observer;

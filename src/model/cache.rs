@@ -1,0 +1,98 @@
+//! Keys and values of the tokens already seen, one slot per depth.
+
+use candle_core::Tensor;
+
+use crate::error::{Error, Result};
+
+/// What a decoder remembers of the tokens it has read: keys and values at every depth.
+///
+/// Blocks that share weights still have a slot each: what they see differs. Made by
+/// [`Decoder::cache`](super::Decoder::cache), filled by [`Decoder::extend`](super::Decoder::extend).
+#[derive(Debug)]
+pub struct KvCache {
+    slots: Vec<Slot>,
+    len: usize,
+}
+
+/// Room for tokens grows by at least this many.
+const GROWTH: usize = 256;
+
+#[derive(Debug, Default)]
+pub(super) struct Slot {
+    /// Keys and values, `(batch, capacity, kv_heads · head_dim)`; `len` positions are filled.
+    buffers: Option<(Tensor, Tensor)>,
+    len: usize,
+}
+
+impl KvCache {
+    pub(super) fn new(depth: usize) -> Self {
+        Self { slots: (0..depth).map(|_| Slot::default()).collect(), len: 0 }
+    }
+
+    /// How many tokens are remembered.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether nothing is remembered.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Forgets every token from position `len` on; keeps all where there are no more than `len`.
+    pub fn truncate(&mut self, len: usize) {
+        self.len = self.len.min(len);
+        for slot in &mut self.slots {
+            slot.len = slot.len.min(len);
+        }
+    }
+
+    pub(super) fn depth(&self) -> usize {
+        self.slots.len()
+    }
+
+    pub(super) fn slot(&mut self, depth: usize) -> Result<&mut Slot> {
+        let slots = self.slots.len();
+        self.slots.get_mut(depth).ok_or(Error::NoSuchBlock { index: depth, depth: slots })
+    }
+
+    pub(super) fn advance(&mut self, tokens: usize) {
+        self.len += tokens;
+    }
+}
+
+impl Slot {
+    /// Adds `(batch, seq, width)` keys and values; returns all there are, `(batch, len, width)`.
+    pub(super) fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
+        let (batch, seq, width) = k.dims3()?;
+        let len = self.len + seq;
+        let buffers = match self.buffers.take() {
+            Some((keys, values)) if keys.dim(0)? != batch => {
+                return Err(Error::argument(
+                    "batch",
+                    batch,
+                    format!("{} as cached", keys.dims()[0].min(values.dim(0)?)),
+                ));
+            }
+            Some((keys, values)) if keys.dim(1)? >= len => (keys, values),
+            filled => {
+                let capacity = (2 * self.len).max(len).next_multiple_of(GROWTH);
+                let grow = |old: Option<&Tensor>| -> Result<Tensor> {
+                    let buffer = Tensor::zeros((batch, capacity, width), k.dtype(), k.device())?;
+                    if let Some(old) = old.filter(|_| self.len > 0) {
+                        buffer.slice_set(&old.narrow(1, 0, self.len)?.contiguous()?, 1, 0)?;
+                    }
+                    Ok(buffer)
+                };
+                (grow(filled.as_ref().map(|b| &b.0))?, grow(filled.as_ref().map(|b| &b.1))?)
+            }
+        };
+        buffers.0.slice_set(&k.detach().contiguous()?, 1, self.len)?;
+        buffers.1.slice_set(&v.detach().contiguous()?, 1, self.len)?;
+        let (keys, values) = self.buffers.insert(buffers);
+        self.len = len;
+        Ok((keys.narrow(1, 0, len)?, values.narrow(1, 0, len)?))
+    }
+}

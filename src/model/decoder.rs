@@ -1,0 +1,389 @@
+//! The decoder: embedding, blocks, final norm, head.
+
+use candle_core::{DType, Device, Tensor};
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use rand_distr::{Distribution, Normal};
+
+use super::architecture::{Architecture, NormKind, Positions, RopeSpec};
+use super::block::{Block, Norm};
+use super::cache::{KvCache, Slot};
+use super::params::{BlockParam, NormPart, Param};
+use crate::error::{Error, Result};
+use crate::ops::Kernels;
+
+/// A decoder-only language model of any supported family.
+///
+/// Cloning is cheap: tensors are shared, never copied. Token ids go in as `(batch, seq)` tensors of `u32`.
+#[derive(Debug, Clone)]
+pub struct Decoder {
+    architecture: Architecture,
+    embedding: Tensor,
+    positions: Option<Tensor>,
+    blocks: Vec<Block>,
+    final_norm: Norm,
+    head: Option<Tensor>,
+    kernels: Kernels,
+}
+
+/// What all blocks of one forward pass have in common: where the tokens stand.
+///
+/// Made by [`Decoder::pass`].
+#[derive(Debug)]
+pub struct Pass<'a> {
+    pub(super) architecture: &'a Architecture,
+    pub(super) kernels: Kernels,
+    offset: usize,
+    seq: usize,
+    ropes: Vec<(RopeSpec, Tensor, Tensor)>,
+}
+
+impl Pass<'_> {
+    pub(super) fn rope(&self, spec: &RopeSpec) -> Option<(&Tensor, &Tensor)> {
+        self.ropes.iter().find(|(known, ..)| known == spec).map(|(_, cos, sin)| (cos, sin))
+    }
+}
+
+impl Decoder {
+    /// A decoder whose tensors `tensor` gives, asked for one by one in the order of [`Architecture::params`] with
+    /// the shape each must have.
+    ///
+    /// # Errors
+    /// What `tensor` fails with, and [`Error::Argument`] for a tensor of another shape.
+    pub fn build(
+        architecture: Architecture,
+        mut tensor: impl FnMut(Param, &[usize]) -> Result<Tensor>,
+    ) -> Result<Self> {
+        let mut checked = |param: Param, shape: &[usize]| {
+            let value = tensor(param, shape)?;
+            if value.dims() == shape {
+                return Ok(value);
+            }
+            Err(Error::argument("shape", format!("{:?} for {param}", value.dims()), format!("{shape:?}")))
+        };
+        let (vocab, hidden) = (architecture.vocab_size, architecture.hidden_size);
+        let embedding = checked(Param::Embedding, &[vocab, hidden])?;
+        let positions = (architecture.positions == Positions::Learned)
+            .then(|| checked(Param::Positions, &[architecture.max_position_embeddings, hidden]))
+            .transpose()?;
+        let mut blocks = Vec::with_capacity(architecture.depth());
+        for (index, spec) in architecture.blocks.iter().enumerate() {
+            let part = |param: BlockParam, shape: &[usize]| checked(Param::Block(index, param), shape);
+            blocks.push(Block::build(&architecture, index, *spec, part)?);
+        }
+        let final_norm = Norm::build(architecture.norm, |part| checked(Param::FinalNorm(part), &[hidden]))?;
+        let head = (!architecture.tied).then(|| checked(Param::Head, &[vocab, hidden])).transpose()?;
+        let kernels = Kernels::default();
+        Ok(Self { architecture, embedding, positions, blocks, final_norm, head, kernels })
+    }
+
+    /// A decoder with random weights, as before training: matrices from a normal distribution of standard deviation
+    /// 0.02, norms at identity, biases 0. The same seed gives the same weights.
+    ///
+    /// # Errors
+    /// A failed allocation on the device.
+    pub fn random(architecture: Architecture, seed: u64, dtype: DType, device: &Device) -> Result<Self> {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let normal = Normal::new(0.0f32, 0.02)
+            .map_err(|error| Error::argument("std", 0.02, format!("a normal distribution: {error}")))?;
+        let gain = match architecture.norm {
+            NormKind::Rms { unit_offset: true } => 0.0f32,
+            NormKind::Rms { unit_offset: false } | NormKind::Layer => 1.0,
+        };
+        Self::build(architecture, |param, shape| {
+            let count: usize = shape.iter().product();
+            let values: Vec<f32> = match param {
+                Param::FinalNorm(part) | Param::Block(_, BlockParam::Norm(_, part)) => {
+                    vec![if part == NormPart::Gain { gain } else { 0.0 }; count]
+                }
+                Param::Block(_, BlockParam::Bias(_)) => vec![0.0; count],
+                _ => (0..count).map(|_| normal.sample(&mut rng)).collect(),
+            };
+            Ok(Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)?)
+        })
+    }
+
+    /// What the decoder is made of, as data.
+    #[must_use]
+    pub fn architecture(&self) -> &Architecture {
+        &self.architecture
+    }
+
+    /// The number of blocks.
+    #[must_use]
+    pub fn depth(&self) -> usize {
+        self.blocks.len()
+    }
+
+    /// The blocks, first to last.
+    #[must_use]
+    pub fn blocks(&self) -> &[Block] {
+        &self.blocks
+    }
+
+    /// Where the weights are.
+    #[must_use]
+    pub fn device(&self) -> &Device {
+        self.embedding.device()
+    }
+
+    /// The type of the weights in memory.
+    #[must_use]
+    pub fn dtype(&self) -> DType {
+        self.embedding.dtype()
+    }
+
+    /// The same decoder computed by other kernels.
+    #[must_use]
+    pub fn with_kernels(mut self, kernels: Kernels) -> Self {
+        self.kernels = kernels;
+        self
+    }
+
+    /// The same decoder with only the blocks of `kept`, in that order. No weight is copied.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchBlock`] for an index beyond the depth.
+    pub fn with_blocks(&self, kept: &[usize]) -> Result<Self> {
+        let architecture = self.architecture.with_blocks(kept)?;
+        let blocks = kept.iter().map(|&index| self.block(index).cloned()).collect::<Result<_>>()?;
+        Ok(Self { architecture, blocks, ..self.clone() })
+    }
+
+    /// The same decoder with every tensor replaced by what `tensor` gives for it. Depths that share their matrices
+    /// share the new ones: `tensor` sees each once, under the first depth that holds it.
+    ///
+    /// # Errors
+    /// What `tensor` fails with.
+    pub fn map(&self, mut tensor: impl FnMut(Param, &Tensor) -> Result<Tensor>) -> Result<Self> {
+        let mut mapped = self.clone();
+        mapped.embedding = tensor(Param::Embedding, &self.embedding)?;
+        if let Some(positions) = &mut mapped.positions {
+            *positions = tensor(Param::Positions, positions)?;
+        }
+        let mut seen: Vec<(usize, usize)> = Vec::new();
+        for depth in 0..self.depth() {
+            let (before, rest) = mapped.blocks.split_at_mut(depth);
+            let Some(block) = rest.first_mut() else { break };
+            let identity = std::sync::Arc::as_ptr(&block.weights) as usize;
+            let first = seen.iter().find(|(known, _)| *known == identity).map(|(_, first)| *first);
+            let shared = first.and_then(|first| before.get(first)).map(|first| &first.weights);
+            *block = block.map(shared, |param, value| tensor(Param::Block(depth, param), value))?;
+            if first.is_none() {
+                seen.push((identity, depth));
+            }
+        }
+        mapped.final_norm = self.final_norm.map(|part, value| tensor(Param::FinalNorm(part), value))?;
+        if let Some(head) = &mut mapped.head {
+            *head = tensor(Param::Head, head)?;
+        }
+        Ok(mapped)
+    }
+
+    /// Every parameter with its tensor, in the order of [`Architecture::params`]; matrices that depths share appear
+    /// at each of them.
+    pub fn params(&self) -> impl Iterator<Item = (Param, &Tensor)> {
+        let embedding = std::iter::once((Param::Embedding, &self.embedding));
+        let positions = self.positions.as_ref().map(|value| (Param::Positions, value));
+        let blocks = self.blocks.iter().enumerate().flat_map(|(depth, block)| {
+            block.params().map(move |(param, value)| (Param::Block(depth, param), value))
+        });
+        let final_norm = self.final_norm.params().map(|(part, value)| (Param::FinalNorm(part), value));
+        let head = self.head.as_ref().map(|value| (Param::Head, value));
+        embedding.chain(positions).chain(blocks).chain(final_norm).chain(head)
+    }
+
+    /// The number of parameters; a matrix that several depths share counts once.
+    #[must_use]
+    pub fn parameter_count(&self) -> usize {
+        let mut seen = std::collections::HashSet::new();
+        self.params().filter(|(_, value)| seen.insert(value.id())).map(|(_, value)| value.elem_count()).sum()
+    }
+
+    /// The logits of every token, `(batch, seq, vocab)`.
+    ///
+    /// # Errors
+    /// Ids that are not `(batch, seq)` or outside of the vocabulary, or a failed computation.
+    pub fn forward(&self, ids: &Tensor) -> Result<Tensor> {
+        self.logits(&self.hidden(ids)?)
+    }
+
+    /// As [`forward`](Self::forward), with the blocks of `skipped` passed over.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward), and [`Error::NoSuchBlock`] for an index beyond the depth.
+    pub fn forward_skipping(&self, ids: &Tensor, skipped: &[usize]) -> Result<Tensor> {
+        if let Some(&index) = skipped.iter().find(|&&index| index >= self.depth()) {
+            return Err(Error::NoSuchBlock { index, depth: self.depth() });
+        }
+        let pass = self.pass(0, seq_of(ids)?)?;
+        let mut x = self.embed(ids, &pass)?;
+        for index in (0..self.depth()).filter(|index| !skipped.contains(index)) {
+            x = self.run_block(index, &x, &pass)?;
+        }
+        self.logits(&x)
+    }
+
+    /// The hidden state after the last block and before the final norm, `(batch, seq, hidden)`.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn hidden(&self, ids: &Tensor) -> Result<Tensor> {
+        let pass = self.pass(0, seq_of(ids)?)?;
+        let mut x = self.embed(ids, &pass)?;
+        for index in 0..self.depth() {
+            x = self.run_block(index, &x, &pass)?;
+        }
+        Ok(x)
+    }
+
+    /// The embedding's output and the hidden state after every block, all before the final norm: `depth + 1`
+    /// tensors `(batch, seq, hidden)`.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn hidden_states(&self, ids: &Tensor) -> Result<Vec<Tensor>> {
+        let pass = self.pass(0, seq_of(ids)?)?;
+        let mut states = vec![self.embed(ids, &pass)?];
+        for index in 0..self.depth() {
+            let next = states.last().map(|x| self.run_block(index, x, &pass)).transpose()?;
+            states.extend(next);
+        }
+        Ok(states)
+    }
+
+    /// An empty cache for [`extend`](Self::extend).
+    #[must_use]
+    pub fn cache(&self) -> KvCache {
+        KvCache::new(self.depth())
+    }
+
+    /// Reads `ids` after the tokens in `cache` and adds them to it; the hidden state of the new tokens before the
+    /// final norm, `(batch, seq, hidden)`. Reading a text in pieces gives what reading it whole gives.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward), and a cache of another depth or batch.
+    pub fn extend(&self, ids: &Tensor, cache: &mut KvCache) -> Result<Tensor> {
+        if cache.depth() != self.depth() {
+            let expected = format!("{} as the model has", self.depth());
+            return Err(Error::argument("cache depth", cache.depth(), expected));
+        }
+        let seq = seq_of(ids)?;
+        let pass = self.pass(cache.len(), seq)?;
+        let mut x = self.embed(ids, &pass)?;
+        for (index, block) in self.blocks.iter().enumerate() {
+            let slot: &mut Slot = cache.slot(index)?;
+            x = block.forward(&x, &pass, Some(slot))?;
+        }
+        cache.advance(seq);
+        Ok(x)
+    }
+
+    /// Prepares a pass over `seq` tokens that stand at positions from `offset` on.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for positions that the model has not learned, or for no tokens.
+    pub fn pass(&self, offset: usize, seq: usize) -> Result<Pass<'_>> {
+        if seq == 0 {
+            return Err(Error::argument("seq", 0, "at least one token"));
+        }
+        let mut ropes: Vec<(RopeSpec, Tensor, Tensor)> = Vec::new();
+        match self.architecture.positions {
+            Positions::Rotary => {
+                for spec in self.architecture.blocks.iter().map(|block| block.rope) {
+                    if !ropes.iter().any(|(known, ..)| *known == spec) {
+                        let (cos, sin) = spec.tables(offset, seq, self.device())?;
+                        ropes.push((spec, cos, sin));
+                    }
+                }
+            }
+            Positions::Learned => {
+                let limit = self.architecture.max_position_embeddings;
+                if offset + seq > limit {
+                    return Err(Error::argument(
+                        "tokens",
+                        offset + seq,
+                        format!("at most {limit} positions"),
+                    ));
+                }
+            }
+        }
+        Ok(Pass { architecture: &self.architecture, kernels: self.kernels, offset, seq, ropes })
+    }
+
+    /// The embedding's output for `(batch, seq)` ids: `(batch, seq, hidden)`.
+    ///
+    /// # Errors
+    /// Ids that do not fit the pass or the vocabulary.
+    pub fn embed(&self, ids: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
+        let (batch, seq) = ids.dims2()?;
+        if seq != pass.seq {
+            return Err(Error::argument("tokens", seq, format!("{} as the pass was made for", pass.seq)));
+        }
+        let x = self.embedding.index_select(&ids.flatten_all()?, 0)?;
+        let mut x = x.reshape((batch, seq, self.architecture.hidden_size))?;
+        if let Some(scale) = self.architecture.embedding_scale {
+            x = (x * scale)?;
+        }
+        if let Some(positions) = &self.positions {
+            x = x.broadcast_add(&positions.narrow(0, pass.offset, seq)?)?;
+        }
+        Ok(x)
+    }
+
+    /// One block's output: `(batch, seq, hidden)` in and out.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchBlock`] for an index beyond the depth, or a failed computation.
+    pub fn run_block(&self, index: usize, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
+        self.block(index)?.forward(x, pass, None)
+    }
+
+    /// Final norm and head: `(…, hidden)` to `(…, vocab)`.
+    ///
+    /// # Errors
+    /// A failed computation.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        let logits = self.kernels.linear(&self.normalised(hidden)?, self.head_weight(), None)?;
+        match self.architecture.logit_softcap {
+            Some(cap) => Ok(((logits / cap)?.tanh()? * cap)?),
+            None => Ok(logits),
+        }
+    }
+
+    /// The negative log-likelihood in nats of each next token, `(rows)`.
+    ///
+    /// `hidden` is `(rows, hidden)`, states after the last block; `targets[i]` is the token that follows row `i`.
+    /// The logits of all rows never exist at once.
+    ///
+    /// # Errors
+    /// Targets that do not fit the rows or the vocabulary, or a failed computation.
+    pub fn nll(&self, hidden: &Tensor, targets: &[u32]) -> Result<Tensor> {
+        let softcap = self.architecture.logit_softcap;
+        Ok(self.kernels.nll(&self.normalised(hidden)?, self.head_weight(), targets, softcap)?)
+    }
+
+    fn normalised(&self, hidden: &Tensor) -> Result<Tensor> {
+        let pass = Pass {
+            architecture: &self.architecture,
+            kernels: self.kernels,
+            offset: 0,
+            seq: 0,
+            ropes: Vec::new(),
+        };
+        self.final_norm.apply(hidden, &pass)
+    }
+
+    fn head_weight(&self) -> &Tensor {
+        self.head.as_ref().unwrap_or(&self.embedding)
+    }
+
+    fn block(&self, index: usize) -> Result<&Block> {
+        self.blocks.get(index).ok_or(Error::NoSuchBlock { index, depth: self.depth() })
+    }
+}
+
+/// The number of tokens in each row of `(batch, seq)` ids.
+fn seq_of(ids: &Tensor) -> Result<usize> {
+    Ok(ids.dims2()?.1)
+}

@@ -1,0 +1,267 @@
+//! The names of a decoder's parameters, the same for every family.
+
+use std::fmt;
+use std::ops::{Index, IndexMut};
+
+use super::architecture::{Architecture, MlpKind, NormKind, NormPlacement, Positions, QkNorm};
+
+/// One parameter tensor of a decoder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum Param {
+    /// Token embedding, `(vocab, hidden)`.
+    Embedding,
+    /// Learned position embedding, `(max_position_embeddings, hidden)`.
+    Positions,
+    /// A parameter of the block at this depth.
+    Block(usize, BlockParam),
+    /// Gain or bias of the norm after the last block, `(hidden)`.
+    FinalNorm(NormPart),
+    /// Output projection where it is not tied to the embedding, `(vocab, hidden)`.
+    Head,
+}
+
+/// One parameter tensor of a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum BlockParam {
+    /// The matrix of a projection, `(out, in)`.
+    Weight(Projection),
+    /// The bias of a projection, `(out)`.
+    Bias(Projection),
+    /// Gain or bias of a norm.
+    Norm(NormSite, NormPart),
+}
+
+/// The linear maps of a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum Projection {
+    /// Queries.
+    Q,
+    /// Keys.
+    K,
+    /// Values.
+    V,
+    /// The attention's output.
+    O,
+    /// The gate of a gated MLP.
+    Gate,
+    /// The MLP's way up.
+    Up,
+    /// The MLP's way down.
+    Down,
+}
+
+/// Where a block may normalise.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum NormSite {
+    /// The attention's input.
+    AttentionIn,
+    /// The attention's output, before it joins the residual stream.
+    AttentionOut,
+    /// The MLP's input.
+    MlpIn,
+    /// The MLP's output, before it joins the residual stream.
+    MlpOut,
+    /// Queries, before RoPE.
+    Q,
+    /// Keys, before RoPE.
+    K,
+}
+
+/// The two tensors a norm may have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum NormPart {
+    /// The factor.
+    Gain,
+    /// The summand (LayerNorm only).
+    Bias,
+}
+
+impl Projection {
+    /// All projections, in the order in which a block applies them.
+    pub const ALL: [Self; 7] = [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down];
+
+    /// The field's name for it: `q_proj`, …
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Q => "q_proj",
+            Self::K => "k_proj",
+            Self::V => "v_proj",
+            Self::O => "o_proj",
+            Self::Gate => "gate_proj",
+            Self::Up => "up_proj",
+            Self::Down => "down_proj",
+        }
+    }
+}
+
+impl NormSite {
+    /// All sites, in the order in which a block passes them.
+    pub const ALL: [Self; 6] =
+        [Self::AttentionIn, Self::Q, Self::K, Self::AttentionOut, Self::MlpIn, Self::MlpOut];
+}
+
+/// One value for each of a block's projections.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct PerProjection<T>([T; 7]);
+
+impl<T> Index<Projection> for PerProjection<T> {
+    type Output = T;
+    fn index(&self, projection: Projection) -> &T {
+        &self.0[projection as usize]
+    }
+}
+
+impl<T> IndexMut<Projection> for PerProjection<T> {
+    fn index_mut(&mut self, projection: Projection) -> &mut T {
+        &mut self.0[projection as usize]
+    }
+}
+
+/// One value for each place where a block may normalise.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct PerNormSite<T>([T; 6]);
+
+impl<T> Index<NormSite> for PerNormSite<T> {
+    type Output = T;
+    fn index(&self, site: NormSite) -> &T {
+        &self.0[site as usize]
+    }
+}
+
+impl<T> IndexMut<NormSite> for PerNormSite<T> {
+    fn index_mut(&mut self, site: NormSite) -> &mut T {
+        &mut self.0[site as usize]
+    }
+}
+
+impl fmt::Display for Param {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Embedding => write!(f, "embedding"),
+            Self::Positions => write!(f, "positions"),
+            Self::Block(index, part) => write!(f, "block {index} {part}"),
+            Self::FinalNorm(part) => write!(f, "final norm {}", part.name()),
+            Self::Head => write!(f, "head"),
+        }
+    }
+}
+
+impl fmt::Display for BlockParam {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Weight(projection) => write!(f, "{} weight", projection.name()),
+            Self::Bias(projection) => write!(f, "{} bias", projection.name()),
+            Self::Norm(site, part) => write!(f, "{site:?} norm {}", part.name()),
+        }
+    }
+}
+
+impl NormPart {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Gain => "gain",
+            Self::Bias => "bias",
+        }
+    }
+}
+
+impl Architecture {
+    /// Every parameter of a decoder of this architecture with its shape, in the order of computation.
+    #[must_use]
+    pub fn params(&self) -> Vec<(Param, Vec<usize>)> {
+        let mut params = vec![(Param::Embedding, vec![self.vocab_size, self.hidden_size])];
+        if self.positions == Positions::Learned {
+            params.push((Param::Positions, vec![self.max_position_embeddings, self.hidden_size]));
+        }
+        let block = self.block_params();
+        for index in 0..self.depth() {
+            params.extend(block.iter().map(|(part, shape)| (Param::Block(index, *part), shape.clone())));
+        }
+        for part in self.norm_parts() {
+            params.push((Param::FinalNorm(*part), vec![self.hidden_size]));
+        }
+        if !self.tied {
+            params.push((Param::Head, vec![self.vocab_size, self.hidden_size]));
+        }
+        params
+    }
+
+    /// Every parameter of one block with its shape: matrices, biases, norms.
+    #[must_use]
+    pub fn block_params(&self) -> Vec<(BlockParam, Vec<usize>)> {
+        let mut params = Vec::new();
+        for projection in Projection::ALL {
+            if let Some((output, input)) = self.projection_shape(projection) {
+                params.push((BlockParam::Weight(projection), vec![output, input]));
+                if self.has_bias(projection) {
+                    params.push((BlockParam::Bias(projection), vec![output]));
+                }
+            }
+        }
+        for site in NormSite::ALL {
+            if let Some(width) = self.norm_width(site) {
+                for part in self.norm_parts() {
+                    params.push((BlockParam::Norm(site, *part), vec![width]));
+                }
+            }
+        }
+        params
+    }
+
+    /// `(out, in)` of a projection's matrix, or `None` where the family has no such projection.
+    #[must_use]
+    pub fn projection_shape(&self, projection: Projection) -> Option<(usize, usize)> {
+        let (hidden, inner) = (self.hidden_size, self.intermediate_size);
+        match projection {
+            Projection::Q => Some((self.query_width(), hidden)),
+            Projection::K | Projection::V => Some((self.key_width(), hidden)),
+            Projection::O => Some((hidden, self.query_width())),
+            Projection::Gate => (self.mlp == MlpKind::Gated).then_some((inner, hidden)),
+            Projection::Up => Some((inner, hidden)),
+            Projection::Down => Some((hidden, inner)),
+        }
+    }
+
+    /// Whether a projection adds a bias.
+    #[must_use]
+    pub fn has_bias(&self, projection: Projection) -> bool {
+        match projection {
+            Projection::Q | Projection::K | Projection::V => self.qkv_bias,
+            Projection::O => self.output_bias,
+            Projection::Gate | Projection::Up | Projection::Down => self.mlp_bias,
+        }
+    }
+
+    /// Width of the norm at a site, or `None` where the family does not normalise there.
+    #[must_use]
+    pub fn norm_width(&self, site: NormSite) -> Option<usize> {
+        let before = matches!(self.norm_placement, NormPlacement::Pre | NormPlacement::Sandwich);
+        let after = matches!(self.norm_placement, NormPlacement::Post | NormPlacement::Sandwich);
+        match site {
+            NormSite::AttentionIn | NormSite::MlpIn => before.then_some(self.hidden_size),
+            NormSite::AttentionOut | NormSite::MlpOut => after.then_some(self.hidden_size),
+            NormSite::Q => self.qk_norm.map(|kind| self.qk_norm_width(kind, self.query_width())),
+            NormSite::K => self.qk_norm.map(|kind| self.qk_norm_width(kind, self.key_width())),
+        }
+    }
+
+    fn qk_norm_width(&self, kind: QkNorm, full: usize) -> usize {
+        match kind {
+            QkNorm::PerHead => self.head_dim,
+            QkNorm::Full => full,
+        }
+    }
+
+    fn norm_parts(&self) -> &'static [NormPart] {
+        match self.norm {
+            NormKind::Rms { .. } => &[NormPart::Gain],
+            NormKind::Layer => &[NormPart::Gain, NormPart::Bias],
+        }
+    }
+}

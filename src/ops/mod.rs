@@ -1,0 +1,99 @@
+//! The decoder's operations, each with its own forward and backward.
+//!
+//! [`Kernels::Fused`] runs one parallel, vectorised pass per operation for f32 on the CPU and knows its analytic
+//! gradient; on any other device or type the same call runs on candle's differentiable primitives, which
+//! [`Kernels::Primitive`] asks for everywhere. Callers never branch, and either way gradients flow.
+
+mod activation;
+mod attention;
+mod cross_entropy;
+mod layer_norm;
+mod linear;
+mod rms_norm;
+mod rope;
+mod simd;
+
+pub use attention::AttentionShape;
+
+use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, bail};
+
+/// Which implementation computes the operations of a decoder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Kernels {
+    /// Fused kernels where there are any (f32 on the CPU), candle's primitives elsewhere.
+    #[default]
+    Fused,
+    /// Candle's differentiable primitives everywhere: slow, and what the fused kernels are tested against.
+    Primitive,
+}
+
+impl Kernels {
+    fn fuses(self, tensors: &[&Tensor]) -> bool {
+        self == Self::Fused && tensors.iter().all(|t| t.device().is_cpu() && t.dtype() == DType::F32)
+    }
+}
+
+/// How many elements one parallel task should touch at least, so that its work outweighs its scheduling.
+const TASK_ELEMENTS: usize = 16 * 1024;
+
+/// Rows of `width` for one parallel task. Fixed by the shape alone: sums over tasks are always the same.
+fn task_rows(width: usize) -> usize {
+    (TASK_ELEMENTS / width.max(1)).max(1)
+}
+
+/// The elements of a contiguous f32 operand.
+fn elements<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+    let Some((start, end)) = layout.contiguous_offsets() else { bail!("operand is not contiguous") };
+    Ok(&storage.as_slice::<f32>()?[start..end])
+}
+
+/// Calls `f` with the elements of contiguous f32 tensors on the CPU.
+fn with_elements<const N: usize, R>(
+    tensors: [&Tensor; N],
+    f: impl FnOnce([&[f32]; N]) -> Result<R>,
+) -> Result<R> {
+    let guards = tensors.map(Tensor::storage_and_layout);
+    let mut slices = [&[][..]; N];
+    for (slice, (storage, layout)) in slices.iter_mut().zip(&guards) {
+        let Storage::Cpu(storage) = &**storage else { bail!("operand is not on the cpu") };
+        *slice = elements(storage, layout)?;
+    }
+    f(slices)
+}
+
+/// The product of two strided matrices inside of f32 storages: `(rows, inner) · (inner, columns)`.
+fn gemm(left: (&CpuStorage, Layout), right: (&CpuStorage, Layout)) -> Result<Vec<f32>> {
+    use candle_core::backend::BackendStorage;
+    let (m, k) = left.1.shape().dims2()?;
+    let (inner, n) = right.1.shape().dims2()?;
+    if k != inner {
+        bail!("matrices of shapes ({m}, {k}) and ({inner}, {n}) cannot be multiplied");
+    }
+    match left.0.matmul(right.0, (1, m, n, k), &left.1, &right.1)? {
+        CpuStorage::F32(product) => Ok(product),
+        other => bail!("product is {:?}, expected f32", other.dtype()),
+    }
+}
+
+/// A matrix view: `rows` × `columns`, elements `(row_stride, column_stride)` apart, from `offset` on.
+fn view(shape: (usize, usize), strides: (usize, usize), offset: usize) -> Layout {
+    Layout::new(shape.into(), vec![strides.0, strides.1], offset)
+}
+
+/// The last dimension of `layout`, which has to be `width`.
+fn checked_width(layout: &Layout, width: usize) -> Result<usize> {
+    match layout.dims().last() {
+        Some(&last) if last == width && width > 0 => Ok(width),
+        last => bail!("last dimension is {last:?}, expected {width}"),
+    }
+}
+
+/// Σ of the rows, first to last: the order does not depend on the number of threads.
+fn sum_in_order(rows: &[Vec<f32>], width: usize) -> Vec<f32> {
+    let mut total = vec![0.0f32; width];
+    for row in rows {
+        simd::add_scaled(&mut total, 1.0, row);
+    }
+    total
+}

@@ -1,0 +1,230 @@
+//! What is to be done to a model, as data.
+
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use crate::error::{Error, Result};
+use crate::importance::Scores;
+use crate::model::Architecture;
+
+/// The version of the format that this crate writes, and the newest that it reads.
+pub const PLAN_VERSION: u32 = 1;
+
+/// How much is to be removed.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Target {
+    /// This many blocks.
+    Blocks(usize),
+    /// This share of the blocks, from 0 to below 1; the number is rounded to the nearest, halves up.
+    Rate(f64),
+    /// As few blocks as leave at most this many parameters in the whole model.
+    Parameters(usize),
+}
+
+/// Which blocks go and which stay, why, and from what this was decided.
+///
+/// A plan is validated once, when it is made or read; a plan that exists is consistent.
+///
+/// ```
+/// use foldgpt::importance::{BlockInfluence, Importance};
+/// use foldgpt::{Bos, Checkpoint, Plan, Target, Windows, candle::{DType, Device}};
+///
+/// let checkpoint = Checkpoint::open("examples/tiny-stories")?;
+/// let decoder = checkpoint.decoder(DType::F32, &Device::Cpu)?;
+/// let text = "Once there was a kite. ".repeat(40);
+/// let windows = Windows::from_text(&checkpoint.tokenizer()?, &text, 64, Some(2), Bos::Auto)?;
+/// let scores = BlockInfluence::default().score(&decoder, &windows, &mut ())?;
+/// let first_and_last = [0, decoder.depth() - 1];
+/// let plan = Plan::new(decoder.architecture(), &scores, Target::Rate(0.25), &first_and_last)?;
+/// assert_eq!(plan.removed().len(), (decoder.depth() as f64 * 0.25).round() as usize);
+/// # Ok::<(), foldgpt::Error>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(remote = "Self")]
+pub struct Plan {
+    version: u32,
+    model_type: String,
+    depth: usize,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    model_sha256: Option<String>,
+    target: Target,
+    protected: Vec<usize>,
+    removed: Vec<usize>,
+    scores: Scores,
+}
+
+impl Plan {
+    /// Removes the least important blocks until `target` is met; blocks of `protected` stay.
+    ///
+    /// # Errors
+    /// A target that cannot be met, scores of another model, or a protected block that does not exist.
+    pub fn new(arch: &Architecture, scores: &Scores, target: Target, protected: &[usize]) -> Result<Self> {
+        let count = blocks_to_remove(arch, target)?;
+        let candidates: Vec<usize> =
+            scores.ascending().into_iter().filter(|index| !protected.contains(index)).collect();
+        let Some(chosen) = candidates.get(..count) else {
+            let (depth, free) = (arch.depth(), candidates.len());
+            return Err(Error::Plan(format!("{count} of {depth} blocks should go, and only {free} may")));
+        };
+        let mut removed = chosen.to_vec();
+        removed.sort_unstable();
+        let mut protected = protected.to_vec();
+        protected.sort_unstable();
+        protected.dedup();
+        let plan = Self {
+            version: PLAN_VERSION,
+            model_type: arch.model_type.clone(),
+            depth: arch.depth(),
+            model_sha256: None,
+            target,
+            protected,
+            removed,
+            scores: scores.clone(),
+        };
+        plan.validate()?;
+        Ok(plan)
+    }
+
+    /// The plan with the hash of the model that it was made for, [`Checkpoint::sha256`](crate::Checkpoint::sha256).
+    #[must_use]
+    pub fn for_model(mut self, sha256: impl Into<String>) -> Self {
+        self.model_sha256 = Some(sha256.into());
+        self
+    }
+
+    /// Reads a plan.
+    ///
+    /// # Errors
+    /// Text that is no plan, a plan of a newer version, or one that contradicts itself.
+    pub fn from_json(json: &str) -> Result<Self> {
+        serde_json::from_str(json).map_err(|error| Error::Plan(error.to_string()))
+    }
+
+    /// The plan as JSON text.
+    ///
+    /// # Errors
+    /// None in practice: every plan can be written.
+    pub fn to_json(&self) -> Result<String> {
+        serde_json::to_string_pretty(self).map_err(|error| Error::Plan(error.to_string()))
+    }
+
+    /// The blocks that go, ascending.
+    #[must_use]
+    pub fn removed(&self) -> &[usize] {
+        &self.removed
+    }
+
+    /// The blocks that stay, ascending.
+    #[must_use]
+    pub fn kept(&self) -> Vec<usize> {
+        (0..self.depth).filter(|index| !self.removed.contains(index)).collect()
+    }
+
+    /// The number of blocks of the model that the plan is for.
+    #[must_use]
+    pub fn depth(&self) -> usize {
+        self.depth
+    }
+
+    /// What was asked for.
+    #[must_use]
+    pub fn target(&self) -> Target {
+        self.target
+    }
+
+    /// The scores that decided.
+    #[must_use]
+    pub fn scores(&self) -> &Scores {
+        &self.scores
+    }
+
+    /// Whether the plan is for a model of this architecture.
+    pub(crate) fn check_model(&self, arch: &Architecture) -> Result<()> {
+        if (self.depth, &self.model_type) == (arch.depth(), &arch.model_type) {
+            return Ok(());
+        }
+        let (wanted, found) = ((&self.model_type, self.depth), (&arch.model_type, arch.depth()));
+        let reason = format!(
+            "is for a {} of {} blocks, the model is a {} of {}",
+            wanted.0, wanted.1, found.0, found.1
+        );
+        Err(Error::Plan(reason))
+    }
+
+    fn validate(&self) -> Result<()> {
+        if self.version == 0 || self.version > PLAN_VERSION {
+            let reason = format!("version {} is not known, expected at most {PLAN_VERSION}", self.version);
+            return Err(Error::Plan(reason));
+        }
+        if self.scores.blocks.len() != self.depth {
+            let reason = format!("{} scores for a model of {} blocks", self.scores.blocks.len(), self.depth);
+            return Err(Error::Plan(reason));
+        }
+        if let Some((place, score)) =
+            self.scores.blocks.iter().enumerate().find(|(place, s)| s.index != *place)
+        {
+            return Err(Error::Plan(format!("score {place} is of block {}, expected {place}", score.index)));
+        }
+        let ascending = self.removed.iter().zip(self.removed.iter().skip(1)).all(|(a, b)| a < b);
+        if !ascending {
+            return Err(Error::Plan(format!("removed blocks {:?} are not ascending", self.removed)));
+        }
+        if let Some(&index) = self.removed.iter().chain(&self.protected).find(|&&index| index >= self.depth) {
+            return Err(Error::NoSuchBlock { index, depth: self.depth });
+        }
+        if let Some(index) = self.removed.iter().find(|index| self.protected.contains(index)) {
+            return Err(Error::Plan(format!("block {index} is protected and removed")));
+        }
+        if self.removed.len() >= self.depth {
+            return Err(Error::Plan("no block would be left".into()));
+        }
+        Ok(())
+    }
+}
+
+impl Serialize for Plan {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        Self::serialize(self, serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for Plan {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let plan = Self::deserialize(deserializer)?;
+        plan.validate().map_err(D::Error::custom)?;
+        Ok(plan)
+    }
+}
+
+/// The number of blocks that have to go for `target`.
+fn blocks_to_remove(arch: &Architecture, target: Target) -> Result<usize> {
+    let depth = arch.depth();
+    match target {
+        Target::Blocks(count) if count < depth => Ok(count),
+        Target::Blocks(count) => {
+            Err(Error::argument("blocks to remove", count, format!("fewer than the {depth} there are")))
+        }
+        Target::Rate(rate) if (0.0..1.0).contains(&rate) => {
+            // The product of 0.15 and 30 lies a hair below 4.5; the tolerance lets it round as it reads.
+            let count = (rate * depth as f64 + 0.5 + 1e-9).floor() as usize;
+            Ok(count.min(depth.saturating_sub(1)))
+        }
+        Target::Rate(rate) => Err(Error::argument("removal rate", rate, "at least 0 and below 1")),
+        Target::Parameters(budget) => {
+            let total = parameter_count(arch.params().iter().map(|(_, shape)| shape.as_slice()));
+            let block = parameter_count(arch.block_params().iter().map(|(_, shape)| shape.as_slice()));
+            let count = total.saturating_sub(budget).div_ceil(block.max(1));
+            if count < depth {
+                return Ok(count);
+            }
+            let least = total - (depth - 1) * block;
+            Err(Error::argument("parameter budget", budget, format!("at least {least}, with one block left")))
+        }
+    }
+}
+
+fn parameter_count<'a>(shapes: impl Iterator<Item = &'a [usize]>) -> usize {
+    shapes.map(|shape| shape.iter().product::<usize>()).sum()
+}
