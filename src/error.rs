@@ -129,7 +129,11 @@ impl Error {
         Error::Tensor { path: path.to_path_buf(), tensor: tensor.into(), reason: reason.into() }
     }
 
-    pub(crate) fn argument(name: &'static str, value: impl ToString, expected: impl Into<String>) -> Error {
+    pub(crate) fn argument(
+        name: &'static str,
+        value: impl std::fmt::Display,
+        expected: impl Into<String>,
+    ) -> Error {
         Error::Argument { name, value: value.to_string(), expected: expected.into() }
     }
 }

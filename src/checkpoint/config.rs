@@ -16,11 +16,17 @@ pub(crate) const MODEL_TYPES: [&str; 10] =
 const MOST_BLOCKS: usize = 4096;
 const LARGEST_SIZE: usize = 1 << 30;
 
-/// The architecture that a `config.json` describes.
-///
-/// # Errors
-/// [`Error::Config`] with the field that is missing, contradictory or not supported.
-pub(crate) fn architecture(config: &Value) -> Result<Architecture> {
+impl Architecture {
+    /// The architecture that a `config.json` describes.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with the field that is missing, contradictory or not supported.
+    pub fn from_config(config: &Value) -> Result<Self> {
+        architecture(config)
+    }
+}
+
+fn architecture(config: &Value) -> Result<Architecture> {
     let fields = Fields::of(config)?;
     let model_type = fields.string("model_type")?;
     fields.refuse_unsupported()?;
@@ -63,7 +69,7 @@ const FULL: &str = "full_attention";
 
 fn llama(fields: &Fields<'_>) -> Result<Architecture> {
     let attention_bias = fields.flag("attention_bias", false)?;
-    let base = fields.rotary_family(Defaults::default())?;
+    let base = fields.rotary_family(&Defaults::default())?;
     Ok(Architecture {
         qkv_bias: attention_bias,
         output_bias: attention_bias,
@@ -75,19 +81,19 @@ fn llama(fields: &Fields<'_>) -> Result<Architecture> {
 fn mistral(fields: &Fields<'_>) -> Result<Architecture> {
     let window =
         if fields.has("sliding_window") { fields.optional_size("sliding_window")? } else { Some(4096) };
-    let base = fields.rotary_family(Defaults { kv_heads: Some(8), ..Defaults::default() })?;
+    let base = fields.rotary_family(&Defaults { kv_heads: Some(8), ..Defaults::default() })?;
     Ok(with_windows(base, |_| window))
 }
 
 fn qwen2(fields: &Fields<'_>) -> Result<Architecture> {
-    let base = fields.rotary_family(Defaults::default())?;
+    let base = fields.rotary_family(&Defaults::default())?;
     let sliding = fields.qwen_sliding(base.depth())?;
     Ok(Architecture { qkv_bias: true, ..with_windows(base, |index| sliding.get(index).copied().flatten()) })
 }
 
 fn qwen3(fields: &Fields<'_>) -> Result<Architecture> {
     let bias = fields.flag("attention_bias", false)?;
-    let base = fields.rotary_family(Defaults { head_dim: Some(128), ..Defaults::default() })?;
+    let base = fields.rotary_family(&Defaults { head_dim: Some(128), ..Defaults::default() })?;
     let sliding = fields.qwen_sliding(base.depth())?;
     let base = with_windows(base, |index| sliding.get(index).copied().flatten());
     Ok(Architecture { qkv_bias: bias, output_bias: bias, qk_norm: Some(QkNorm::PerHead), ..base })
@@ -102,7 +108,7 @@ fn gemma(fields: &Fields<'_>) -> Result<Architecture> {
         activation_default: "gelu_pytorch_tanh",
         ..Defaults::default()
     };
-    let base = fields.rotary_family(defaults)?;
+    let base = fields.rotary_family(&defaults)?;
     Ok(Architecture {
         norm: NormKind::Rms { unit_offset: true },
         embedding_scale: Some((base.hidden_size as f64).sqrt()),
@@ -146,9 +152,9 @@ fn gemma3(fields: &Fields<'_>) -> Result<Architecture> {
             ..global
         },
     };
-    let blocks = sliding.iter().map(|&slides| match slides {
-        true => BlockSpec { window: Some(window), rope: local },
-        false => BlockSpec { window: None, rope: global },
+    let blocks = sliding.iter().map(|&slides| BlockSpec {
+        window: slides.then_some(window),
+        rope: if slides { local } else { global },
     });
     Ok(Architecture {
         blocks: blocks.collect(),
@@ -162,13 +168,13 @@ fn gemma3(fields: &Fields<'_>) -> Result<Architecture> {
 fn phi3(fields: &Fields<'_>) -> Result<Architecture> {
     let window = fields.optional_size("sliding_window")?;
     let defaults = Defaults { norm_eps: 1e-5, ..Defaults::default() };
-    let base = fields.rotary_family(defaults)?;
+    let base = fields.rotary_family(&defaults)?;
     Ok(with_windows(base, |_| window))
 }
 
 fn olmo2(fields: &Fields<'_>) -> Result<Architecture> {
     let bias = fields.flag("attention_bias", false)?;
-    let base = fields.rotary_family(Defaults { norm_eps: 1e-5, ..Defaults::default() })?;
+    let base = fields.rotary_family(&Defaults { norm_eps: 1e-5, ..Defaults::default() })?;
     Ok(Architecture {
         norm_placement: NormPlacement::Post,
         qk_norm: Some(QkNorm::Full),
@@ -430,7 +436,7 @@ impl<'a> Fields<'a> {
     }
 
     /// What all families with RoPE, RMS norms and gated MLPs have in common.
-    fn rotary_family(&self, defaults: Defaults) -> Result<Architecture> {
+    fn rotary_family(&self, defaults: &Defaults) -> Result<Architecture> {
         let (hidden, heads) = (self.size("hidden_size")?, self.size("num_attention_heads")?);
         let head_dim = match self.optional_size("head_dim")?.or(defaults.head_dim) {
             Some(head_dim) => head_dim,

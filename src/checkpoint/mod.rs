@@ -104,7 +104,7 @@ impl Checkpoint {
     }
 
     fn checked(location: PathBuf, source: Source, config: Value) -> Result<Self> {
-        let architecture = config::architecture(&config)?;
+        let architecture = Architecture::from_config(&config)?;
         let tensors = layout::stored_tensors(&architecture);
         let checkpoint = Self { location, source, config, architecture, tensors, dtype: None };
         checkpoint.check_tensors()?;
@@ -174,6 +174,15 @@ impl Checkpoint {
                 .remove(&param)
                 .ok_or_else(|| Error::tensor(&self.location, &stored.name, "does not hold it"))
         })
+    }
+
+    /// The bytes of all tensors as they are stored, or will be.
+    #[must_use]
+    pub fn tensor_bytes(&self) -> u64 {
+        let bytes = |stored: &Stored| {
+            stored.shape.iter().product::<usize>() * self.stored_dtype(&stored.name).size_in_bytes()
+        };
+        self.tensors.iter().map(|stored| bytes(stored) as u64).sum()
     }
 
     /// The SHA-256 of the files of weights, one after the other, in hexadecimal.

@@ -89,7 +89,7 @@ impl Checkpoint {
         }
         self.write_companions(&staging)?;
         let (weight_files, tensor_bytes) = self.write_weights(decoder, &staging, options, observer)?;
-        self.compare(decoder, &staging.path)?;
+        compare(decoder, &staging.path)?;
         staging.commit(directory)?;
         Ok(Saved { directory: directory.to_path_buf(), tensor_bytes, weight_files })
     }
@@ -162,6 +162,7 @@ impl Checkpoint {
             if let Some(error) = views.iter().find_map(|view| view.failure.take()) {
                 return Err(error);
             }
+            staging.open_to_readers(&path)?;
             sync(&path)?;
             weight_map
                 .extend(views.iter().map(|view| (view.stored.name.clone(), Value::from(name.as_str()))));
@@ -192,25 +193,24 @@ impl Checkpoint {
         let foreign = || Error::Plan("the decoder was not made from this checkpoint".into());
         tensors.iter().map(|stored| dtype(stored).ok_or_else(foreign)).collect()
     }
+}
 
-    /// Opens what was written as anyone would, and compares it with the decoder: architecture, then every tensor.
-    fn compare(&self, decoder: &Decoder, written: &Path) -> Result<()> {
-        let reloaded = Checkpoint::open(written)?;
-        if reloaded.architecture() != decoder.architecture() {
-            let reason =
-                "config.json cannot say what the decoder computes (a kept block's attention or rope)";
-            return Err(Error::format(&written.join("config.json"), reason));
-        }
-        let params: HashMap<Param, &Tensor> = decoder.params().collect();
-        for stored in &reloaded.tensors {
-            let on_disk = reloaded.read(stored)?;
-            let in_memory = joined(stored, &params, on_disk.dtype())?;
-            if bytes_of(&on_disk)? != bytes_of(&in_memory)? {
-                return Err(Error::tensor(written, &stored.name, "does not read back as it was written"));
-            }
-        }
-        Ok(())
+/// Opens what was written as anyone would, and compares it with the decoder: architecture, then every tensor.
+fn compare(decoder: &Decoder, written: &Path) -> Result<()> {
+    let reloaded = Checkpoint::open(written)?;
+    if reloaded.architecture() != decoder.architecture() {
+        let reason = "config.json cannot say what the decoder computes (a kept block's attention or rope)";
+        return Err(Error::format(&written.join("config.json"), reason));
     }
+    let params: HashMap<Param, &Tensor> = decoder.params().collect();
+    for stored in &reloaded.tensors {
+        let on_disk = reloaded.read(stored)?;
+        let in_memory = joined(stored, &params, on_disk.dtype())?;
+        if bytes_of(&on_disk)? != bytes_of(&in_memory)? {
+            return Err(Error::tensor(written, &stored.name, "does not read back as it was written"));
+        }
+    }
+    Ok(())
 }
 
 /// A stored tensor put together only while it is written.
@@ -234,10 +234,10 @@ impl ::safetensors::View for &TensorView<'_> {
 
     fn data(&self) -> Cow<'_, [u8]> {
         let bytes = joined(self.stored, self.params, self.dtype).and_then(|tensor| bytes_of(&tensor));
-        bytes.map(Cow::Owned).unwrap_or_else(|error| {
+        Cow::Owned(bytes.unwrap_or_else(|error| {
             *self.failure.borrow_mut() = Some(error);
-            Cow::Owned(vec![0; self.bytes])
-        })
+            vec![0; self.bytes]
+        }))
     }
 
     fn data_len(&self) -> usize {
@@ -322,6 +322,13 @@ impl Staging {
         let path = self.path.join(name);
         let mut file = File::create(&path).map_err(Error::io("create", &path))?;
         file.write_all(bytes).and_then(|()| file.sync_all()).map_err(Error::io("write", &path))
+    }
+
+    /// Gives a file the permissions of the others: the tensor writer makes files that only their owner may read.
+    fn open_to_readers(&self, path: &Path) -> Result<()> {
+        let like = self.path.join("config.json");
+        let permissions = std::fs::metadata(&like).map_err(Error::io("read", &like))?.permissions();
+        std::fs::set_permissions(path, permissions).map_err(Error::io("write", path))
     }
 
     fn commit(mut self, directory: &Path) -> Result<()> {

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 /// transformers gives them where it has one.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
+#[allow(clippy::struct_excessive_bools)] // each is a switch of its own in config.json
 pub struct Architecture {
     /// The family, as `model_type` in `config.json`.
     pub model_type: String,

@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Storage, Tensor, bail};
 use rayon::prelude::*;
 
-use super::simd::{add_scaled, dot, exp, max, sum, tanh, vectorised};
+use super::simd::{add_scaled, dot, exp, map_in_place, max, sum, tanh, vectorised};
 use super::{Kernels, gemm, view};
 
 /// Heads, scale and visibility of an attention.
@@ -89,7 +89,7 @@ impl Extent {
             && k_batch == batch
             && keys >= seq
             && shape.kv_heads > 0
-            && shape.heads % shape.kv_heads == 0
+            && shape.heads.is_multiple_of(shape.kv_heads)
             && shape.window != Some(0);
         if !fits {
             bail!("attention of queries {q:?}, keys {k:?} and values {v:?} does not fit {shape:?}");
@@ -157,9 +157,10 @@ impl Attention {
         let (width, dim) = (self.key_width(), self.0.head_dim);
         let kv_head = tile.head / (self.0.heads / self.0.kv_heads);
         let start = offset + (tile.batch * extent.keys + tile.first_key) * width + kv_head * dim;
-        match transposed {
-            false => view((tile.keys, dim), (width, 1), start),
-            true => view((dim, tile.keys), (1, width), start),
+        if transposed {
+            view((dim, tile.keys), (1, width), start)
+        } else {
+            view((tile.keys, dim), (width, 1), start)
         }
     }
 
@@ -180,7 +181,7 @@ impl Attention {
     fn probabilities(&self, extent: &Extent, tile: &Tile, operands: &Operands<'_>) -> Result<Vec<f32>> {
         let q = (operands.q.0, self.query_view(extent, tile, operands.q.1));
         let k = (operands.k.0, self.key_view(extent, tile, operands.k.1, true));
-        let mut scores = gemm(q, k)?; // (rows, keys)
+        let mut scores = gemm(&q, &k)?; // (rows, keys)
         vectorised(
             #[inline(always)]
             || self.softmax(extent, tile, &mut scores),
@@ -207,8 +208,8 @@ impl Attention {
                 let probabilities = CpuStorage::F32(self.probabilities(extent, tile, operands)?);
                 let weights = view((tile.rows, tile.keys), (tile.keys, 1), 0);
                 gemm(
-                    (&probabilities, weights),
-                    (operands.v.0, self.key_view(extent, tile, operands.v.1, false)),
+                    &(&probabilities, weights),
+                    &(operands.v.0, self.key_view(extent, tile, operands.v.1, false)),
                 )
             })
             .collect::<Result<Vec<_>>>()?;
@@ -256,16 +257,16 @@ impl Attention {
 #[inline(always)]
 fn softmax_row(scores: &mut [f32], scale: f32, softcap: Option<f64>) {
     match softcap {
-        None => scores.iter_mut().for_each(|s| *s *= scale),
+        None => map_in_place(scores, |s| s * scale),
         Some(cap) => {
             let cap = cap as f32;
-            scores.iter_mut().for_each(|s| *s = cap * tanh(*s * scale / cap));
+            map_in_place(scores, |s| cap * tanh(s * scale / cap));
         }
     }
     let highest = max(scores);
-    scores.iter_mut().for_each(|s| *s = exp(*s - highest));
+    map_in_place(scores, |s| exp(s - highest));
     let inverse = 1.0 / sum(scores, |s| s);
-    scores.iter_mut().for_each(|s| *s *= inverse);
+    map_in_place(scores, |s| s * inverse);
 }
 
 impl CustomOp3 for Attention {
@@ -375,7 +376,7 @@ impl Backward<'_> {
         let probabilities = op.probabilities(extent, tile, &self.operands)?;
         let grad_view = op.query_view(extent, tile, self.grad.1);
         let values = (self.operands.v.0, op.key_view(extent, tile, self.operands.v.1, true));
-        let mut d_scores = gemm((self.grad.0, grad_view.clone()), values)?; // (rows, keys)
+        let mut d_scores = gemm(&(self.grad.0, grad_view.clone()), &values)?; // (rows, keys)
         let slopes = self.softcap_slopes(tile)?;
         let (out, grad) = (self.out.0.as_slice::<f32>()?, self.grad.0.as_slice::<f32>()?);
         let row_start = (tile.batch * extent.seq + tile.first_row) * width + tile.head * dim;
@@ -401,9 +402,9 @@ impl Backward<'_> {
         let (probabilities, d_scores) = (CpuStorage::F32(probabilities), CpuStorage::F32(d_scores));
         let keys = (self.operands.k.0, op.key_view(extent, tile, self.operands.k.1, false));
         let queries = (self.operands.q.0, op.query_view(extent, tile, self.operands.q.1));
-        let dq = gemm((&d_scores, by_row), keys)?;
-        let dk = gemm((&d_scores, by_key.clone()), queries)?;
-        let dv = gemm((&probabilities, by_key), (self.grad.0, grad_view))?;
+        let dq = gemm(&(&d_scores, by_row), &keys)?;
+        let dk = gemm(&(&d_scores, by_key.clone()), &queries)?;
+        let dv = gemm(&(&probabilities, by_key), &(self.grad.0, grad_view))?;
         sums.q[tile.first_row * dim..][..dq.len()].copy_from_slice(&dq);
         add_scaled(&mut sums.k[tile.first_key * dim..][..dk.len()], 1.0, &dk);
         add_scaled(&mut sums.v[tile.first_key * dim..][..dv.len()], 1.0, &dv);
@@ -415,15 +416,15 @@ impl Backward<'_> {
         let Some(cap) = self.op.0.softcap else { return Ok(Vec::new()) };
         let q = (self.operands.q.0, self.op.query_view(&self.extent, tile, self.operands.q.1));
         let k = (self.operands.k.0, self.op.key_view(&self.extent, tile, self.operands.k.1, true));
-        let mut scores = gemm(q, k)?;
+        let mut scores = gemm(&q, &k)?;
         let factor = (self.op.0.scale / cap) as f32;
         vectorised(
             #[inline(always)]
             || {
-                for s in &mut scores {
-                    let t = tanh(*s * factor);
-                    *s = 1.0 - t * t;
-                }
+                map_in_place(&mut scores, |s| {
+                    let t = tanh(s * factor);
+                    1.0 - t * t
+                });
             },
         );
         Ok(scores)

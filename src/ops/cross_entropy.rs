@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Storage, Tensor, bail};
 use rayon::prelude::*;
 
-use super::simd::{exp, max, sum, tanh, vectorised};
+use super::simd::{exp, map_in_place, max, sum, tanh, vectorised};
 use super::{Kernels, gemm, view};
 
 /// Rows whose logits exist at once.
@@ -79,11 +79,11 @@ impl Nll {
         for (chunk, targets) in self.targets.chunks(CHUNK_ROWS).enumerate() {
             let offset = lh.start_offset() + chunk * CHUNK_ROWS * self.width;
             let rows = view((targets.len(), self.width), (self.width, 1), offset);
-            let mut logits = gemm((hidden_cpu, rows), (head_cpu, transposed.clone()))?;
+            let mut logits = gemm(&(hidden_cpu, rows), &(head_cpu, transposed.clone()))?;
             losses.extend(self.reduce(&mut logits, targets, vocab, with_gradient));
             if with_gradient {
                 let logits = (&CpuStorage::F32(logits), view((targets.len(), vocab), (vocab, 1), 0));
-                gradient.extend(gemm(logits, (head_cpu, head_view.clone()))?);
+                gradient.extend(gemm(&logits, &(head_cpu, head_view.clone()))?);
             }
         }
         let gradient = with_gradient.then(|| Tensor::from_vec(gradient, hidden.shape(), hidden.device()));
@@ -107,7 +107,7 @@ impl Nll {
 fn nll_row(row: &mut [f32], target: usize, softcap: Option<f64>, gradient: bool) -> f32 {
     if let Some(cap) = softcap {
         let cap = cap as f32;
-        row.iter_mut().for_each(|l| *l = cap * tanh(*l / cap));
+        map_in_place(row, |l| cap * tanh(l / cap));
     }
     let highest = max(row);
     let total = sum(row, |l| exp(l - highest));
@@ -115,7 +115,7 @@ fn nll_row(row: &mut [f32], target: usize, softcap: Option<f64>, gradient: bool)
     if gradient {
         let (inverse, chosen) = (1.0 / total, row[target]);
         let slope = |l: f32| softcap.map_or(1.0, |cap| 1.0 - (l / cap as f32) * (l / cap as f32));
-        row.iter_mut().for_each(|l| *l = exp(*l - highest) * inverse * slope(*l));
+        map_in_place(row, |l| exp(l - highest) * inverse * slope(l));
         row[target] -= slope(chosen);
     }
     loss

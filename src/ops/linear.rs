@@ -51,7 +51,7 @@ impl CustomOp1 for FrozenLinear {
         let (out_stride, in_stride) = (strides[0], strides[1]);
         let transposed = view((input, output), (in_stride, out_stride), lw.start_offset());
         let x = (x, view((rows, input), (input, 1), lx.start_offset()));
-        let mut y = gemm(x, (weight, transposed))?;
+        let mut y = gemm(&x, &(weight, transposed))?;
         if let Some(bias) = &self.bias {
             super::with_elements([&bias.contiguous()?], |[bias]| {
                 y.par_chunks_mut(task_rows(output) * output).for_each(|rows| {

@@ -63,7 +63,7 @@ fn with_elements<const N: usize, R>(
 }
 
 /// The product of two strided matrices inside of f32 storages: `(rows, inner) · (inner, columns)`.
-fn gemm(left: (&CpuStorage, Layout), right: (&CpuStorage, Layout)) -> Result<Vec<f32>> {
+fn gemm(left: &(&CpuStorage, Layout), right: &(&CpuStorage, Layout)) -> Result<Vec<f32>> {
     use candle_core::backend::BackendStorage;
     let (m, k) = left.1.shape().dims2()?;
     let (inner, n) = right.1.shape().dims2()?;

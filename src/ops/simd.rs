@@ -98,6 +98,14 @@ pub(super) fn max(x: &[f32]) -> f32 {
     lanes.iter().fold(rest, |m, &x| if x > m { x } else { m })
 }
 
+/// Replaces every element by `f` of it.
+#[inline(always)]
+pub(super) fn map_in_place(x: &mut [f32], f: impl Fn(f32) -> f32) {
+    for x in x {
+        *x = f(*x);
+    }
+}
+
 /// `y += a · x`.
 #[inline(always)]
 pub(super) fn add_scaled(y: &mut [f32], a: f32, x: &[f32]) {
@@ -141,7 +149,8 @@ mod tests {
             let x: Vec<f32> = (0..n).map(|i| i as f32).collect();
             let sum_of_squares: f64 = (0..n).map(|i| (i * i) as f64).sum();
             assert!((f64::from(vectorised(|| dot(&x, &x))) - sum_of_squares).abs() <= sum_of_squares * 1e-6);
-            assert_eq!(max(&x), if n == 0 { f32::NEG_INFINITY } else { n as f32 - 1.0 });
+            let largest = if n == 0 { f32::NEG_INFINITY } else { n as f32 - 1.0 };
+            assert_eq!(max(&x).to_bits(), largest.to_bits());
         }
     }
 }

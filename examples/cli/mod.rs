@@ -1,0 +1,123 @@
+//! What the examples have in common: flags that mean the same everywhere, and bars for progress.
+#![allow(dead_code, unreachable_pub, clippy::print_stdout, clippy::print_stderr)]
+
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::{Args, ValueEnum};
+use foldgpt::candle::{DType, Device};
+use foldgpt::importance::{BlockInfluence, Importance};
+use foldgpt::{Bos, Checkpoint, Decoder, Observer, Tokenizer, Windows};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+/// Which model.
+#[derive(Debug, Args)]
+pub struct ModelArgs {
+    /// A directory in the Hugging Face layout, a GGUF file, or a hub id (`org/name`, feature `hub`)
+    #[arg(long)]
+    pub model: String,
+}
+
+impl ModelArgs {
+    pub fn open(&self) -> Result<Checkpoint> {
+        Ok(Checkpoint::open(&self.model)?)
+    }
+
+    pub fn load(&self) -> Result<(Checkpoint, Decoder)> {
+        let checkpoint = self.open()?;
+        let decoder = load(&checkpoint)?;
+        Ok((checkpoint, decoder))
+    }
+}
+
+/// A checkpoint's weights in f32 on the CPU.
+pub fn load(checkpoint: &Checkpoint) -> Result<Decoder> {
+    Ok(checkpoint.decoder(DType::F32, &Device::Cpu)?)
+}
+
+/// How a text is cut into windows.
+#[derive(Debug, Args)]
+pub struct WindowArgs {
+    /// Tokens in each window
+    #[arg(long, default_value_t = 512)]
+    pub seq_len: usize,
+    /// Begin each window with the begin-of-text token
+    #[arg(long, value_enum, default_value_t = BosArg::Auto)]
+    pub bos: BosArg,
+}
+
+impl WindowArgs {
+    pub fn cut(&self, tokenizer: &Tokenizer, text: &str, limit: Option<usize>) -> Result<Windows> {
+        let bos = match self.bos {
+            BosArg::Auto => Bos::Auto,
+            BosArg::Always => Bos::Always,
+            BosArg::Never => Bos::Never,
+        };
+        Ok(Windows::from_text(tokenizer, text, self.seq_len, limit, bos)?)
+    }
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum BosArg {
+    /// As the tokenizer does it
+    Auto,
+    Always,
+    Never,
+}
+
+/// How blocks are scored.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum Method {
+    BlockInfluence,
+}
+
+impl Method {
+    pub fn build(self) -> Box<dyn Importance> {
+        match self {
+            Self::BlockInfluence => Box::new(BlockInfluence::default()),
+        }
+    }
+}
+
+pub fn read_text(path: &PathBuf) -> Result<String> {
+    std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+/// The first 80 % of a text, for calibration, and the rest, for evaluation, parted at a line's end.
+pub fn split_text(text: &str) -> (&str, &str) {
+    let target = text.len() / 5 * 4;
+    let at = text
+        .bytes()
+        .enumerate()
+        .skip(target)
+        .find(|(_, byte)| *byte == b'\n')
+        .map_or(text.len(), |(i, _)| i + 1);
+    text.split_at(at)
+}
+
+/// A bar on standard error for every stage; nothing where standard error is no terminal.
+#[derive(Debug, Default)]
+pub struct Bars(Option<ProgressBar>);
+
+impl Observer for Bars {
+    fn started(&mut self, stage: &'static str, total: u64) {
+        let style = ProgressStyle::with_template("{msg:18} {wide_bar} {pos}/{len} {eta} left");
+        let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr());
+        self.0 =
+            Some(bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar())).with_message(stage));
+    }
+
+    fn advanced(&mut self, _: &'static str, done: u64, _: u64) -> ControlFlow<()> {
+        if let Some(bar) = &self.0 {
+            bar.set_position(done);
+        }
+        ControlFlow::Continue(())
+    }
+
+    fn finished(&mut self, _: &'static str) {
+        if let Some(bar) = self.0.take() {
+            bar.finish_and_clear();
+        }
+    }
+}

@@ -1,0 +1,75 @@
+//! Models side by side: what they hold, what they are worth, how fast they read.
+#![allow(dead_code, unreachable_pub)]
+
+use std::fmt::Write;
+use std::time::Instant;
+
+use foldgpt::{Checkpoint, Decoder, Observer, Perplexity, Windows, perplexity};
+
+/// A model's line of the table.
+pub struct Row {
+    name: &'static str,
+    blocks: usize,
+    parameters: usize,
+    bytes: u64,
+    result: Perplexity,
+    tokens_per_second: f64,
+}
+
+impl Row {
+    /// Evaluates `decoder`, loaded from `checkpoint`, on `windows`; speed is that of the evaluation, in tokens read per second.
+    pub fn measure(
+        name: &'static str,
+        checkpoint: &Checkpoint,
+        decoder: &Decoder,
+        windows: &Windows,
+        observer: &mut dyn Observer,
+    ) -> foldgpt::Result<Self> {
+        let start = Instant::now();
+        let result = perplexity(decoder, windows, observer)?;
+        let tokens = (windows.len() * windows.seq_len()) as f64;
+        Ok(Self {
+            name,
+            blocks: decoder.depth(),
+            parameters: decoder.parameter_count(),
+            bytes: checkpoint.tensor_bytes(),
+            result,
+            tokens_per_second: tokens / start.elapsed().as_secs_f64(),
+        })
+    }
+}
+
+/// The rows under their heads.
+pub fn table(rows: &[Row]) -> String {
+    let mut text = format!(
+        "{:<12} {:>6} {:>12} {:>14} {:>8} {:>11} {:>9}\n",
+        "", "blocks", "parameters", "stored bytes", "nll", "perplexity", "tokens/s"
+    );
+    for row in rows {
+        let _ = writeln!(
+            text,
+            "{:<12} {:>6} {:>12} {:>14} {:>8.4} {:>11.4} {:>9.0}",
+            row.name,
+            row.blocks,
+            row.parameters,
+            row.bytes,
+            row.result.mean_nll,
+            row.result.perplexity,
+            row.tokens_per_second
+        );
+    }
+    text
+}
+
+/// What the numbers of the table depend on.
+pub fn protocol(rows: &[Row]) -> String {
+    let Some(Row { result, .. }) = rows.first() else { return String::new() };
+    format!(
+        "nll in nats per token, {} predicted tokens in {} windows of {}, {} bos, text sha256 {:.12}…",
+        result.tokens,
+        result.windows,
+        result.seq_len,
+        if result.bos { "with" } else { "without" },
+        result.text_sha256
+    )
+}

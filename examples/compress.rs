@@ -1,0 +1,101 @@
+//! Makes a model shallower: scores its blocks, drops the least important, saves, reloads, evaluates.
+//!
+//! ```text
+//! cargo run --release --example compress -- --model M --text F --remove 0.2 --out DIR
+//! ```
+//!
+//! The first 80 % of the text calibrates, the last 20 % evaluates.
+#![allow(clippy::print_stdout)]
+
+mod chart;
+mod cli;
+mod compare;
+
+use std::path::PathBuf;
+
+use clap::Parser;
+use foldgpt::{Checkpoint, Plan, SaveOptions, Target, fold};
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+#[derive(Parser)]
+struct Args {
+    #[command(flatten)]
+    model: cli::ModelArgs,
+    /// Text: its first 80 % calibrate, its last 20 % evaluate
+    #[arg(long)]
+    text: PathBuf,
+    #[arg(long, value_enum, default_value_t = cli::Method::BlockInfluence)]
+    method: cli::Method,
+    #[command(flatten)]
+    target: TargetArgs,
+    /// Blocks that have to stay, by index from 0
+    #[arg(long, value_delimiter = ',')]
+    protect: Vec<usize>,
+    /// The directory to write, new or empty
+    #[arg(long)]
+    out: PathBuf,
+    /// Calibrate on at most this many windows
+    #[arg(long, default_value_t = 16)]
+    windows: usize,
+    /// Evaluate on at most this many windows
+    #[arg(long, default_value_t = 32)]
+    eval_windows: usize,
+    #[command(flatten)]
+    window: cli::WindowArgs,
+}
+
+#[derive(clap::Args)]
+#[group(required = true, multiple = false)]
+struct TargetArgs {
+    /// Remove this share of the blocks, rounded to the nearest number
+    #[arg(long)]
+    remove: Option<f64>,
+    /// Remove this many blocks
+    #[arg(long)]
+    remove_blocks: Option<usize>,
+    /// Remove as few blocks as leave at most this many parameters
+    #[arg(long)]
+    max_params: Option<usize>,
+}
+
+impl TargetArgs {
+    fn target(&self) -> Target {
+        match (self.remove, self.remove_blocks, self.max_params) {
+            (Some(rate), ..) => Target::Rate(rate),
+            (_, Some(count), _) => Target::Blocks(count),
+            (.., budget) => Target::Parameters(budget.unwrap_or(usize::MAX)),
+        }
+    }
+}
+
+fn main() -> anyhow::Result<()> {
+    let args = Args::parse();
+    let mut bars = cli::Bars::default();
+    let (checkpoint, dense) = args.model.load()?;
+    let tokenizer = checkpoint.tokenizer()?;
+    let text = cli::read_text(&args.text)?;
+    let (calibration, held_out) = cli::split_text(&text);
+    let calibration = args.window.cut(&tokenizer, calibration, Some(args.windows))?;
+    let held_out = args.window.cut(&tokenizer, held_out, Some(args.eval_windows))?;
+
+    let scores = args.method.build().score(&dense, &calibration, &mut bars)?;
+    let plan = Plan::new(dense.architecture(), &scores, args.target.target(), &args.protect)?;
+    let plan = plan.for_model(checkpoint.sha256()?);
+    let folded = fold(&dense, &plan)?;
+    let saved = checkpoint.save(&folded, Some(&plan), &args.out, &SaveOptions::default(), &mut bars)?;
+
+    let written = Checkpoint::open(&args.out)?;
+    let reloaded = cli::load(&written)?;
+    let rows = [
+        compare::Row::measure("dense", &checkpoint, &dense, &held_out, &mut bars)?,
+        compare::Row::measure("compressed", &written, &reloaded, &held_out, &mut bars)?,
+    ];
+    println!("importance by {} on {} windows of {}", scores.method, scores.windows, scores.seq_len);
+    print!("{}", chart::bars(&scores, plan.removed()));
+    println!("\n{}", compare::table(&rows));
+    println!("{}", compare::protocol(&rows));
+    println!("saved to {} ({} bytes of tensors)", saved.directory.display(), saved.tensor_bytes);
+    Ok(())
+}

@@ -1,0 +1,61 @@
+//! Continues a prompt.
+//!
+//! ```text
+//! cargo run --release --example generate -- --model M --prompt P [--tokens N] [--temperature T] [--seed N]
+//! ```
+#![allow(clippy::print_stdout)]
+
+mod cli;
+
+use std::io::Write;
+use std::ops::ControlFlow;
+
+use clap::Parser;
+use foldgpt::Generate;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+#[derive(Parser)]
+struct Args {
+    #[command(flatten)]
+    model: cli::ModelArgs,
+    #[arg(long)]
+    prompt: String,
+    /// Make at most this many tokens
+    #[arg(long, default_value_t = 100)]
+    tokens: usize,
+    /// 0 always takes the likeliest token
+    #[arg(long, default_value_t = 0.8)]
+    temperature: f64,
+    /// Sample among the likeliest tokens only
+    #[arg(long)]
+    top_k: Option<usize>,
+    /// Sample among the likeliest tokens that together have this probability
+    #[arg(long)]
+    top_p: Option<f64>,
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+}
+
+fn main() -> anyhow::Result<()> {
+    let args = Args::parse();
+    let (checkpoint, decoder) = args.model.load()?;
+    let options = Generate {
+        max_tokens: args.tokens,
+        temperature: args.temperature,
+        top_k: args.top_k,
+        top_p: args.top_p,
+        seed: args.seed,
+    };
+    print!("{}", args.prompt);
+    options.run(&decoder, &checkpoint.tokenizer()?, &args.prompt, |piece| {
+        print!("{piece}");
+        match std::io::stdout().flush() {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(_) => ControlFlow::Break(()),
+        }
+    })?;
+    println!();
+    Ok(())
+}

@@ -1,0 +1,75 @@
+//! The whole job in a minute, on a tiny story-telling model that comes with the crate: score its blocks, drop those
+//! that matter least, save, reload, and compare.
+//!
+//! ```text
+//! cargo run --release --example quickstart
+//! ```
+#![allow(clippy::print_stdout)]
+
+mod chart;
+mod cli;
+mod compare;
+mod stories;
+
+use std::ops::ControlFlow;
+use std::path::Path;
+
+use foldgpt::importance::BlockInfluence;
+use foldgpt::{Checkpoint, Decoder, Generate, Importance, Plan, SaveOptions, Target, Tokenizer, fold};
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/tiny-stories");
+const PROMPT: &str = "A boy named Ben lived in";
+
+fn main() -> anyhow::Result<()> {
+    let mut bars = cli::Bars::default();
+    let checkpoint = Checkpoint::open(MODEL)?;
+    let dense = cli::load(&checkpoint)?;
+    let tokenizer = checkpoint.tokenizer()?;
+
+    // Stories that the model was not trained on: some to calibrate with, others to evaluate on.
+    let window = cli::WindowArgs { seq_len: 256, bos: cli::BosArg::Auto };
+    let calibration = window.cut(&tokenizer, &stories::corpus(11, 60_000), Some(24))?;
+    let held_out = window.cut(&tokenizer, &stories::corpus(12, 120_000), Some(64))?;
+
+    let scores = BlockInfluence::default().score(&dense, &calibration, &mut bars)?;
+    let plan =
+        Plan::new(dense.architecture(), &scores, Target::Rate(0.25), &[])?.for_model(checkpoint.sha256()?);
+    println!("How much each block matters ({}):\n{}", scores.method, chart::bars(&scores, plan.removed()));
+
+    let folded = fold(&dense, &plan)?;
+    let directory = std::env::temp_dir().join("foldgpt-quickstart");
+    remove_last_run(&directory)?;
+    checkpoint.save(&folded, Some(&plan), &directory, &SaveOptions::default(), &mut bars)?;
+
+    let written = Checkpoint::open(&directory)?;
+    let reloaded = cli::load(&written)?;
+    let rows = [
+        compare::Row::measure("dense", &checkpoint, &dense, &held_out, &mut bars)?,
+        compare::Row::measure("compressed", &written, &reloaded, &held_out, &mut bars)?,
+    ];
+    println!("{}\n{}\n", compare::table(&rows), compare::protocol(&rows));
+    println!("before: {}\n", sample(&dense, &tokenizer)?);
+    println!("after:  {}\n", sample(&reloaded, &tokenizer)?);
+    println!("The compressed model is in {}; transformers loads it too.", directory.display());
+    Ok(())
+}
+
+fn sample(decoder: &Decoder, tokenizer: &Tokenizer) -> anyhow::Result<String> {
+    let mut text = PROMPT.to_string();
+    let options = Generate { max_tokens: 90, ..Generate::default() };
+    options.run(decoder, tokenizer, PROMPT, |piece| {
+        text.push_str(piece);
+        ControlFlow::Continue(())
+    })?;
+    Ok(text)
+}
+
+fn remove_last_run(directory: &Path) -> anyhow::Result<()> {
+    if directory.exists() {
+        std::fs::remove_dir_all(directory)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,39 @@
+"""Loads what foldgpt saved with transformers and compares the logits with foldgpt's own.
+
+    python tests/interop/check.py [DIRECTORY ...]
+
+Each directory holds `model/`, a saved checkpoint, and `expected.safetensors` with `input_ids` and `logits`.
+"""
+
+import pathlib
+import sys
+
+import torch
+import transformers
+from safetensors.torch import load_file
+
+TOLERANCE = 1e-4
+
+
+def main() -> int:
+    root = pathlib.Path(__file__).resolve().parents[2] / "target" / "interop"
+    directories = [pathlib.Path(d) for d in sys.argv[1:]] or sorted(d for d in root.iterdir() if d.is_dir())
+    print(f"transformers {transformers.__version__}, torch {torch.__version__}")
+    worst = 0.0
+    for directory in directories:
+        expected = load_file(directory / "expected.safetensors")
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            directory / "model", dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        )
+        with torch.no_grad():
+            logits = model(expected["input_ids"].long()).logits
+        off = ((logits - expected["logits"]).abs().max() / logits.abs().max()).item()
+        stray = [key for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]]
+        worst = max(worst, off, 1.0 if stray else 0.0)
+        print(f"{directory.name:32} {model.config.num_hidden_layers:3} blocks  off by {off:.1e}  {stray or ''}")
+    print("all agree" if worst < TOLERANCE else f"worst {worst:.1e}, expected below {TOLERANCE}")
+    return int(worst >= TOLERANCE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
