@@ -87,6 +87,13 @@ pub enum Error {
         value: f64,
     },
 
+    /// Something that should be differentiated has no gradient: an operation upstream lost it.
+    #[error("no gradient reaches {tensor}")]
+    NoGradient {
+        /// What has no gradient.
+        tensor: String,
+    },
+
     /// A block index beyond the model's depth.
     #[error("block {index} does not exist: the model has {depth} blocks")]
     NoSuchBlock {

@@ -228,3 +228,21 @@ fn folding_copies_no_weight() {
         assert!(std::sync::Arc::ptr_eq(&kept.weights, &decoder.blocks()[original].weights));
     }
 }
+
+#[test]
+fn a_block_that_lost_a_half_is_saved_as_an_exact_equivalent() {
+    use foldgpt::model::{Part, Unit};
+    for family in FAMILIES {
+        let units =
+            [Unit { block: 0, part: Part::Mlp }, Unit::whole(2), Unit { block: 3, part: Part::Attention }];
+        let cut = load(family).without(&units).unwrap();
+        let scratch = tempfile::tempdir().unwrap();
+        let directory = scratch.path().join("out");
+        save(&open(family), &cut, &directory).unwrap();
+        let reloaded = reload(&directory);
+        assert_eq!((cut.depth(), reloaded.depth()), (3, 3), "{family}");
+        let ids = input_ids(family);
+        let (found, expected) = (reloaded.forward(&ids).unwrap(), cut.forward(&ids).unwrap());
+        assert!(distance(&found, &expected) < 1e-6, "{family}");
+    }
+}

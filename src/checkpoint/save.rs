@@ -137,7 +137,7 @@ impl Checkpoint {
         options: &SaveOptions,
         observer: &mut dyn Observer,
     ) -> Result<(Vec<String>, u64)> {
-        let params: HashMap<Param, &Tensor> = decoder.params().collect();
+        let params = Params::of(decoder);
         let tensors = stored_tensors(decoder.architecture());
         let origins = self.origins(decoder, &tensors)?;
         let views = tensors.iter().zip(&origins).map(|(stored, dtype)| {
@@ -202,7 +202,7 @@ fn compare(decoder: &Decoder, written: &Path) -> Result<()> {
         let reason = "config.json cannot say what the decoder computes (a kept block's attention or rope)";
         return Err(Error::format(&written.join("config.json"), reason));
     }
-    let params: HashMap<Param, &Tensor> = decoder.params().collect();
+    let params = Params::of(decoder);
     for stored in &reloaded.tensors {
         let on_disk = reloaded.read(stored)?;
         let in_memory = joined(stored, &params, on_disk.dtype())?;
@@ -218,7 +218,7 @@ struct TensorView<'a> {
     stored: &'a Stored,
     dtype: DType,
     bytes: usize,
-    params: &'a HashMap<Param, &'a Tensor>,
+    params: &'a Params<'a>,
     /// Why the tensor could not be put together: the writer's interface has no place for an error.
     failure: RefCell<Option<Error>>,
 }
@@ -245,12 +245,33 @@ impl ::safetensors::View for &TensorView<'_> {
     }
 }
 
-fn joined(stored: &Stored, params: &HashMap<Param, &Tensor>, dtype: DType) -> Result<Tensor> {
-    stored.join(|param| {
-        let missing = || Error::Plan(format!("the decoder has no {param}"));
-        let tensor: &Tensor = params.get(&param).ok_or_else(missing)?;
-        Ok(tensor.to_device(&Device::Cpu)?.to_dtype(dtype)?)
-    })
+/// A decoder's tensors by parameter, and what stands for those that it lacks.
+struct Params<'a> {
+    tensors: HashMap<Param, &'a Tensor>,
+    shapes: HashMap<Param, Vec<usize>>,
+}
+
+impl<'a> Params<'a> {
+    fn of(decoder: &'a Decoder) -> Self {
+        Self {
+            tensors: decoder.params().collect(),
+            shapes: decoder.architecture().params().into_iter().collect(),
+        }
+    }
+
+    /// The parameter in `dtype`. A half that a block lost is written as zeros: no common format can leave out an
+    /// attention or an MLP, and one whose output projection is zero adds nothing, exactly.
+    fn get(&self, param: Param, dtype: DType) -> Result<Tensor> {
+        match (self.tensors.get(&param), self.shapes.get(&param)) {
+            (Some(tensor), _) => Ok(tensor.to_device(&Device::Cpu)?.to_dtype(dtype)?),
+            (None, Some(shape)) => Ok(Tensor::zeros(shape.as_slice(), dtype, &Device::Cpu)?),
+            (None, None) => Err(Error::Plan(format!("the decoder has no {param}"))),
+        }
+    }
+}
+
+fn joined(stored: &Stored, params: &Params<'_>, dtype: DType) -> Result<Tensor> {
+    stored.join(|param| params.get(param, dtype))
 }
 
 fn bytes_of(tensor: &Tensor) -> Result<Vec<u8>> {

@@ -4,12 +4,10 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
-use super::architecture::{Architecture, BlockSpec, MlpKind, NormKind, QkNorm};
-use super::cache::Slot;
-use super::decoder::Pass;
+use super::architecture::{Architecture, BlockSpec, NormKind};
 use super::params::{BlockParam, NormPart, NormSite, PerNormSite, PerProjection, Projection};
-use crate::error::{Error, Result};
-use crate::ops::AttentionShape;
+use super::unit::Part;
+use crate::error::Result;
 
 /// One depth of a decoder.
 #[derive(Debug, Clone)]
@@ -55,21 +53,6 @@ impl BlockWeights {
 }
 
 impl Norm {
-    /// Normalises the last dimension of `x`.
-    pub(super) fn apply(&self, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
-        let arch = pass.architecture;
-        Ok(match (arch.norm, &self.bias) {
-            (NormKind::Rms { unit_offset }, _) => {
-                let offset = if unit_offset { 1.0 } else { 0.0 };
-                pass.kernels.rms_norm(x, &self.gain, arch.norm_eps, offset)?
-            }
-            (NormKind::Layer, Some(bias)) => pass.kernels.layer_norm(x, &self.gain, bias, arch.norm_eps)?,
-            (NormKind::Layer, None) => {
-                pass.kernels.layer_norm(x, &self.gain, &self.gain.zeros_like()?, arch.norm_eps)?
-            }
-        })
-    }
-
     pub(super) fn map(&self, mut tensor: impl FnMut(NormPart, &Tensor) -> Result<Tensor>) -> Result<Self> {
         let gain = tensor(NormPart::Gain, &self.gain)?;
         let bias = self.bias.as_ref().map(|bias| tensor(NormPart::Bias, bias)).transpose()?;
@@ -165,81 +148,37 @@ impl Block {
         weights.chain(biases).chain(norms)
     }
 
-    /// `x + attention(x)`, then `+ mlp(·)`: `(batch, seq, hidden)` in and out.
-    pub(super) fn forward(&self, x: &Tensor, pass: &Pass<'_>, slot: Option<&mut Slot>) -> Result<Tensor> {
-        let x = (x + self.attention(x, pass, slot)?)?;
-        Ok((&x + self.mlp(&x, pass)?)?)
+    /// The block without its attention or without its MLP; `None` where nothing would be left.
+    pub(super) fn without(&self, part: Part) -> Option<Self> {
+        let rest = self.clone().drop_half(part);
+        Projection::ALL.iter().any(|&projection| rest.weights.get(projection).is_some()).then_some(rest)
     }
 
-    /// What the attention adds to the residual stream.
-    fn attention(&self, x: &Tensor, pass: &Pass<'_>, slot: Option<&mut Slot>) -> Result<Tensor> {
-        let arch = pass.architecture;
-        let x = self.norm(NormSite::AttentionIn, x, pass)?;
-        let q = self.qk_norm(NormSite::Q, self.linear(Projection::Q, &x, pass)?, pass)?;
-        let k = self.qk_norm(NormSite::K, self.linear(Projection::K, &x, pass)?, pass)?;
-        let v = self.linear(Projection::V, &x, pass)?;
-        let (q, k) = match pass.rope(&self.own.spec.rope) {
-            Some((cos, sin)) => (
-                pass.kernels.rope(&q, cos, sin, arch.head_dim)?,
-                pass.kernels.rope(&k, cos, sin, arch.head_dim)?,
-            ),
-            None => (q, k),
-        };
-        let (k, v) = match slot {
-            Some(slot) => slot.append(&k, &v)?,
-            None => (k, v),
-        };
-        let shape = AttentionShape {
-            heads: arch.num_attention_heads,
-            kv_heads: arch.num_key_value_heads,
-            head_dim: arch.head_dim,
-            scale: arch.attention_scale,
-            softcap: arch.attention_softcap,
-            window: self.own.spec.window,
-        };
-        let mixed = pass.kernels.attention(&q, &k, &v, shape)?;
-        self.norm(NormSite::AttentionOut, &self.linear(Projection::O, &mixed, pass)?, pass)
-    }
-
-    /// What the MLP adds to the residual stream.
-    fn mlp(&self, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
-        let arch = pass.architecture;
-        let x = self.norm(NormSite::MlpIn, x, pass)?;
-        let up = self.linear(Projection::Up, &x, pass)?; // (batch, seq, intermediate)
-        let inner = match arch.mlp {
-            MlpKind::Gated => {
-                let gate = self.linear(Projection::Gate, &x, pass)?;
-                pass.kernels.gated(arch.activation, &gate, &up)?
+    fn drop_half(mut self, part: Part) -> Self {
+        let goes = |half: Part| part == Part::Whole || part == half;
+        let mut weights = (*self.weights).clone();
+        for projection in Projection::ALL {
+            if goes(projection.half()) {
+                weights.0[projection] = None;
+                self.own.biases[projection] = None;
             }
-            MlpKind::Plain => pass.kernels.activation(arch.activation, &up)?,
-        };
-        self.norm(NormSite::MlpOut, &self.linear(Projection::Down, &inner, pass)?, pass)
-    }
-
-    fn linear(&self, projection: Projection, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
-        let weight = self.weights.get(projection).ok_or_else(|| {
-            Error::config("model_type", format!("block {} has no {}", self.own.origin, projection.name()))
-        })?;
-        Ok(pass.kernels.linear(x, weight, self.own.biases[projection].as_ref())?)
-    }
-
-    fn norm(&self, site: NormSite, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
-        match &self.own.norms[site] {
-            Some(norm) => norm.apply(x, pass),
-            None => Ok(x.clone()),
         }
+        for site in NormSite::ALL {
+            if goes(site.half()) {
+                self.own.norms[site] = None;
+            }
+        }
+        self.weights = Arc::new(weights);
+        self
     }
 
-    fn qk_norm(&self, site: NormSite, x: Tensor, pass: &Pass<'_>) -> Result<Tensor> {
-        match (&self.own.norms[site], pass.architecture.qk_norm) {
-            (Some(norm), Some(QkNorm::PerHead)) => {
-                let (batch, seq, width) = x.dims3()?;
-                let head_dim = pass.architecture.head_dim;
-                let heads = x.reshape((batch, seq, width / head_dim, head_dim))?;
-                Ok(norm.apply(&heads, pass)?.reshape((batch, seq, width))?)
-            }
-            (Some(norm), _) => norm.apply(&x, pass),
-            (None, _) => Ok(x),
+    /// Whether the block has its attention, or its MLP; of the whole, whether it has both.
+    #[must_use]
+    pub fn has(&self, part: Part) -> bool {
+        match part {
+            Part::Whole => self.has(Part::Attention) && self.has(Part::Mlp),
+            Part::Attention => self.weights.get(Projection::O).is_some(),
+            Part::Mlp => self.weights.get(Projection::Down).is_some(),
         }
     }
 }

@@ -9,6 +9,7 @@ use super::architecture::{Architecture, NormKind, Positions, RopeSpec};
 use super::block::{Block, Norm};
 use super::cache::{KvCache, Slot};
 use super::params::{BlockParam, NormPart, Param};
+use super::unit::Unit;
 use crate::error::{Error, Result};
 use crate::ops::Kernels;
 
@@ -147,6 +148,26 @@ impl Decoder {
     pub fn with_blocks(&self, kept: &[usize]) -> Result<Self> {
         let architecture = self.architecture.with_blocks(kept)?;
         let blocks = kept.iter().map(|&index| self.block(index).cloned()).collect::<Result<_>>()?;
+        Ok(Self { architecture, blocks, ..self.clone() })
+    }
+
+    /// The same decoder without `removed`; a block that loses both halves is gone. No weight is copied.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchBlock`] for a block beyond the depth.
+    pub fn without(&self, removed: &[Unit]) -> Result<Self> {
+        if let Some(unit) = removed.iter().find(|unit| unit.block >= self.depth()) {
+            return Err(Error::NoSuchBlock { index: unit.block, depth: self.depth() });
+        }
+        let (mut blocks, mut specs) = (Vec::new(), Vec::new());
+        for (index, (block, spec)) in self.blocks.iter().zip(&self.architecture.blocks).enumerate() {
+            let parts = removed.iter().filter(|unit| unit.block == index).map(|unit| unit.part);
+            if let Some(block) = parts.clone().try_fold(block.clone(), |block, part| block.without(part)) {
+                blocks.push(block);
+                specs.push(*spec);
+            }
+        }
+        let architecture = Architecture { blocks: specs, ..self.architecture.clone() };
         Ok(Self { architecture, blocks, ..self.clone() })
     }
 
@@ -337,6 +358,14 @@ impl Decoder {
     /// [`Error::NoSuchBlock`] for an index beyond the depth, or a failed computation.
     pub fn run_block(&self, index: usize, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
         self.block(index)?.forward(x, pass, None)
+    }
+
+    /// What a block or one of its halves makes of its input: `(batch, seq, hidden)` in and out.
+    ///
+    /// # Errors
+    /// As [`run_block`](Self::run_block).
+    pub fn run_unit(&self, unit: Unit, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
+        self.block(unit.block)?.forward_part(unit.part, x, pass, None)
     }
 
     /// Final norm and head: `(…, hidden)` to `(…, vocab)`.

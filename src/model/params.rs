@@ -4,6 +4,7 @@ use std::fmt;
 use std::ops::{Index, IndexMut};
 
 use super::architecture::{Architecture, MlpKind, NormKind, NormPlacement, Positions, QkNorm};
+use super::unit::Part;
 
 /// One parameter tensor of a decoder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -85,6 +86,15 @@ impl Projection {
     /// All projections, in the order in which a block applies them.
     pub const ALL: [Self; 7] = [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down];
 
+    /// The half of a block that it belongs to.
+    #[must_use]
+    pub fn half(self) -> Part {
+        match self {
+            Self::Q | Self::K | Self::V | Self::O => Part::Attention,
+            Self::Gate | Self::Up | Self::Down => Part::Mlp,
+        }
+    }
+
     /// The field's name for it: `q_proj`, …
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -104,6 +114,15 @@ impl NormSite {
     /// All sites, in the order in which a block passes them.
     pub const ALL: [Self; 6] =
         [Self::AttentionIn, Self::Q, Self::K, Self::AttentionOut, Self::MlpIn, Self::MlpOut];
+
+    /// The half of a block that it belongs to.
+    #[must_use]
+    pub fn half(self) -> Part {
+        match self {
+            Self::AttentionIn | Self::Q | Self::K | Self::AttentionOut => Part::Attention,
+            Self::MlpIn | Self::MlpOut => Part::Mlp,
+        }
+    }
 }
 
 /// One value for each of a block's projections.

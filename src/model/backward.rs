@@ -1,0 +1,139 @@
+//! Walking back through a decoder, unit by unit.
+//!
+//! Only the input of every unit is kept; each unit is computed again on the way back, so that no graph ever spans
+//! more than one. Memory beyond the weights: one input a unit, one unit's activations, one chunk of logits.
+
+use candle_core::{Tensor, Var};
+
+use super::decoder::{Decoder, Pass};
+use super::unit::Unit;
+use crate::error::{Error, Result};
+
+/// A forward pass through a chain of gated units that can be walked back.
+///
+/// Unit `u` with gate `g` takes `x` to `x + g · (u(x) − x)`: 1 is the original, 0 removes it.
+#[derive(Debug)]
+pub struct Walk<'a> {
+    decoder: &'a Decoder,
+    pass: Pass<'a>,
+    units: &'a [Unit],
+    gates: Vec<f64>,
+    inputs: Vec<Tensor>,
+    output: Tensor,
+}
+
+impl<'a> Walk<'a> {
+    /// Runs `units` over `(batch, seq)` ids, each under its gate, keeping every unit's input.
+    ///
+    /// # Errors
+    /// As many gates as units are needed; or a failed computation.
+    pub fn forward(decoder: &'a Decoder, units: &'a [Unit], gates: &[f64], ids: &Tensor) -> Result<Self> {
+        if gates.len() != units.len() {
+            return Err(Error::argument(
+                "gates",
+                gates.len(),
+                format!("one for each of {} units", units.len()),
+            ));
+        }
+        let pass = decoder.pass(0, ids.dims2()?.1)?;
+        let mut x = decoder.embed(ids, &pass)?.detach();
+        let mut inputs = Vec::with_capacity(units.len());
+        for (&unit, &gate) in units.iter().zip(gates) {
+            let next =
+                if gate == 0.0 { x.clone() } else { gated(&x, &decoder.run_unit(unit, &x, &pass)?, gate)? };
+            inputs.push(std::mem::replace(&mut x, next.detach()));
+        }
+        Ok(Self { decoder, pass, units, gates: gates.to_vec(), inputs, output: x })
+    }
+
+    /// The state after the last unit, before the final norm: `(batch, seq, hidden)`.
+    #[must_use]
+    pub fn output(&self) -> &Tensor {
+        &self.output
+    }
+
+    /// From the gradient of the loss with respect to the output to its gradient with respect to every gate:
+    /// `∂L/∂g = ⟨∂L/∂x_out, u(x) − x⟩`.
+    ///
+    /// # Errors
+    /// A failed computation.
+    pub fn gate_gradients(mut self, upstream: &Tensor) -> Result<Vec<f64>> {
+        let mut upstream = upstream.detach();
+        let mut gradients = vec![0.0; self.units.len()];
+        for (place, gradient) in gradients.iter_mut().enumerate().rev() {
+            let (Some(x), Some(&unit), Some(&gate)) =
+                (self.inputs.pop(), self.units.get(place), self.gates.get(place))
+            else {
+                break;
+            };
+            // A removed unit passes the gradient on as it is, and only its own effect has to be known.
+            let (y, through) = if gate == 0.0 {
+                (self.decoder.run_unit(unit, &x, &self.pass)?, None)
+            } else {
+                let (y, through) = self.decoder.unit_vjp(unit, &x, &upstream, &self.pass)?;
+                (y, Some(through))
+            };
+            *gradient = inner(&upstream, &(y - x)?)?;
+            if let Some(through) = through {
+                upstream = gated(&upstream, &through, gate)?;
+            }
+        }
+        Ok(gradients)
+    }
+}
+
+impl Decoder {
+    /// A unit's output, and the product of `upstream` with its Jacobian with respect to its input; all
+    /// `(batch, seq, hidden)`.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchBlock`] for a block beyond the depth, or a failed computation.
+    pub fn unit_vjp(
+        &self,
+        unit: Unit,
+        x: &Tensor,
+        upstream: &Tensor,
+        pass: &Pass<'_>,
+    ) -> Result<(Tensor, Tensor)> {
+        let x = Var::from_tensor(x)?;
+        let y = self.run_unit(unit, x.as_tensor(), pass)?;
+        let mut gradients = (&y * upstream)?.sum_all()?.backward()?;
+        let gradient = gradients.remove(x.as_tensor());
+        Ok((
+            y.detach(),
+            gradient.ok_or_else(|| Error::NoGradient { tensor: format!("the input of unit {unit}") })?,
+        ))
+    }
+
+    /// The summed loss of one window in nats, and its gradient with respect to `hidden`, the states after the last
+    /// unit: `(1, seq, hidden)`, a row of zeros for the last token, which predicts nothing.
+    ///
+    /// # Errors
+    /// Targets that do not fit, or a failed computation.
+    pub fn loss_vjp(&self, hidden: &Tensor, targets: &[u32]) -> Result<(f64, Tensor)> {
+        let (_, seq, width) = hidden.dims3()?;
+        let rows = Var::from_tensor(&hidden.squeeze(0)?.narrow(0, 0, targets.len())?.contiguous()?)?;
+        let losses = self.nll(rows.as_tensor(), targets)?;
+        let total = losses.to_vec1::<f32>()?.into_iter().map(f64::from).sum();
+        let mut gradients = losses.sum_all()?.backward()?;
+        let gradient = gradients.remove(rows.as_tensor());
+        let gradient =
+            gradient.ok_or_else(|| Error::NoGradient { tensor: "the last hidden state".into() })?;
+        let rest = Tensor::zeros((seq - targets.len(), width), gradient.dtype(), gradient.device())?;
+        Ok((total, Tensor::cat(&[gradient, rest], 0)?.unsqueeze(0)?))
+    }
+}
+
+/// `x + gate · (y − x)`.
+fn gated(x: &Tensor, y: &Tensor, gate: f64) -> Result<Tensor> {
+    if (gate - 1.0).abs() < f64::EPSILON {
+        return Ok(y.clone());
+    }
+    Ok((x + ((y - x)? * gate)?)?)
+}
+
+/// Σ `a ⊙ b` in f64 over rows summed in f32.
+fn inner(a: &Tensor, b: &Tensor) -> Result<f64> {
+    let rows = (a * b)?.sum(candle_core::D::Minus1)?.flatten_all()?;
+    Ok(rows.to_dtype(candle_core::DType::F64)?.sum_all()?.to_scalar()?)
+}

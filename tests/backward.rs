@@ -1,0 +1,65 @@
+//! Walking back unit by unit against differentiating the whole graph at once.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use foldgpt::candle::{Tensor, Var};
+use foldgpt::model::{Unit, Walk};
+use support::{FAMILIES, input_ids, load};
+
+/// Loss and gate gradients of one window by whole-graph autograd through `units`.
+fn whole_graph(decoder: &foldgpt::Decoder, units: &[Unit], gates: &[f64], ids: &Tensor) -> (f64, Vec<f64>) {
+    let vars: Vec<Var> = gates.iter().map(|&g| Var::new(&[g as f32], ids.device()).unwrap()).collect();
+    let pass = decoder.pass(0, ids.dim(1).unwrap()).unwrap();
+    let mut x = decoder.embed(ids, &pass).unwrap();
+    for (unit, gate) in units.iter().zip(&vars) {
+        let y = decoder.run_unit(*unit, &x, &pass).unwrap();
+        x = (&x + (y - &x).unwrap().broadcast_mul(gate.as_tensor()).unwrap()).unwrap();
+    }
+    let ids = ids.squeeze(0).unwrap().to_vec1::<u32>().unwrap();
+    let rows = x.squeeze(0).unwrap().narrow(0, 0, ids.len() - 1).unwrap();
+    let loss = decoder.nll(&rows, &ids[1..]).unwrap().sum_all().unwrap();
+    let store = loss.backward().unwrap();
+    let gradient = |var: &Var| f64::from(store.get(var).unwrap().to_vec1::<f32>().unwrap()[0]);
+    (f64::from(loss.to_scalar::<f32>().unwrap()), vars.iter().map(gradient).collect())
+}
+
+#[test]
+fn gate_gradients_are_those_of_the_whole_graph() {
+    for family in FAMILIES {
+        let decoder = load(family);
+        let ids = input_ids(family).narrow(0, 0, 1).unwrap();
+        let targets = &ids.squeeze(0).unwrap().to_vec1::<u32>().unwrap()[1..];
+        for units in [Unit::blocks(decoder.depth()), Unit::halves(decoder.depth())] {
+            for pattern in [[1.0, 1.0, 1.0], [0.9, 0.3, 1.0], [1.0, 0.0, 0.5]] {
+                let gates: Vec<f64> = (0..units.len()).map(|i| pattern[i % 3]).collect();
+                let (loss, expected) = whole_graph(&decoder, &units, &gates, &ids);
+                let walk = Walk::forward(&decoder, &units, &gates, &ids).unwrap();
+                let (found, upstream) = decoder.loss_vjp(walk.output(), targets).unwrap();
+                assert!((found - loss).abs() < 1e-4 * loss, "{family}: loss {found}, expected {loss}");
+                let gradients = walk.gate_gradients(&upstream).unwrap();
+                let largest = expected.iter().fold(0.0f64, |m, g| m.max(g.abs()));
+                for (unit, (found, expected)) in units.iter().zip(gradients.iter().zip(&expected)) {
+                    let off = (found - expected).abs() / largest;
+                    assert!(off < 1e-4, "{family} unit {unit}: {found}, expected {expected}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn gates_of_zero_are_removed_units() {
+    for family in FAMILIES {
+        let decoder = load(family);
+        let ids = input_ids(family).narrow(0, 0, 1).unwrap();
+        let units = Unit::halves(decoder.depth());
+        let gates: Vec<f64> = (0..units.len()).map(|i| if i == 2 || i == 5 { 0.0 } else { 1.0 }).collect();
+        let walk = Walk::forward(&decoder, &units, &gates, &ids).unwrap();
+        let removed = decoder.without(&[units[2], units[5]]).unwrap();
+        assert_eq!(removed.depth(), decoder.depth());
+        let expected = removed.hidden(&ids).unwrap();
+        assert!(support::distance(walk.output(), &expected) == 0.0, "{family}");
+        assert!(removed.parameter_count() < decoder.parameter_count());
+    }
+}
