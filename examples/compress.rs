@@ -9,12 +9,12 @@
 
 mod chart;
 mod cli;
-mod compare;
+mod table;
 
 use std::path::PathBuf;
 
 use clap::Parser;
-use foldgpt::{Checkpoint, Plan, SaveOptions, Target, fold};
+use foldgpt::{Checkpoint, Plan, SaveOptions, fold};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -26,16 +26,19 @@ struct Args {
     /// Text: its first 80 % calibrate, its last 20 % evaluate
     #[arg(long)]
     text: PathBuf,
-    #[arg(long, value_enum, default_value_t = cli::Method::BlockInfluence)]
+    #[arg(long, value_enum, default_value_t = cli::Method::Coupling)]
     method: cli::Method,
     #[command(flatten)]
-    target: TargetArgs,
+    target: cli::TargetArgs,
     /// Blocks that have to stay, by index from 0
     #[arg(long, value_delimiter = ',')]
     protect: Vec<usize>,
     /// The directory to write, new or empty
     #[arg(long)]
     out: PathBuf,
+    /// Seed of everything drawn at random
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
     /// Calibrate on at most this many windows
     #[arg(long, default_value_t = 16)]
     windows: usize,
@@ -44,30 +47,6 @@ struct Args {
     eval_windows: usize,
     #[command(flatten)]
     window: cli::WindowArgs,
-}
-
-#[derive(clap::Args)]
-#[group(required = true, multiple = false)]
-struct TargetArgs {
-    /// Remove this share of the blocks, rounded to the nearest number
-    #[arg(long)]
-    remove: Option<f64>,
-    /// Remove this many blocks
-    #[arg(long)]
-    remove_blocks: Option<usize>,
-    /// Remove as few blocks as leave at most this many parameters
-    #[arg(long)]
-    max_params: Option<usize>,
-}
-
-impl TargetArgs {
-    fn target(&self) -> Target {
-        match (self.remove, self.remove_blocks, self.max_params) {
-            (Some(rate), ..) => Target::Rate(rate),
-            (_, Some(count), _) => Target::Blocks(count),
-            (.., budget) => Target::Parameters(budget.unwrap_or(usize::MAX)),
-        }
-    }
 }
 
 fn main() -> anyhow::Result<()> {
@@ -80,8 +59,13 @@ fn main() -> anyhow::Result<()> {
     let calibration = args.window.cut(&tokenizer, calibration, Some(args.windows))?;
     let held_out = args.window.cut(&tokenizer, held_out, Some(args.eval_windows))?;
 
-    let scores = args.method.build().score(&dense, &calibration, &mut bars)?;
-    let plan = Plan::new(dense.architecture(), &scores, args.target.target(), &args.protect)?;
+    let Some(target) = args.target.target() else {
+        anyhow::bail!("one of --remove, --remove-blocks and --max-params is needed");
+    };
+    let count = target.blocks(dense.architecture())?;
+    let method = args.method.build(count, &args.protect, args.seed);
+    let scores = method.score(&dense, &calibration, &mut bars)?;
+    let plan = Plan::new(dense.architecture(), &scores, target, &args.protect)?;
     let plan = plan.for_model(checkpoint.sha256()?);
     let folded = fold(&dense, &plan)?;
     let saved = checkpoint.save(&folded, Some(&plan), &args.out, &SaveOptions::default(), &mut bars)?;
@@ -89,13 +73,13 @@ fn main() -> anyhow::Result<()> {
     let written = Checkpoint::open(&args.out)?;
     let reloaded = cli::load(&written)?;
     let rows = [
-        compare::Row::measure("dense", &checkpoint, &dense, &held_out, &mut bars)?,
-        compare::Row::measure("compressed", &written, &reloaded, &held_out, &mut bars)?,
+        table::Row::measure("dense", &checkpoint, &dense, &held_out, &mut bars)?,
+        table::Row::measure("compressed", &written, &reloaded, &held_out, &mut bars)?,
     ];
     println!("importance by {} on {} windows of {}", scores.method, scores.windows, scores.seq_len);
     print!("{}", chart::bars(&scores, plan.removed()));
-    println!("\n{}", compare::table(&rows));
-    println!("{}", compare::protocol(&rows));
+    println!("\n{}", table::table(&rows));
+    println!("{}", table::protocol(&rows));
     println!("saved to {} ({} bytes of tensors)", saved.directory.display(), saved.tensor_bytes);
     Ok(())
 }

@@ -8,8 +8,8 @@
 
 mod chart;
 mod cli;
-mod compare;
 mod stories;
+mod table;
 
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -47,10 +47,10 @@ fn main() -> anyhow::Result<()> {
     let written = Checkpoint::open(&directory)?;
     let reloaded = cli::load(&written)?;
     let rows = [
-        compare::Row::measure("dense", &checkpoint, &dense, &held_out, &mut bars)?,
-        compare::Row::measure("compressed", &written, &reloaded, &held_out, &mut bars)?,
+        table::Row::measure("dense", &checkpoint, &dense, &held_out, &mut bars)?,
+        table::Row::measure("compressed", &written, &reloaded, &held_out, &mut bars)?,
     ];
-    println!("{}\n{}\n", compare::table(&rows), compare::protocol(&rows));
+    println!("{}\n{}\n", table::table(&rows), table::protocol(&rows));
     println!("before: {}\n", sample(&dense, &tokenizer)?);
     println!("after:  {}\n", sample(&reloaded, &tokenizer)?);
     println!("The compressed model is in {}; transformers loads it too.", directory.display());

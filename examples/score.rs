@@ -1,7 +1,7 @@
-//! Scores how much each block of a model matters.
+//! Scores how much each block of a model matters, and says which would go.
 //!
 //! ```text
-//! cargo run --release --example score -- --model M --text F [--method block-influence] [--json]
+//! cargo run --release --example score -- --model M --text F [--method coupling] [--remove 0.2] [--json]
 //! ```
 #![allow(clippy::print_stdout)]
 
@@ -11,6 +11,8 @@ mod cli;
 use std::path::PathBuf;
 
 use clap::Parser;
+use foldgpt::importance::Coupling;
+use foldgpt::{Plan, Scores};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -24,11 +26,19 @@ struct Args {
     text: PathBuf,
     #[arg(long, value_enum, default_value_t = cli::Method::BlockInfluence)]
     method: cli::Method,
+    #[command(flatten)]
+    target: cli::TargetArgs,
+    /// Blocks that have to stay, by index from 0
+    #[arg(long, value_delimiter = ',')]
+    protect: Vec<usize>,
     /// Use at most this many windows
     #[arg(long, default_value_t = 16)]
     windows: usize,
     #[command(flatten)]
     window: cli::WindowArgs,
+    /// Seed of everything drawn at random
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -39,12 +49,41 @@ fn main() -> anyhow::Result<()> {
     let (checkpoint, decoder) = args.model.load()?;
     let text = cli::read_text(&args.text)?;
     let windows = args.window.cut(&checkpoint.tokenizer()?, &text, Some(args.windows))?;
-    let scores = args.method.build().score(&decoder, &windows, &mut cli::Bars::default())?;
+
+    let target = args.target.target();
+    let count = target.map_or(Ok(0), |target| target.blocks(decoder.architecture()))?;
+    let method = args.method.build(count, &args.protect, args.seed);
+    let mut scores = method.score(&decoder, &windows, &mut cli::Bars::default())?;
+    if let Some(target) = target {
+        let plan = Plan::new(decoder.architecture(), &scores, target, &args.protect)?;
+        scores.chosen = Some(plan.removed().to_vec());
+    }
     if args.json {
         println!("{}", serde_json::to_string_pretty(&scores)?);
     } else {
-        println!("{} on {} windows of {} tokens", scores.method, scores.windows, scores.seq_len);
-        print!("{}", chart::bars(&scores, &[]));
+        print_scores(&scores);
     }
     Ok(())
+}
+
+fn print_scores(scores: &Scores) {
+    println!("{} on {} windows of {} tokens", scores.method, scores.windows, scores.seq_len);
+    print!("{}", chart::bars(scores, scores.chosen.as_deref().unwrap_or_default()));
+    if let Some(matrix) = &scores.coupling {
+        println!("\ncoupling:\n{}", Coupling::heat_map(matrix));
+    }
+    if let Some(chosen) = &scores.chosen {
+        println!("would go: {chosen:?}");
+    }
+    println!("{:.1} s, {:.0} block runs", scores.seconds, scores.block_runs);
+    match scores.stability {
+        Some(stability) if stability < 0.8 => println!(
+            "warning: the two halves of the text rank the blocks differently (Spearman {stability:.2}, below 0.8): \
+             use more windows"
+        ),
+        Some(stability) => {
+            println!("stability {stability:.2} (Spearman's correlation of two halves of the text)")
+        }
+        None => println!("stability unknown: it takes at least two windows"),
+    }
 }

@@ -23,6 +23,42 @@ pub enum Target {
     Parameters(usize),
 }
 
+impl Target {
+    /// The number of blocks that have to go.
+    ///
+    /// # Errors
+    /// A target that no number of blocks meets.
+    pub fn blocks(self, arch: &Architecture) -> Result<usize> {
+        let depth = arch.depth();
+        match self {
+            Self::Blocks(count) if count < depth => Ok(count),
+            Self::Blocks(count) => {
+                Err(Error::argument("blocks to remove", count, format!("fewer than the {depth} there are")))
+            }
+            Self::Rate(rate) if (0.0..1.0).contains(&rate) => {
+                // The product of 0.15 and 30 lies a hair below 4.5; the tolerance lets it round as it reads.
+                let count = (rate * depth as f64 + 0.5 + 1e-9).floor() as usize;
+                Ok(count.min(depth.saturating_sub(1)))
+            }
+            Self::Rate(rate) => Err(Error::argument("removal rate", rate, "at least 0 and below 1")),
+            Self::Parameters(budget) => {
+                let total = parameter_count(arch.params().iter().map(|(_, shape)| shape.as_slice()));
+                let block = parameter_count(arch.block_params().iter().map(|(_, shape)| shape.as_slice()));
+                let count = total.saturating_sub(budget).div_ceil(block.max(1));
+                if count < depth {
+                    return Ok(count);
+                }
+                let least = total - (depth - 1) * block;
+                Err(Error::argument(
+                    "parameter budget",
+                    budget,
+                    format!("at least {least}, with one block left"),
+                ))
+            }
+        }
+    }
+}
+
 /// Which blocks go and which stay, why, and from what this was decided.
 ///
 /// A plan is validated once, when it is made or read; a plan that exists is consistent.
@@ -56,19 +92,17 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Removes the least important blocks until `target` is met; blocks of `protected` stay.
+    /// Removes as many blocks as `target` asks for; blocks of `protected` stay. Where the method chose a set of this
+    /// size itself, that set goes, otherwise the blocks of least importance.
     ///
     /// # Errors
     /// A target that cannot be met, scores of another model, or a protected block that does not exist.
     pub fn new(arch: &Architecture, scores: &Scores, target: Target, protected: &[usize]) -> Result<Self> {
-        let count = blocks_to_remove(arch, target)?;
-        let candidates: Vec<usize> =
-            scores.ascending().into_iter().filter(|index| !protected.contains(index)).collect();
-        let Some(chosen) = candidates.get(..count) else {
-            let (depth, free) = (arch.depth(), candidates.len());
-            return Err(Error::Plan(format!("{count} of {depth} blocks should go, and only {free} may")));
+        let count = target.blocks(arch)?;
+        let mut removed = match scores.chosen.as_deref().filter(|chosen| suits(chosen, count, protected)) {
+            Some(chosen) => chosen.to_vec(),
+            None => lowest(scores, count, protected)?,
         };
-        let mut removed = chosen.to_vec();
         removed.sort_unstable();
         let mut protected = protected.to_vec();
         protected.sort_unstable();
@@ -198,31 +232,19 @@ impl<'de> Deserialize<'de> for Plan {
     }
 }
 
-/// The number of blocks that have to go for `target`.
-fn blocks_to_remove(arch: &Architecture, target: Target) -> Result<usize> {
-    let depth = arch.depth();
-    match target {
-        Target::Blocks(count) if count < depth => Ok(count),
-        Target::Blocks(count) => {
-            Err(Error::argument("blocks to remove", count, format!("fewer than the {depth} there are")))
-        }
-        Target::Rate(rate) if (0.0..1.0).contains(&rate) => {
-            // The product of 0.15 and 30 lies a hair below 4.5; the tolerance lets it round as it reads.
-            let count = (rate * depth as f64 + 0.5 + 1e-9).floor() as usize;
-            Ok(count.min(depth.saturating_sub(1)))
-        }
-        Target::Rate(rate) => Err(Error::argument("removal rate", rate, "at least 0 and below 1")),
-        Target::Parameters(budget) => {
-            let total = parameter_count(arch.params().iter().map(|(_, shape)| shape.as_slice()));
-            let block = parameter_count(arch.block_params().iter().map(|(_, shape)| shape.as_slice()));
-            let count = total.saturating_sub(budget).div_ceil(block.max(1));
-            if count < depth {
-                return Ok(count);
-            }
-            let least = total - (depth - 1) * block;
-            Err(Error::argument("parameter budget", budget, format!("at least {least}, with one block left")))
-        }
-    }
+fn suits(chosen: &[usize], count: usize, protected: &[usize]) -> bool {
+    chosen.len() == count && chosen.iter().all(|index| !protected.contains(index))
+}
+
+/// The `count` blocks of least importance.
+fn lowest(scores: &Scores, count: usize, protected: &[usize]) -> Result<Vec<usize>> {
+    let free: Vec<usize> =
+        scores.ascending().into_iter().filter(|index| !protected.contains(index)).collect();
+    let too_few = || {
+        let depth = scores.blocks.len();
+        Error::Plan(format!("{count} of {depth} blocks should go, and only {} may", free.len()))
+    };
+    free.get(..count).map(<[usize]>::to_vec).ok_or_else(too_few)
 }
 
 fn parameter_count<'a>(shapes: impl Iterator<Item = &'a [usize]>) -> usize {

@@ -7,8 +7,11 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use foldgpt::candle::{DType, Device};
-use foldgpt::importance::{BlockInfluence, Importance};
-use foldgpt::{Bos, Checkpoint, Decoder, Observer, Tokenizer, Windows};
+use foldgpt::importance::{
+    AngularDistance, BlockInfluence, Gates, GatesWithCoupling, GreedyPerplexity, Importance, MacroInfluence,
+    PerplexityIncrease, Random, Taylor,
+};
+use foldgpt::{Bos, Checkpoint, Decoder, Observer, Target, Tokenizer, Windows};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 /// Which model.
@@ -67,16 +70,83 @@ pub enum BosArg {
 }
 
 /// How blocks are scored.
-#[derive(Debug, Clone, Copy, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Method {
+    /// Learnable gates, pairwise coupling, and a search decided by true losses
+    Coupling,
+    /// Learnable gates alone
+    Gates,
+    /// 1 - cos(input, output) of each block
     BlockInfluence,
+    /// Angular distance across consecutive blocks, at the last token
+    Angular,
+    /// Loss without each block, one shot
+    Perplexity,
+    /// Loss without each block, measured anew after each removal
+    GreedyPerplexity,
+    /// First-order Taylor scores of the weights
+    Taylor,
+    /// Change of the last block's output, measured anew after each removal
+    MacroInfluence,
+    /// Chance
+    Random,
 }
 
 impl Method {
-    pub fn build(self) -> Box<dyn Importance> {
+    pub const ALL: [Self; 9] = [
+        Self::Coupling,
+        Self::Gates,
+        Self::BlockInfluence,
+        Self::Angular,
+        Self::Perplexity,
+        Self::GreedyPerplexity,
+        Self::Taylor,
+        Self::MacroInfluence,
+        Self::Random,
+    ];
+
+    /// The method, told to choose `remove` blocks outside of `protected`.
+    pub fn build(self, remove: usize, protected: &[usize], seed: u64) -> Box<dyn Importance> {
+        let protected = protected.to_vec();
+        let mut gates = Gates::default();
+        (gates.remove, gates.protected, gates.seed) = (remove, protected.clone(), seed);
         match self {
+            Self::Coupling => {
+                let mut method = GatesWithCoupling::default();
+                method.gates = gates;
+                Box::new(method)
+            }
+            Self::Gates => Box::new(gates),
             Self::BlockInfluence => Box::new(BlockInfluence::default()),
+            Self::Angular => Box::new(AngularDistance { remove }),
+            Self::Perplexity => Box::new(PerplexityIncrease::default()),
+            Self::GreedyPerplexity => Box::new(GreedyPerplexity { remove, protected }),
+            Self::Taylor => Box::new(Taylor::default()),
+            Self::MacroInfluence => Box::new(MacroInfluence { remove, protected }),
+            Self::Random => Box::new(Random { seed }),
         }
+    }
+}
+
+/// How much goes.
+#[derive(Debug, Args)]
+#[group(multiple = false)]
+pub struct TargetArgs {
+    /// Remove this share of the blocks, rounded to the nearest number
+    #[arg(long)]
+    pub remove: Option<f64>,
+    /// Remove this many blocks
+    #[arg(long)]
+    pub remove_blocks: Option<usize>,
+    /// Remove as few blocks as leave at most this many parameters
+    #[arg(long)]
+    pub max_params: Option<usize>,
+}
+
+impl TargetArgs {
+    pub fn target(&self) -> Option<Target> {
+        let rate = self.remove.map(Target::Rate);
+        rate.or(self.remove_blocks.map(Target::Blocks)).or(self.max_params.map(Target::Parameters))
     }
 }
 

@@ -102,6 +102,20 @@ impl Windows {
         self.ids.len()
     }
 
+    /// `count` of the windows, spread evenly over all of them; all where there are no more.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for no windows.
+    pub fn spread(&self, count: usize) -> Result<Self> {
+        if count == 0 {
+            return Err(Error::argument("windows", 0, "at least 1"));
+        }
+        let count = count.min(self.ids.len());
+        let ids =
+            (0..count).filter_map(|place| self.ids.get(place * self.ids.len() / count).cloned()).collect();
+        Ok(Self { ids, ..self.clone() })
+    }
+
     /// Tokens in each window.
     #[must_use]
     pub fn seq_len(&self) -> usize {

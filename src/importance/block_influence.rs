@@ -1,5 +1,7 @@
 //! Block Influence.
 
+use std::time::Instant;
+
 use candle_core::{D, DType, Tensor};
 
 use super::{Importance, Scores};
@@ -21,27 +23,35 @@ impl Importance for BlockInfluence {
     }
 
     fn score(&self, decoder: &Decoder, windows: &Windows, observer: &mut dyn Observer) -> Result<Scores> {
+        let start = Instant::now();
         let pass = decoder.pass(0, windows.seq_len())?;
-        let mut cosines = vec![0.0f64; decoder.depth()];
+        let mut by_window = Vec::with_capacity(windows.len());
         progress::steps(self.method(), windows.len(), observer, |window| {
             let mut x = decoder.embed(&windows.tensor(window, decoder.device())?, &pass)?;
             let mut x_norms = norms(&x)?;
-            for (index, sum) in cosines.iter_mut().enumerate() {
+            let mut influences = Vec::with_capacity(decoder.depth());
+            for index in 0..decoder.depth() {
                 let y = decoder.run_block(index, &x, &pass)?;
                 let y_norms = norms(&y)?;
-                let dots = (x.to_dtype(DType::F32)? * y.to_dtype(DType::F32)?)?.sum(D::Minus1)?;
-                let cosine = (dots / (x_norms * &y_norms)?)?;
-                *sum += f64::from(cosine.mean_all()?.to_scalar::<f32>()?);
+                let cosines = (dots(&x, &y)? / (x_norms * &y_norms)?)?;
+                influences.push(1.0 - f64::from(cosines.mean_all()?.to_scalar::<f32>()?));
                 (x, x_norms) = (y, y_norms);
             }
+            by_window.push(influences);
             Ok(())
         })?;
-        let count = windows.len() as f64;
-        Scores::new(self.method(), windows, cosines.into_iter().map(|sum| 1.0 - sum / count).collect())
+        let runs = (windows.len() * decoder.depth()) as f64;
+        Ok(Scores::of_windows(self.method(), windows, &by_window)?.costing(start, runs))
     }
 }
 
-/// The length of every token's vector, `(batch, seq)`.
-fn norms(x: &Tensor) -> Result<Tensor> {
-    Ok(x.to_dtype(DType::F32)?.sqr()?.sum(D::Minus1)?.sqrt()?)
+/// The inner product of every token's two vectors, `(batch, seq)`.
+pub(super) fn dots(x: &Tensor, y: &Tensor) -> Result<Tensor> {
+    Ok((x.to_dtype(DType::F32)? * y.to_dtype(DType::F32)?)?.sum(D::Minus1)?)
+}
+
+/// The length of every token's vector, `(batch, seq)`; at least 1e-8, so that the cosine with a zero vector (the
+/// embedding of a padding token) is 0, as in PyTorch.
+pub(super) fn norms(x: &Tensor) -> Result<Tensor> {
+    Ok(x.to_dtype(DType::F32)?.sqr()?.sum(D::Minus1)?.sqrt()?.maximum(1e-8)?)
 }

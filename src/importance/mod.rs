@@ -1,14 +1,39 @@
 //! How much each block matters: one file a method, behind one trait.
 
+mod angular;
 mod block_influence;
+mod coupling;
+mod gates;
+mod gates_with_coupling;
+mod greedy;
+mod macro_influence;
+mod perplexity;
+mod random;
+mod removals;
+mod select;
+mod statistics;
+mod surrogate;
+mod taylor;
 
+pub use angular::AngularDistance;
 pub use block_influence::BlockInfluence;
+pub use coupling::Coupling;
+pub use gates::{GateKind, Gates, TrainedGates};
+pub use gates_with_coupling::GatesWithCoupling;
+pub use greedy::GreedyPerplexity;
+pub use macro_influence::MacroInfluence;
+pub use perplexity::PerplexityIncrease;
+pub use random::Random;
+pub use statistics::spearman;
+pub use taylor::Taylor;
+
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
 use crate::data::Windows;
 use crate::error::{Error, Result};
-use crate::model::Decoder;
+use crate::model::{Decoder, Unit};
 use crate::progress::Observer;
 
 /// A method that scores the blocks of a decoder on calibration windows.
@@ -40,7 +65,7 @@ pub trait Importance {
     fn score(&self, decoder: &Decoder, windows: &Windows, observer: &mut dyn Observer) -> Result<Scores>;
 }
 
-/// What a method found, and on what.
+/// What a method found, on what, and what it cost.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Scores {
@@ -56,6 +81,25 @@ pub struct Scores {
     pub text_sha256: String,
     /// One score a block, first to last.
     pub blocks: Vec<BlockScore>,
+    /// The blocks that the method itself would remove, where it chooses sets and not only scores.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chosen: Option<Vec<usize>>,
+    /// Spearman's rank correlation of the scores from the first and from the second half of the windows; absent
+    /// with a single window. Below 0.8 the ranking is more chance than measurement.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stability: Option<f64>,
+    /// Pairwise coupling, where the method measures it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub coupling: Option<Vec<Vec<f64>>>,
+    /// Every gate after every step of training, where the method trains gates.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub trajectory: Vec<Vec<f64>>,
+    /// Seconds that scoring took.
+    #[serde(default)]
+    pub seconds: f64,
+    /// Blocks computed on a window, forwards; a backward counts as two.
+    #[serde(default)]
+    pub block_runs: f64,
 }
 
 /// A block's score.
@@ -86,7 +130,33 @@ impl Scores {
             bos: windows.bos(),
             text_sha256: windows.text_sha256().into(),
             blocks: blocks.collect::<Result<_>>()?,
+            chosen: None,
+            coupling: None,
+            trajectory: Vec::new(),
+            stability: None,
+            seconds: 0.0,
+            block_runs: 0.0,
         })
+    }
+
+    /// Scores that are means over windows: `by_window[w][i]` is block i's on window w. Their stability is that of
+    /// the means over the two halves.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn of_windows(method: &str, windows: &Windows, by_window: &[Vec<f64>]) -> Result<Self> {
+        let (first, second) = by_window.split_at(by_window.len() / 2);
+        let mut scores = Self::new(method, windows, statistics::means(by_window))?;
+        if !first.is_empty() {
+            scores.stability = Some(spearman(&statistics::means(first), &statistics::means(second)));
+        }
+        Ok(scores)
+    }
+
+    /// The score of every block, first to last.
+    #[must_use]
+    pub fn importance(&self) -> Vec<f64> {
+        self.blocks.iter().map(|block| block.importance).collect()
     }
 
     /// Block indices from the least important to the most; of equals the later block comes first.
@@ -96,4 +166,32 @@ impl Scores {
         order.sort_by(|a, b| a.importance.total_cmp(&b.importance));
         order.into_iter().map(|block| block.index).collect()
     }
+
+    /// What it cost: the time since `start`, and block runs.
+    fn costing(mut self, start: Instant, block_runs: f64) -> Self {
+        self.seconds = start.elapsed().as_secs_f64();
+        self.block_runs = block_runs;
+        self
+    }
+}
+
+/// Fails where a block that a method is told to keep does not exist.
+fn check_blocks(blocks: &[usize], decoder: &Decoder) -> Result<()> {
+    match blocks.iter().find(|&&index| index >= decoder.depth()) {
+        Some(&index) => Err(Error::NoSuchBlock { index, depth: decoder.depth() }),
+        None => Ok(()),
+    }
+}
+
+/// Fails where fewer blocks may go than should.
+fn check_removal(remove: usize, free: usize) -> Result<()> {
+    if remove <= free {
+        return Ok(());
+    }
+    Err(Error::argument("blocks to remove", remove, format!("at most the {free} that may go")))
+}
+
+/// The index of whole-block units is that of their block.
+fn whole_blocks(decoder: &Decoder) -> Vec<Unit> {
+    Unit::blocks(decoder.depth())
 }

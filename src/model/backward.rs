@@ -6,6 +6,7 @@
 use candle_core::{Tensor, Var};
 
 use super::decoder::{Decoder, Pass};
+use super::params::BlockParam;
 use super::unit::Unit;
 use crate::error::{Error, Result};
 
@@ -79,6 +80,43 @@ impl<'a> Walk<'a> {
             }
         }
         Ok(gradients)
+    }
+
+    /// From the gradient of the loss with respect to the output to its gradients with respect to every matrix, given
+    /// to `visit` unit by unit, last to first, in the order of [`Block::matrices`](super::Block::matrices). Units are whole blocks, ungated.
+    ///
+    /// # Errors
+    /// What `visit` fails with, a half unit, or a failed computation.
+    pub fn weight_gradients(
+        mut self,
+        upstream: &Tensor,
+        mut visit: impl FnMut(usize, Vec<Tensor>) -> Result<()>,
+    ) -> Result<()> {
+        let mut upstream = upstream.detach();
+        for (place, unit) in self.units.iter().enumerate().rev() {
+            let (Some(x), Some(block)) = (self.inputs.pop(), self.decoder.blocks().get(unit.block)) else {
+                break;
+            };
+            let x = Var::from_tensor(&x)?;
+            let mut vars = Vec::new();
+            let block = block.map(None, |param, value| match param {
+                BlockParam::Weight(_) => {
+                    let var = Var::from_tensor(value)?.into_inner();
+                    vars.push(var.clone());
+                    Ok(var)
+                }
+                _ => Ok(value.clone()),
+            })?;
+            let y = block.forward_part(unit.part, x.as_tensor(), &self.pass, None)?;
+            let mut gradients = (y * &upstream)?.sum_all()?.backward()?;
+            let mut gradient = |tensor: &Tensor| {
+                let missing = || Error::NoGradient { tensor: format!("a matrix of block {}", unit.block) };
+                gradients.remove(tensor).ok_or_else(missing)
+            };
+            visit(place, vars.iter().map(&mut gradient).collect::<Result<_>>()?)?;
+            upstream = gradient(x.as_tensor())?;
+        }
+        Ok(())
     }
 }
 

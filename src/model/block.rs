@@ -133,6 +133,11 @@ impl Block {
         Ok(mapped)
     }
 
+    /// The matrices of the block, in the order in which it applies them.
+    pub fn matrices(&self) -> impl Iterator<Item = &Tensor> {
+        Projection::ALL.into_iter().filter_map(|projection| self.weights.get(projection))
+    }
+
     /// Every tensor of the block, shared or own.
     pub fn params(&self) -> impl Iterator<Item = (BlockParam, &Tensor)> {
         let weights = Projection::ALL

@@ -1,0 +1,59 @@
+//! Angular distance.
+
+use std::time::Instant;
+
+use candle_core::{IndexOp, Tensor};
+
+use super::block_influence::{dots, norms};
+use super::{Importance, Scores, check_removal};
+use crate::data::Windows;
+use crate::error::Result;
+use crate::model::Decoder;
+use crate::progress::{self, Observer};
+
+/// Angular distance: `arccos cos(x_l, x_{l+n}) / π` at the last token, the mean over windows; the `n` consecutive
+/// blocks across which it is smallest are chosen. A block's own score is its distance for n = 1.
+///
+/// From Gromov et al., 2024, arXiv 2403.17887.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct AngularDistance {
+    /// How many consecutive blocks to choose.
+    pub remove: usize,
+}
+
+impl Importance for AngularDistance {
+    fn method(&self) -> &'static str {
+        "angular"
+    }
+
+    fn score(&self, decoder: &Decoder, windows: &Windows, observer: &mut dyn Observer) -> Result<Scores> {
+        let start = Instant::now();
+        let depth = decoder.depth();
+        check_removal(self.remove, depth.saturating_sub(1))?;
+        let (mut single, mut spans) = (Vec::new(), vec![0.0; (depth + 1).saturating_sub(self.remove)]);
+        progress::steps(self.method(), windows.len(), observer, |window| {
+            let states = decoder.hidden_states(&windows.tensor(window, decoder.device())?)?;
+            let last =
+                states.iter().map(|x| Ok(x.i((.., windows.seq_len() - 1..))?)).collect::<Result<Vec<_>>>()?;
+            let span = |n: usize| last.iter().zip(last.iter().skip(n)).map(|(x, y)| distance(x, y));
+            single.push(span(1).collect::<Result<Vec<f64>>>()?);
+            for (sum, distance) in spans.iter_mut().zip(span(self.remove)) {
+                *sum += distance?;
+            }
+            Ok(())
+        })?;
+        let runs = (windows.len() * depth) as f64;
+        let mut scores = Scores::of_windows(self.method(), windows, &single)?.costing(start, runs);
+        let nearest = spans.iter().enumerate().min_by(|a, b| a.1.total_cmp(b.1));
+        if let Some((first, _)) = nearest.filter(|_| self.remove > 0) {
+            scores.chosen = Some((first..first + self.remove).collect());
+        }
+        Ok(scores)
+    }
+}
+
+/// The angle of two `(1, 1, hidden)` vectors over π, from 0 to 1.
+fn distance(x: &Tensor, y: &Tensor) -> Result<f64> {
+    let cosine = (dots(x, y)? / (norms(x)? * norms(y)?)?)?.mean_all()?.to_scalar::<f32>()?;
+    Ok(f64::from(cosine.clamp(-1.0, 1.0)).acos() / std::f64::consts::PI)
+}

@@ -1,0 +1,184 @@
+//! How much two units cover for each other.
+
+use std::fmt::Write;
+
+use serde::{Deserialize, Serialize};
+
+use super::removals::Removals;
+use super::statistics;
+use crate::data::Windows;
+use crate::error::{Error, Result};
+use crate::model::{Decoder, Unit, Walk};
+use crate::progress::{self, Observer};
+
+/// Pairwise coupling of units, in nats per token.
+///
+/// Off the diagonal `C_ij = L(i, j off) − L(i off) − L(j off) + L(all on)`: positive where two units cover for each
+/// other, so that both must not go; negative where one is useless without the other. On the diagonal
+/// `a_i = L(i off) − L(all on)`. Symmetric.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Coupling {
+    /// The matrix, row by row.
+    pub matrix: Vec<Vec<f64>>,
+    /// The loss with all units on.
+    pub dense_loss: f64,
+    /// Blocks computed on a window; a backward counts as two.
+    pub block_runs: f64,
+}
+
+const EXACT: &str = "coupling";
+const GRADIENTS: &str = "coupling by gradients";
+
+impl Coupling {
+    /// Measures every pair: `n(n − 1) / 2` partial forwards that share what they have in common, about a third of
+    /// the block runs of as many whole ones.
+    ///
+    /// # Errors
+    /// A failed computation, a loss that is not finite, or a cancelling observer.
+    pub fn exact(
+        decoder: &Decoder,
+        windows: &Windows,
+        units: &[Unit],
+        observer: &mut dyn Observer,
+    ) -> Result<Self> {
+        let mut removals = Removals::new(decoder, windows, units)?;
+        let pairs = pairs(units.len());
+        let mut sets = vec![removals.set(&[])];
+        sets.extend((0..units.len()).map(|place| removals.set(&[place])));
+        sets.extend(pairs.iter().map(|&(i, j)| removals.set(&[i, j])));
+        let mut by_window = Vec::with_capacity(windows.len());
+        progress::steps(EXACT, windows.len(), observer, |window| {
+            by_window.push(removals.losses(window, &sets)?);
+            Ok(())
+        })?;
+        let losses = statistics::means(&by_window);
+        Self::from_losses(units.len(), &losses, removals.block_runs())
+    }
+
+    /// The matrix from the losses of no removal, of every single one, and of every pair, in the order of
+    /// [`pairs`].
+    pub(super) fn from_losses(units: usize, losses: &[f64], block_runs: f64) -> Result<Self> {
+        let (dense, rest) = losses.split_first().map_or((f64::NAN, &[][..]), |(dense, rest)| (*dense, rest));
+        if let Some(loss) =
+            losses.iter().find(|loss| !loss.is_finite()).or(Some(&dense).filter(|d| d.is_nan()))
+        {
+            return Err(Error::NotFinite { what: "a loss of the coupling matrix".into(), value: *loss });
+        }
+        let (singles, doubles) = rest.split_at(units.min(rest.len()));
+        let mut coupling = Self { matrix: vec![vec![0.0; units]; units], dense_loss: dense, block_runs };
+        for (place, single) in singles.iter().enumerate() {
+            coupling.set(place, place, single - dense);
+        }
+        for ((i, j), double) in pairs(units).into_iter().zip(doubles) {
+            coupling.set(i, j, double - dense - coupling.get(i, i) - coupling.get(j, j));
+        }
+        Ok(coupling)
+    }
+
+    /// Estimates every pair from gate gradients: one backward pass with each unit off,
+    /// `C_ij ≈ −(∂L/∂g_j with i off − ∂L/∂g_j)`, symmetrised by the mean. The diagonal is measured.
+    ///
+    /// # Errors
+    /// As [`exact`](Self::exact).
+    pub fn from_gate_gradients(
+        decoder: &Decoder,
+        windows: &Windows,
+        units: &[Unit],
+        observer: &mut dyn Observer,
+    ) -> Result<Self> {
+        let n = units.len();
+        let mut losses = vec![0.0; n + 1];
+        let mut gradients = vec![vec![0.0; n]; n + 1];
+        let share = 1.0 / (windows.len() * (windows.seq_len() - 1)) as f64;
+        progress::steps(GRADIENTS, windows.len() * (n + 1), observer, |step| {
+            let (window, off) = (step / (n + 1), step % (n + 1));
+            // The last of each window's passes is the one with all units on.
+            let gates: Vec<f64> = (0..n).map(|place| if place == off { 0.0 } else { 1.0 }).collect();
+            let walk = Walk::forward(decoder, units, &gates, &windows.tensor(window, decoder.device())?)?;
+            let targets = windows.window(window)?.get(1..).unwrap_or_default();
+            let (loss, upstream) = decoder.loss_vjp(walk.output(), targets)?;
+            let found = walk.gate_gradients(&upstream)?;
+            if let (Some(sum), Some(row)) = (losses.get_mut(off), gradients.get_mut(off)) {
+                *sum += loss * share;
+                row.iter_mut().zip(found).for_each(|(sum, gradient)| *sum += gradient * share);
+            }
+            Ok(())
+        })?;
+        let dense = losses.pop().unwrap_or_default();
+        let base = gradients.pop().unwrap_or_default();
+        let half = |i: usize, j: usize| {
+            let at = |row: &[f64]| row.get(j).copied().unwrap_or_default();
+            at(&base) - gradients.get(i).map_or(0.0, |row| at(row))
+        };
+        let block_runs = (3 * windows.len() * n * (n + 1)) as f64 * decoder.depth() as f64 / n.max(1) as f64;
+        let mut coupling = Self { matrix: vec![vec![0.0; n]; n], dense_loss: dense, block_runs };
+        for (place, loss) in losses.iter().enumerate() {
+            coupling.set(place, place, loss - dense);
+        }
+        for (i, j) in pairs(n) {
+            coupling.set(i, j, f64::midpoint(half(i, j), half(j, i)));
+        }
+        Ok(coupling)
+    }
+
+    /// `C_ij`, or `a_i` where both are the same; 0 outside of the matrix.
+    #[must_use]
+    pub fn get(&self, i: usize, j: usize) -> f64 {
+        self.matrix.get(i).and_then(|row| row.get(j)).copied().unwrap_or_default()
+    }
+
+    fn set(&mut self, i: usize, j: usize, value: f64) {
+        for (i, j) in [(i, j), (j, i)] {
+            if let Some(slot) = self.matrix.get_mut(i).and_then(|row| row.get_mut(j)) {
+                *slot = value;
+            }
+        }
+    }
+
+    /// What removing `set` costs by singles and pairs: `Σ a_i + Σ_{i<j} C_ij`.
+    #[must_use]
+    pub fn cost(&self, set: &[usize]) -> f64 {
+        let row = |(place, &i): (usize, &usize)| {
+            self.get(i, i) + set.iter().skip(place + 1).map(|&j| self.get(i, j)).sum::<f64>()
+        };
+        set.iter().enumerate().map(row).sum()
+    }
+
+    /// The values above the diagonal, row by row.
+    #[must_use]
+    pub fn pairs(&self) -> Vec<f64> {
+        pairs(self.matrix.len()).into_iter().map(|(i, j)| self.get(i, j)).collect()
+    }
+
+    /// A coupling matrix for a terminal with 256 colours: red where two units cover for each other, blue where one is
+    /// useless without the other; the scale is that of the largest pair.
+    #[must_use]
+    pub fn heat_map(matrix: &[Vec<f64>]) -> String {
+        let above = matrix.iter().enumerate().flat_map(|(i, row)| row.iter().skip(i + 1));
+        let largest = above.fold(0.0f64, |largest, value| largest.max(value.abs()));
+        let mut map = String::new();
+        for (i, row) in matrix.iter().enumerate() {
+            let _ = write!(map, "{i:>4} ");
+            for (j, &value) in row.iter().enumerate() {
+                // The root spreads small values over the scale; most pairs are far below the largest.
+                let shade =
+                    ((value.abs() / largest.max(f64::MIN_POSITIVE)).sqrt() * 5.0).round().min(5.0) as u8;
+                let colour = match (i == j, value > 0.0) {
+                    (true, _) => 244,
+                    (_, true) => 16 + 36 * shade,
+                    (_, false) => 16 + shade,
+                };
+                let _ = write!(map, "\x1b[48;5;{colour}m  \x1b[0m");
+            }
+            map.push('\n');
+        }
+        let _ =
+            writeln!(map, "     red: cover for each other, blue: need each other, largest {largest:.3} nats");
+        map
+    }
+}
+
+/// All pairs `i < j` of places below `n`, row by row.
+pub(super) fn pairs(n: usize) -> Vec<(usize, usize)> {
+    (0..n).flat_map(|i| (i + 1..n).map(move |j| (i, j))).collect()
+}

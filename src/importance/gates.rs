@@ -1,0 +1,512 @@
+//! Learnable gates.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use serde::{Deserialize, Serialize};
+
+use super::{Importance, Scores, check_removal, spearman, whole_blocks};
+use crate::data::Windows;
+use crate::error::{Error, Result};
+use crate::model::{Decoder, Unit, Walk};
+use crate::progress::Observer;
+
+/// One scalar gate a block, trained on the model's loss with all weights frozen: 1 is the original block, 0 removes
+/// it. All gates train together, so that each learns what it is worth while others are gone.
+///
+/// After the gates of `FoldGPT` (arXiv 2407.00928). The two halves of the windows train a set of gates each, in turn;
+/// a block's score is the mean of its two gates, averaged over the last third of the steps.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+#[non_exhaustive]
+pub struct Gates {
+    /// How many blocks the gates are driven to remove.
+    pub remove: usize,
+    /// Blocks whose gates stay open.
+    pub protected: Vec<usize>,
+    /// How a gate is made of its parameter.
+    pub kind: GateKind,
+    /// Training steps, both sets of gates together.
+    pub steps: usize,
+    /// Windows in each step.
+    pub batch: usize,
+    /// Adam's learning rate.
+    pub learning_rate: f64,
+    /// Seed of batches and samples.
+    pub seed: u64,
+    /// Scores to start from, one a block: the gates of those with low scores begin nearer to closing. All alike
+    /// where absent.
+    pub warm_start: Option<Vec<f64>>,
+    /// Stops when every gate's probability of being open has stayed within this of 0 or 1 for a tenth of the steps.
+    pub polarised: f64,
+    /// Where the state is kept: written every few steps, and gone on from where it exists and fits.
+    #[serde(skip)]
+    pub state_file: Option<PathBuf>,
+}
+
+/// How a gate is made of its parameter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum GateKind {
+    /// Stochastic gates with mass at exactly 0 and 1 (hard concrete: Louizos et al., 2018, arXiv 1712.01312). The
+    /// expected number of open gates is held at the target by a common offset, at every step.
+    #[default]
+    HardConcrete,
+    /// Gates of 0 and 1 in the forward pass, the lowest ones under Gumbel noise closed; the gradient goes straight
+    /// through to the parameters.
+    StraightThrough,
+    /// The paper's gate `φ² / (φ² + ε)`, ε annealed from 1e-1 to 1e-4, with the penalty `λ · max(0, F − (1 − p))²`
+    /// on the share of open gates. Never 0 in the forward pass: kept for comparison.
+    SmoothedL0,
+}
+
+impl Default for Gates {
+    fn default() -> Self {
+        Self {
+            remove: 0,
+            protected: Vec::new(),
+            kind: GateKind::default(),
+            steps: 240,
+            batch: 2,
+            learning_rate: 0.1,
+            seed: 0,
+            warm_start: None,
+            polarised: 0.02,
+            state_file: None,
+        }
+    }
+}
+
+/// A training of two sets of gates, as it stands between two steps.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct State {
+    version: u32,
+    /// What the state belongs to: options, text and depth.
+    identity: String,
+    step: usize,
+    sets: [Adam; 2],
+    trajectory: Vec<Vec<f64>>,
+    quiet: usize,
+}
+
+/// Parameters with Adam's moments.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct Adam {
+    phi: Vec<f64>,
+    mean: Vec<f64>,
+    variance: Vec<f64>,
+    updates: i32,
+}
+
+const STAGE: &str = "gates";
+const STATE_VERSION: u32 = 1;
+const SAVE_EVERY: usize = 10;
+/// Stretch and temperature of hard concrete gates, as in the paper.
+const GAMMA: f64 = -0.1;
+const ZETA: f64 = 1.1;
+const BETA: f64 = 2.0 / 3.0;
+
+impl Importance for Gates {
+    fn method(&self) -> &'static str {
+        STAGE
+    }
+
+    fn score(&self, decoder: &Decoder, windows: &Windows, observer: &mut dyn Observer) -> Result<Scores> {
+        let units = whole_blocks(decoder);
+        let trained = self.train(decoder, windows, &units, observer)?;
+        trained.scores(STAGE, windows)
+    }
+}
+
+/// What training gates over any units gives.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct TrainedGates {
+    /// The units, in the order of the other fields.
+    pub units: Vec<Unit>,
+    /// The mean probability of being open of each unit's two gates over the last third of the steps.
+    pub gates: Vec<f64>,
+    /// Spearman's rank correlation of the two sets of gates.
+    pub stability: f64,
+    /// The gates after every step, the two sets in turn.
+    pub trajectory: Vec<Vec<f64>>,
+    /// Seconds spent.
+    pub seconds: f64,
+    /// Blocks computed on a window; a backward counts as two.
+    pub block_runs: f64,
+}
+
+impl TrainedGates {
+    fn scores(self, method: &str, windows: &Windows) -> Result<Scores> {
+        let mut scores = Scores::new(method, windows, self.gates)?;
+        scores.stability = Some(self.stability);
+        scores.trajectory = self.trajectory;
+        scores.seconds = self.seconds;
+        scores.block_runs = self.block_runs;
+        Ok(scores)
+    }
+}
+
+impl Gates {
+    /// Trains gates over `units`: whole blocks, or the halves of all blocks for twice as many gates.
+    ///
+    /// # Errors
+    /// Options outside of their range, a loss that is not finite, a state file of another training, or a cancelling
+    /// observer (what was kept in the state file stays).
+    pub fn train(
+        &self,
+        decoder: &Decoder,
+        windows: &Windows,
+        units: &[Unit],
+        observer: &mut dyn Observer,
+    ) -> Result<TrainedGates> {
+        let start = Instant::now();
+        self.check(units)?;
+        let open: Vec<bool> = units.iter().map(|unit| self.protected.contains(&unit.block)).collect();
+        let mut state = self.resume(windows, units, &open)?;
+        observer.started(STAGE, self.steps as u64);
+        let first = state.step;
+        while state.step < self.steps && state.quiet < (self.steps / 10).max(1) {
+            self.step(&mut state, decoder, windows, units, &open)?;
+            let last = state.step == self.steps;
+            if let Some(path) =
+                self.state_file.as_deref().filter(|_| last || state.step.is_multiple_of(SAVE_EVERY))
+            {
+                state.save(path)?;
+            }
+            if observer.advanced(STAGE, state.step as u64, self.steps as u64).is_break() {
+                return Err(Error::Cancelled { stage: STAGE });
+            }
+        }
+        observer.finished(STAGE);
+        let block_share = units.len().min(decoder.depth()) as f64;
+        Ok(TrainedGates {
+            units: units.to_vec(),
+            gates: state.averaged(None),
+            stability: spearman(&state.averaged(Some(0)), &state.averaged(Some(1))),
+            block_runs: ((state.step - first) * self.batch) as f64 * 3.0 * block_share,
+            trajectory: state.trajectory,
+            seconds: start.elapsed().as_secs_f64(),
+        })
+    }
+
+    fn check(&self, units: &[Unit]) -> Result<()> {
+        if self.steps < 2 || self.batch == 0 {
+            let value = format!("{} steps of {} windows", self.steps, self.batch);
+            return Err(Error::argument("training", value, "at least 2 steps of 1 window"));
+        }
+        if !(self.learning_rate.is_finite() && self.learning_rate > 0.0) {
+            return Err(Error::argument("learning_rate", self.learning_rate, "a positive number"));
+        }
+        let free = units.iter().filter(|unit| !self.protected.contains(&unit.block)).count();
+        check_removal(self.remove, free)?;
+        match &self.warm_start {
+            Some(scores) if scores.len() != units.len() => {
+                let expected = format!("one for each of {} units", units.len());
+                Err(Error::argument("warm start", format!("{} scores", scores.len()), expected))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The state to go on from: that of the file, or a new one.
+    fn resume(&self, windows: &Windows, units: &[Unit], open: &[bool]) -> Result<State> {
+        let options = Self { state_file: None, ..self.clone() };
+        let options = serde_json::to_string(&options).map_err(|error| Error::Plan(error.to_string()))?;
+        let identity = format!(
+            "{options} on {} windows of {} over {} units",
+            windows.len(),
+            windows.text_sha256(),
+            units.len()
+        );
+        if let Some(path) = self.state_file.as_deref().filter(|path| path.exists()) {
+            let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+            let state: State =
+                serde_json::from_str(&text).map_err(|error| Error::format(path, error.to_string()))?;
+            if state.version != STATE_VERSION || state.identity != identity {
+                return Err(Error::format(path, "is the state of another training of gates"));
+            }
+            return Ok(state);
+        }
+        let phi = self.initial(open);
+        let zeros = vec![0.0; phi.len()];
+        let set = Adam { phi, mean: zeros.clone(), variance: zeros, updates: 0 };
+        Ok(State {
+            version: STATE_VERSION,
+            identity,
+            step: 0,
+            sets: [set.clone(), set],
+            trajectory: Vec::new(),
+            quiet: 0,
+        })
+    }
+
+    /// Parameters before the first step: ranks of the warm start, spread over two units of log-odds.
+    fn initial(&self, open: &[bool]) -> Vec<f64> {
+        let level = if self.kind == GateKind::SmoothedL0 { 1.0 } else { 0.0 };
+        let Some(scores) = &self.warm_start else { return vec![level; open.len()] };
+        let below = |score: f64| scores.iter().filter(|other| other.total_cmp(&score).is_lt()).count() as f64;
+        let centre = (scores.len() as f64 - 1.0) / 2.0;
+        scores
+            .iter()
+            .map(|&score| level + (below(score) - centre) / scores.len() as f64 * (2.0 - level))
+            .collect()
+    }
+
+    fn step(
+        &self,
+        state: &mut State,
+        decoder: &Decoder,
+        windows: &Windows,
+        units: &[Unit],
+        open: &[bool],
+    ) -> Result<()> {
+        let which = state.step % 2;
+        // Drawn from seed and step alone: a resumed run draws what an uninterrupted one does.
+        let mut rng =
+            StdRng::seed_from_u64(self.seed ^ (state.step as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        let progress = state.step as f64 / self.steps as f64;
+        let Some(set) = state.sets.get_mut(which) else { return Ok(()) };
+        let (batch, half) = (self.batch as f64 * (windows.seq_len() - 1) as f64, windows.len() / 2);
+        let mut slopes = vec![0.0; units.len()];
+        for _ in 0..self.batch {
+            let range = if which == 0 && half > 0 { 0..half } else { half..windows.len() };
+            let window = rng.random_range(range);
+            let drawn = self.draw(&set.phi, open, progress, &mut rng);
+            let walk =
+                Walk::forward(decoder, units, &drawn.gates, &windows.tensor(window, decoder.device())?)?;
+            let targets = windows.window(window)?.get(1..).unwrap_or_default();
+            let (loss, upstream) = decoder.loss_vjp(walk.output(), targets)?;
+            if !loss.is_finite() {
+                return Err(Error::NotFinite {
+                    what: format!("the loss of gate step {}", state.step),
+                    value: loss,
+                });
+            }
+            for ((sum, gradient), slope) in
+                slopes.iter_mut().zip(walk.gate_gradients(&upstream)?).zip(&drawn.slopes)
+            {
+                *sum += gradient * slope / batch;
+            }
+        }
+        if self.kind == GateKind::SmoothedL0 {
+            self.add_penalty(&set.phi, open, progress, &mut slopes);
+        }
+        set.update(&slopes, open, self.learning_rate);
+        let gates = self.openness(&set.phi, open, progress);
+        let settled = gates.iter().all(|gate| gate.min(1.0 - gate) < self.polarised);
+        state.quiet = if settled { state.quiet + 1 } else { 0 };
+        state.trajectory.push(gates);
+        state.step += 1;
+        Ok(())
+    }
+
+    /// How many gates are to be open.
+    fn target(&self, open: &[bool]) -> f64 {
+        (open.len() - self.remove) as f64
+    }
+
+    /// Each gate's probability of being open; for smoothed-L0 gates, the gate itself.
+    fn openness(&self, phi: &[f64], open: &[bool], progress: f64) -> Vec<f64> {
+        let offset = match self.kind {
+            GateKind::SmoothedL0 => 0.0,
+            GateKind::HardConcrete | GateKind::StraightThrough => offset(phi, open, self.target(open)),
+        };
+        let gate = |(&phi, &open): (&f64, &bool)| match self.kind {
+            _ if open => 1.0,
+            GateKind::SmoothedL0 => smoothed(phi, epsilon(progress)).0,
+            GateKind::HardConcrete | GateKind::StraightThrough => sigmoid(phi + offset),
+        };
+        phi.iter().zip(open).map(gate).collect()
+    }
+
+    /// Gates for one forward pass, and how each follows its parameter.
+    fn draw(&self, phi: &[f64], open: &[bool], progress: f64, rng: &mut StdRng) -> Drawn {
+        let mut drawn = match self.kind {
+            GateKind::SmoothedL0 => {
+                let pairs = phi.iter().map(|&phi| smoothed(phi, epsilon(progress)));
+                let (gates, slopes) = pairs.unzip();
+                Drawn { gates, slopes }
+            }
+            GateKind::HardConcrete => {
+                let offset = offset(phi, open, self.target(open));
+                let pairs =
+                    phi.iter().map(|&phi| hard_concrete(phi + offset, rng.random_range(1e-6..1.0 - 1e-6)));
+                let (gates, slopes) = pairs.unzip();
+                Drawn { gates, slopes }
+            }
+            GateKind::StraightThrough => {
+                let noisy = phi.iter().zip(open).enumerate().map(|(place, (&phi, &open))| {
+                    let noise = logit(rng.random_range(1e-6..1.0 - 1e-6)) * (1.0 - progress);
+                    (if open { f64::INFINITY } else { phi + noise }, place)
+                });
+                let mut order: Vec<(f64, usize)> = noisy.collect();
+                order.sort_by(|a, b| a.0.total_cmp(&b.0));
+                let closed: Vec<usize> = order.iter().take(self.remove).map(|(_, place)| *place).collect();
+                let gates =
+                    (0..phi.len()).map(|place| if closed.contains(&place) { 0.0 } else { 1.0 }).collect();
+                Drawn { gates, slopes: vec![1.0; phi.len()] }
+            }
+        };
+        for ((gate, slope), _) in
+            drawn.gates.iter_mut().zip(&mut drawn.slopes).zip(open).filter(|(_, open)| **open)
+        {
+            (*gate, *slope) = (1.0, 0.0);
+        }
+        drawn
+    }
+
+    /// The gradient of the paper's penalty on the share of open gates, with λ growing over two thirds of the steps.
+    fn add_penalty(&self, phi: &[f64], open: &[bool], progress: f64, slopes: &mut [f64]) {
+        const LAMBDA: f64 = 60.0;
+        let share = self.openness(phi, open, progress).iter().sum::<f64>() / phi.len() as f64;
+        let excess = (share - self.target(open) / phi.len() as f64).max(0.0);
+        let weight = LAMBDA * (progress * 1.5).min(1.0) * 2.0 * excess / phi.len() as f64;
+        for (slope, &phi) in slopes.iter_mut().zip(phi) {
+            *slope += weight * smoothed(phi, epsilon(progress)).1;
+        }
+    }
+}
+
+/// Gates of one forward pass, and their derivatives with respect to their parameters.
+struct Drawn {
+    gates: Vec<f64>,
+    slopes: Vec<f64>,
+}
+
+impl Adam {
+    fn update(&mut self, gradient: &[f64], open: &[bool], rate: f64) {
+        const B1: f64 = 0.9;
+        const B2: f64 = 0.99;
+        self.updates += 1;
+        let (c1, c2) = (1.0 - B1.powi(self.updates), 1.0 - B2.powi(self.updates));
+        let moments = self.mean.iter_mut().zip(&mut self.variance);
+        for (((phi, (mean, variance)), &gradient), &open) in
+            self.phi.iter_mut().zip(moments).zip(gradient).zip(open)
+        {
+            if open {
+                continue;
+            }
+            *mean = B1 * *mean + (1.0 - B1) * gradient;
+            *variance = B2 * *variance + (1.0 - B2) * gradient * gradient;
+            *phi -= rate * (*mean / c1) / ((*variance / c2).sqrt() + 1e-8);
+        }
+    }
+}
+
+impl State {
+    /// The mean gates of the last third of the steps, of one set or of both.
+    fn averaged(&self, set: Option<usize>) -> Vec<f64> {
+        let from = self.trajectory.len() / 3 * 2;
+        let late = self.trajectory.iter().enumerate().skip(from);
+        let rows: Vec<Vec<f64>> = late
+            .filter(|(step, _)| set.is_none_or(|set| step % 2 == set))
+            .map(|(_, row)| row.clone())
+            .collect();
+        super::statistics::means(&rows)
+    }
+
+    /// Writes the state beside its place and renames it: a killed run leaves the last whole one.
+    fn save(&self, path: &Path) -> Result<()> {
+        let text = serde_json::to_string(self).map_err(|error| Error::format(path, error.to_string()))?;
+        let partial = path.with_extension("partial");
+        std::fs::write(&partial, text).map_err(Error::io("write", &partial))?;
+        std::fs::rename(&partial, path).map_err(Error::io("rename to", path))
+    }
+}
+
+fn sigmoid(x: f64) -> f64 {
+    1.0 / (1.0 + (-x).exp())
+}
+
+fn logit(p: f64) -> f64 {
+    (p / (1.0 - p)).ln()
+}
+
+/// The paper's gate and its derivative.
+fn smoothed(phi: f64, epsilon: f64) -> (f64, f64) {
+    let sum = phi * phi + epsilon;
+    (phi * phi / sum, 2.0 * phi * epsilon / (sum * sum))
+}
+
+/// 1e-1 to 1e-4, geometric.
+fn epsilon(progress: f64) -> f64 {
+    10f64.powf(-1.0 - 3.0 * progress)
+}
+
+/// A hard concrete gate from a uniform draw, and its derivative with respect to the log-odds of being open.
+fn hard_concrete(log_odds: f64, uniform: f64) -> (f64, f64) {
+    // Shifted so that the probability of a gate above 0 is the sigmoid of the log-odds.
+    let log_alpha = log_odds + BETA * (-GAMMA / ZETA).ln();
+    let s = sigmoid((logit(uniform) + log_alpha) / BETA);
+    let stretched = s * (ZETA - GAMMA) + GAMMA;
+    if stretched <= 0.0 {
+        (0.0, 0.0)
+    } else if stretched >= 1.0 {
+        (1.0, 0.0)
+    } else {
+        (stretched, (ZETA - GAMMA) * s * (1.0 - s) / BETA)
+    }
+}
+
+/// The common offset of the log-odds under which `target` gates are open in expectation.
+fn offset(phi: &[f64], open: &[bool], target: f64) -> f64 {
+    let expected = |offset: f64| {
+        let gates = phi.iter().zip(open).map(|(&phi, &open)| if open { 1.0 } else { sigmoid(phi + offset) });
+        gates.sum::<f64>()
+    };
+    let (mut low, mut high) = (-60.0, 60.0);
+    for _ in 0..60 {
+        let middle = f64::midpoint(low, high);
+        if expected(middle) < target { low = middle } else { high = middle }
+    }
+    f64::midpoint(low, high)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gates_follow_their_parameters() {
+        const STEP: f64 = 1e-6;
+        for phi in [-1.5, -0.2, 0.3, 1.0, 2.0] {
+            for epsilon in [1e-1, 1e-3] {
+                let slope =
+                    (smoothed(phi + STEP, epsilon).0 - smoothed(phi - STEP, epsilon).0) / (2.0 * STEP);
+                assert!((slope - smoothed(phi, epsilon).1).abs() < 1e-6);
+            }
+            for uniform in [0.1, 0.4, 0.6, 0.9] {
+                let slope = (hard_concrete(phi + STEP, uniform).0 - hard_concrete(phi - STEP, uniform).0)
+                    / (2.0 * STEP);
+                assert!((slope - hard_concrete(phi, uniform).1).abs() < 1e-6);
+            }
+        }
+    }
+
+    #[test]
+    fn hard_concrete_gates_are_open_as_often_as_they_should() {
+        for log_odds in [-2.0, 0.0, 1.5] {
+            let draws = 20_000;
+            let above = (0..draws)
+                .filter(|i| hard_concrete(log_odds, (f64::from(*i) + 0.5) / f64::from(draws)).0 > 0.0);
+            let share = above.count() as f64 / f64::from(draws);
+            assert!((share - sigmoid(log_odds)).abs() < 1e-3, "{share}");
+        }
+    }
+
+    #[test]
+    fn the_offset_holds_the_target() {
+        let phi = [0.3, -1.0, 2.0, 0.0, 5.0];
+        let open = [false, false, false, true, false];
+        for target in [1.5, 2.0, 4.0] {
+            let offset = offset(&phi, &open, target);
+            let sum: f64 =
+                phi.iter().zip(open).map(|(&p, open)| if open { 1.0 } else { sigmoid(p + offset) }).sum();
+            assert!((sum - target).abs() < 1e-9);
+        }
+    }
+}

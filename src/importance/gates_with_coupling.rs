@@ -1,0 +1,191 @@
+//! Gates, coupling and true losses together: the crate's own method.
+
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+
+use super::coupling::{Coupling, pairs};
+use super::removals::{Removals, Removed};
+use super::select::{Set, Verified, membership, places};
+use super::{Gates, Importance, Scores, check_blocks, check_removal, statistics, whole_blocks};
+use crate::data::Windows;
+use crate::error::{Error, Result};
+use crate::model::Decoder;
+use crate::progress::{self, Observer};
+
+/// Gates warm-started from the loss without each block, exact pairwise coupling, and a search over sets that is led
+/// by both and decided by true losses.
+///
+/// Singles and pairs are measured around the whole model; what they cannot know of larger sets is learned from the
+/// sets that the search measures, near the size asked for. The best few sets are then compared on all windows.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+#[non_exhaustive]
+pub struct GatesWithCoupling {
+    /// The gates; their number to remove and protected blocks are those of the whole method.
+    pub gates: Gates,
+    /// Windows, spread over all, on which pairs are measured and sets are searched.
+    pub search_windows: usize,
+    /// At most this many block runs for the search after gates and coupling.
+    pub budget_block_runs: f64,
+    /// Sets measured in each round of the search.
+    pub batch: usize,
+    /// Rounds without improvement before the search ends.
+    pub patience: usize,
+    /// The best sets that are compared on all windows at the end.
+    pub finalists: usize,
+}
+
+impl Default for GatesWithCoupling {
+    fn default() -> Self {
+        Self {
+            gates: Gates::default(),
+            search_windows: 4,
+            budget_block_runs: 20_000.0,
+            batch: 8,
+            patience: 4,
+            finalists: 6,
+        }
+    }
+}
+
+const METHOD: &str = "coupling";
+
+impl Importance for GatesWithCoupling {
+    fn method(&self) -> &'static str {
+        METHOD
+    }
+
+    fn score(&self, decoder: &Decoder, windows: &Windows, observer: &mut dyn Observer) -> Result<Scores> {
+        let start = Instant::now();
+        let units = whole_blocks(decoder);
+        check_blocks(&self.gates.protected, decoder)?;
+        let free: Vec<usize> =
+            (0..units.len()).filter(|place| !self.gates.protected.contains(place)).collect();
+        check_removal(self.gates.remove, free.len())?;
+        let search = windows.spread(self.search_windows)?;
+        let mut removals = Removals::new(decoder, &search, &units)?;
+
+        let (measured, coupling) = measure_pairs(&mut removals, &search, units.len(), observer)?;
+        let singles: Vec<f64> = (0..units.len()).map(|place| coupling.get(place, place)).collect();
+        let gates = Gates { warm_start: Some(singles), ..self.gates.clone() };
+        let trained = gates.train(decoder, windows, &units, observer)?;
+
+        let chosen = if self.gates.remove == 0 {
+            None
+        } else {
+            let starts = self.starts(&coupling, &trained.gates, &free)?;
+            let finalists =
+                self.search(&mut removals, &search, measured, &coupling, &free, &starts, observer)?;
+            Some(decide(decoder, windows, &units, finalists, &mut removals, observer)?)
+        };
+        let mut scores = Scores::new(METHOD, windows, trained.gates)?;
+        scores.stability = Some(trained.stability);
+        scores.trajectory = trained.trajectory;
+        scores.chosen = chosen;
+        scores.coupling = Some(coupling.matrix);
+        Ok(scores.costing(start, removals.block_runs() + trained.block_runs))
+    }
+}
+
+impl GatesWithCoupling {
+    /// Where the search begins: the cheapest set by pairs, and the one that the gates closed.
+    fn starts(&self, coupling: &Coupling, gates: &[f64], free: &[usize]) -> Result<Vec<Set>> {
+        let (n, count) = (gates.len(), self.gates.remove);
+        let by_pairs = coupling.select(count, &self.gates.protected)?;
+        let mut order: Vec<(f64, usize)> =
+            gates.iter().copied().zip(0..n).filter(|(_, place)| free.contains(place)).collect();
+        order.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let by_gates: Vec<usize> = order.iter().take(count).map(|(_, place)| *place).collect();
+        Ok(vec![membership(n, &by_pairs), membership(n, &by_gates)])
+    }
+
+    #[allow(clippy::too_many_arguments)] // what the search needs, each once
+    fn search(
+        &self,
+        removals: &mut Removals<'_>,
+        windows: &Windows,
+        mut measured: Vec<(Set, f64)>,
+        coupling: &Coupling,
+        free: &[usize],
+        starts: &[Set],
+        observer: &mut dyn Observer,
+    ) -> Result<Vec<(Set, f64)>> {
+        const STAGE: &str = "search";
+        let before = removals.block_runs();
+        let budget = self.budget_block_runs;
+        observer.started(STAGE, budget as u64);
+        let mut measure = |sets: &[Removed]| -> Result<Option<Vec<f64>>> {
+            let spent = removals.block_runs() - before;
+            if spent >= budget {
+                return Ok(None);
+            }
+            let rows =
+                (0..windows.len()).map(|window| removals.losses(window, sets)).collect::<Result<Vec<_>>>()?;
+            let spent = (removals.block_runs() - before).min(budget);
+            if observer.advanced(STAGE, spent as u64, budget as u64).is_break() {
+                return Err(Error::Cancelled { stage: STAGE });
+            }
+            Ok(Some(statistics::means(&rows)))
+        };
+        let unknown: Vec<Set> =
+            starts.iter().filter(|set| measured.iter().all(|(known, _)| known != *set)).cloned().collect();
+        if let Some(losses) = measure(&unknown)? {
+            measured.extend(unknown.into_iter().zip(losses));
+        }
+        let mut search = Verified {
+            measured,
+            dense_loss: coupling.dense_loss,
+            free,
+            count: self.gates.remove,
+            batch: self.batch,
+            patience: self.patience,
+        };
+        let mut best = search.run(starts, &mut measure)?;
+        observer.finished(STAGE);
+        best.truncate(self.finalists.max(1));
+        Ok(best)
+    }
+}
+
+/// The losses of no removal, every block and every pair, and the coupling that they make.
+fn measure_pairs(
+    removals: &mut Removals<'_>,
+    windows: &Windows,
+    n: usize,
+    observer: &mut dyn Observer,
+) -> Result<(Vec<(Set, f64)>, Coupling)> {
+    let mut sets = vec![removals.set(&[])];
+    sets.extend((0..n).map(|place| removals.set(&[place])));
+    sets.extend(pairs(n).into_iter().map(|(i, j)| removals.set(&[i, j])));
+    let mut by_window = Vec::with_capacity(windows.len());
+    progress::steps(METHOD, windows.len(), observer, |window| {
+        by_window.push(removals.losses(window, &sets)?);
+        Ok(())
+    })?;
+    let losses = statistics::means(&by_window);
+    let coupling = Coupling::from_losses(n, &losses, removals.block_runs())?;
+    Ok((sets.into_iter().zip(losses).collect(), coupling))
+}
+
+/// The best of the finalists on all windows.
+fn decide(
+    decoder: &Decoder,
+    windows: &Windows,
+    units: &[crate::model::Unit],
+    finalists: Vec<(Set, f64)>,
+    spent: &mut Removals<'_>,
+    observer: &mut dyn Observer,
+) -> Result<Vec<usize>> {
+    let sets: Vec<Set> = finalists.into_iter().map(|(set, _)| set).collect();
+    let mut removals = Removals::new(decoder, windows, units)?;
+    let mut rows = Vec::with_capacity(windows.len());
+    progress::steps("finalists", windows.len(), observer, |window| {
+        rows.push(removals.losses(window, &sets)?);
+        Ok(())
+    })?;
+    spent.charge(removals.block_runs());
+    let losses = statistics::means(&rows);
+    let best = sets.iter().zip(losses).min_by(|a, b| a.1.total_cmp(&b.1));
+    best.map(|(set, _)| places(set)).ok_or_else(|| Error::Plan("the search measured no set".into()))
+}

@@ -1,0 +1,111 @@
+//! Removing block after block, measuring anew each time.
+
+use std::time::Instant;
+
+use candle_core::Tensor;
+
+use super::removals::{Removals, Removed};
+use super::{Importance, Scores, check_blocks, check_removal, statistics, whole_blocks};
+use crate::data::Windows;
+use crate::error::{Error, Result};
+use crate::model::Decoder;
+use crate::progress::Observer;
+
+/// Removes the block whose absence costs the least loss, and measures all others anew, until enough are gone.
+///
+/// A block's score is the loss, in nats per token, when it was last measured. From SLEB (Song et al., 2024, arXiv
+/// 2402.09025), which keeps the first and the last block.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct GreedyPerplexity {
+    /// How many blocks to choose.
+    pub remove: usize,
+    /// Blocks that stay, besides the first and the last.
+    pub protected: Vec<usize>,
+}
+
+impl Importance for GreedyPerplexity {
+    fn method(&self) -> &'static str {
+        "greedy-perplexity"
+    }
+
+    fn score(&self, decoder: &Decoder, windows: &Windows, observer: &mut dyn Observer) -> Result<Scores> {
+        let ends = [0, decoder.depth().saturating_sub(1)];
+        let kept: Vec<usize> = self.protected.iter().copied().chain(ends).collect();
+        let greedy = Greedy { method: self.method(), remove: self.remove, kept: &kept };
+        #[allow(clippy::redundant_closure_for_method_calls)] // the method itself is for one lifetime only
+        greedy.run(decoder, windows, observer, |removals, window, sets| removals.losses(window, sets))
+    }
+}
+
+/// The search that greedy methods have in common: `measure` gives each set's cost on a window.
+pub(super) struct Greedy<'a> {
+    pub method: &'static str,
+    pub remove: usize,
+    pub kept: &'a [usize],
+}
+
+impl Greedy<'_> {
+    pub(super) fn run(
+        &self,
+        decoder: &Decoder,
+        windows: &Windows,
+        observer: &mut dyn Observer,
+        mut measure: impl FnMut(&mut Removals<'_>, usize, &[Removed]) -> Result<Vec<f64>>,
+    ) -> Result<Scores> {
+        let start = Instant::now();
+        let units = whole_blocks(decoder);
+        check_blocks(self.kept, decoder)?;
+        let free = (0..units.len()).filter(|place| !self.kept.contains(place)).count();
+        check_removal(self.remove, free)?;
+        let mut removals = Removals::new(decoder, windows, &units)?;
+        let (mut chosen, mut importance) = (Vec::new(), vec![0.0; units.len()]);
+        let mut stability = None;
+        let rounds = self.remove.max(1);
+        let total = (rounds * windows.len()) as u64;
+        observer.started(self.method, total);
+        for round in 0..rounds {
+            // All blocks are measured in the first round, so that those that stay have a score too.
+            let candidates: Vec<usize> = (0..units.len())
+                .filter(|place| !chosen.contains(place) && (round == 0 || !self.kept.contains(place)))
+                .collect();
+            let sets: Vec<Removed> = candidates
+                .iter()
+                .map(|&place| removals.set(&[chosen.as_slice(), &[place]].concat()))
+                .collect();
+            let mut by_window = Vec::with_capacity(windows.len());
+            for window in 0..windows.len() {
+                by_window.push(measure(&mut removals, window, &sets)?);
+                let done = (round * windows.len() + window + 1) as u64;
+                if observer.advanced(self.method, done, total).is_break() {
+                    return Err(Error::Cancelled { stage: self.method });
+                }
+            }
+            if round == 0 {
+                stability = Scores::of_windows(self.method, windows, &by_window)?.stability;
+            }
+            let costs = statistics::means(&by_window);
+            for (&place, &cost) in candidates.iter().zip(&costs) {
+                if let Some(slot) = importance.get_mut(place) {
+                    *slot = cost;
+                }
+            }
+            let allowed = candidates.iter().zip(&costs).filter(|(place, _)| !self.kept.contains(place));
+            let least = allowed.min_by(|a, b| a.1.total_cmp(b.1));
+            if let Some((&place, _)) = least.filter(|_| chosen.len() < self.remove) {
+                chosen.push(place);
+                removals.rebase(removals.set(&chosen));
+            }
+        }
+        observer.finished(self.method);
+        let mut scores = Scores::new(self.method, windows, importance)?.costing(start, removals.block_runs());
+        scores.stability = stability;
+        chosen.sort_unstable();
+        scores.chosen = Some(chosen).filter(|chosen| !chosen.is_empty());
+        Ok(scores)
+    }
+}
+
+/// The final states of the whole model on every window.
+pub(super) fn final_states(decoder: &Decoder, windows: &Windows) -> Result<Vec<Tensor>> {
+    (0..windows.len()).map(|window| decoder.hidden(&windows.tensor(window, decoder.device())?)).collect()
+}

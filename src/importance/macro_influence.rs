@@ -1,0 +1,42 @@
+//! Macro Influence.
+
+use super::block_influence::{dots, norms};
+use super::greedy::{Greedy, final_states};
+use super::{Importance, Scores};
+use crate::data::Windows;
+use crate::error::Result;
+use crate::model::Decoder;
+use crate::progress::Observer;
+
+/// Macro Influence: `1 − E[cos(X, X without the block)]` on the last block's output, measured anew after each
+/// removal.
+///
+/// From FuseGPT (Pei et al., 2024, arXiv 2411.14507).
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct MacroInfluence {
+    /// How many blocks to choose.
+    pub remove: usize,
+    /// Blocks that stay.
+    pub protected: Vec<usize>,
+}
+
+impl Importance for MacroInfluence {
+    fn method(&self) -> &'static str {
+        "macro-influence"
+    }
+
+    fn score(&self, decoder: &Decoder, windows: &Windows, observer: &mut dyn Observer) -> Result<Scores> {
+        let wholes = final_states(decoder, windows)?;
+        let greedy = Greedy { method: self.method(), remove: self.remove, kept: &self.protected };
+        let mut scores = greedy.run(decoder, windows, observer, |removals, window, sets| {
+            let Some(whole) = wholes.get(window) else { return Ok(Vec::new()) };
+            let whole_norms = norms(whole)?;
+            removals.on_window(window, sets, &mut |state| {
+                let cosines = (dots(whole, state)? / (&whole_norms * norms(state)?)?)?;
+                Ok(1.0 - f64::from(cosines.mean_all()?.to_scalar::<f32>()?))
+            })
+        })?;
+        scores.block_runs += (windows.len() * decoder.depth()) as f64;
+        Ok(scores)
+    }
+}

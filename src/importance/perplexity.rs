@@ -1,0 +1,37 @@
+//! The loss without each block, one shot.
+
+use std::time::Instant;
+
+use super::removals::Removals;
+use super::{Importance, Scores, whole_blocks};
+use crate::data::Windows;
+use crate::error::Result;
+use crate::model::Decoder;
+use crate::progress::{self, Observer};
+
+/// The loss of the model without the block, in nats per token, measured once for every block.
+///
+/// From Shortened LLaMA (Kim et al., 2024, arXiv 2402.02834).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct PerplexityIncrease;
+
+impl Importance for PerplexityIncrease {
+    fn method(&self) -> &'static str {
+        "perplexity"
+    }
+
+    fn score(&self, decoder: &Decoder, windows: &Windows, observer: &mut dyn Observer) -> Result<Scores> {
+        let start = Instant::now();
+        let units = whole_blocks(decoder);
+        let mut removals = Removals::new(decoder, windows, &units)?;
+        let sets: Vec<_> = (0..units.len()).map(|place| removals.set(&[place])).collect();
+        let mut by_window = Vec::with_capacity(windows.len());
+        progress::steps(self.method(), windows.len(), observer, |window| {
+            by_window.push(removals.losses(window, &sets)?);
+            Ok(())
+        })?;
+        let scores = Scores::of_windows(self.method(), windows, &by_window)?;
+        Ok(scores.costing(start, removals.block_runs()))
+    }
+}

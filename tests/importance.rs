@@ -1,0 +1,246 @@
+//! The methods: what they compute, what they cost, and that the same seed gives the same scores.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::ops::ControlFlow;
+
+use foldgpt::candle::{DType, Device, Tensor};
+use foldgpt::importance::{
+    AngularDistance, BlockInfluence, Coupling, GateKind, Gates, GatesWithCoupling, GreedyPerplexity,
+    MacroInfluence, PerplexityIncrease, Random, Taylor,
+};
+use foldgpt::model::{Unit, Walk};
+use foldgpt::{Decoder, Error, Importance, Observer, Scores, Windows, perplexity};
+use support::{FAMILIES, input_ids, load};
+
+fn windows(family: &str) -> Windows {
+    let ids = input_ids(family).to_vec2::<u32>().unwrap();
+    let shifted: Vec<Vec<u32>> = ids.iter().map(|row| row.iter().map(|id| (id + 3) % 96).collect()).collect();
+    Windows::from_ids([ids, shifted].concat()).unwrap()
+}
+
+fn loss_without(decoder: &Decoder, windows: &Windows, removed: &[usize]) -> f64 {
+    let units: Vec<Unit> = removed.iter().copied().map(Unit::whole).collect();
+    perplexity(&decoder.without(&units).unwrap(), windows, &mut ()).unwrap().mean_nll
+}
+
+fn gates(remove: usize) -> Gates {
+    let mut gates = Gates::default();
+    (gates.remove, gates.steps, gates.batch) = (remove, 12, 1);
+    gates
+}
+
+fn gates_with_coupling(remove: usize) -> GatesWithCoupling {
+    let mut method = GatesWithCoupling::default();
+    method.gates = gates(remove);
+    method
+}
+
+fn methods(remove: usize) -> Vec<Box<dyn Importance>> {
+    vec![
+        Box::new(AngularDistance { remove }),
+        Box::new(BlockInfluence::default()),
+        Box::new(gates(remove)),
+        Box::new(gates_with_coupling(remove)),
+        Box::new(GreedyPerplexity { remove, protected: vec![] }),
+        Box::new(MacroInfluence { remove, protected: vec![] }),
+        Box::new(PerplexityIncrease::default()),
+        Box::new(Random { seed: 1 }),
+        Box::new(Taylor::default()),
+    ]
+}
+
+/// What does not depend on the clock.
+fn timeless(mut scores: Scores) -> Scores {
+    scores.seconds = 0.0;
+    scores
+}
+
+#[test]
+fn every_method_scores_every_family_and_repeats_itself_bit_for_bit() {
+    for family in FAMILIES {
+        let (decoder, windows) = (load(family), windows(family));
+        for method in methods(2) {
+            let name = method.method();
+            let scores = method.score(&decoder, &windows, &mut ()).unwrap();
+            assert_eq!(scores.blocks.len(), decoder.depth(), "{family} {name}");
+            assert_eq!(scores.method, name);
+            if name != "random" {
+                let stability = scores.stability.unwrap();
+                assert!((-1.0..=1.0).contains(&stability), "{family} {name}: {stability}");
+                assert!(
+                    scores.block_runs >= (windows.len() * decoder.depth()) as f64 * 0.5,
+                    "{family} {name}"
+                );
+            }
+            if let Some(chosen) = &scores.chosen {
+                assert_eq!(chosen.len(), 2, "{family} {name}");
+            }
+            let again = method.score(&decoder, &windows, &mut ()).unwrap();
+            assert_eq!(timeless(scores), timeless(again), "{family} {name}");
+        }
+    }
+}
+
+#[test]
+fn perplexity_scores_are_the_losses_without_each_block() {
+    let (decoder, windows) = (load("llama"), windows("llama"));
+    let scores = PerplexityIncrease::default().score(&decoder, &windows, &mut ()).unwrap();
+    for block in &scores.blocks {
+        let expected = loss_without(&decoder, &windows, &[block.index]);
+        assert!((block.importance - expected).abs() < 1e-6, "block {}", block.index);
+    }
+}
+
+#[test]
+fn greedy_perplexity_chooses_as_plain_forwards_would_and_runs_less() {
+    let mut deep = load("llama").architecture().clone();
+    deep.blocks = vec![deep.blocks[0]; 9];
+    let decoder = Decoder::random(deep, 5, DType::F32, &Device::Cpu).unwrap();
+    let windows = windows("llama");
+    let scores =
+        GreedyPerplexity { remove: 4, protected: vec![3] }.score(&decoder, &windows, &mut ()).unwrap();
+    let (mut expected, mut separate) = (Vec::new(), 0);
+    for round in 0..4 {
+        let candidates: Vec<usize> =
+            (1..8).filter(|block| *block != 3 && !expected.contains(block)).collect();
+        separate += (if round == 0 { 9 } else { candidates.len() }) * (9 - round - 1) * windows.len();
+        let cost = |block: usize| loss_without(&decoder, &windows, &[expected.as_slice(), &[block]].concat());
+        let costs: Vec<(f64, usize)> = candidates.into_iter().map(|block| (cost(block), block)).collect();
+        expected.push(costs.into_iter().min_by(|a, b| a.0.total_cmp(&b.0)).unwrap().1);
+    }
+    expected.sort_unstable();
+    assert_eq!(scores.chosen.unwrap(), expected);
+    let share = scores.block_runs / separate as f64;
+    assert!(share < 0.65, "{share} of the block runs of separate forwards");
+}
+
+#[test]
+fn coupling_is_that_of_separate_forwards_for_under_half_of_the_block_runs() {
+    let mut deep = load("llama").architecture().clone();
+    let depth = 12;
+    deep.blocks = vec![deep.blocks[0]; depth];
+    let decoder = Decoder::random(deep, 5, DType::F32, &Device::Cpu).unwrap();
+    let windows = windows("llama");
+    let coupling = Coupling::exact(&decoder, &windows, &Unit::blocks(depth), &mut ()).unwrap();
+    let loss = |removed: &[usize]| loss_without(&decoder, &windows, removed);
+    assert!((coupling.dense_loss - loss(&[])).abs() < 1e-6);
+    let mut separate = depth + depth * (depth - 1);
+    for i in 0..depth {
+        for j in 0..depth {
+            let pair = || loss(&[i, j]) - loss(&[i]) - loss(&[j]) + loss(&[]);
+            let expected = if i == j { loss(&[i]) - loss(&[]) } else { pair() };
+            assert!((coupling.get(i, j) - expected).abs() < 1e-5, "{i}, {j}");
+            separate += if i < j { depth - 2 } else { 0 };
+        }
+    }
+    let share = coupling.block_runs / (separate * windows.len()) as f64;
+    assert!(share <= 0.45, "{share} of the block runs of separate forwards");
+    assert!(Coupling::heat_map(&coupling.matrix).lines().count() == depth + 1);
+}
+
+#[test]
+fn estimated_coupling_is_the_change_of_gate_gradients() {
+    let (decoder, windows, units) = (load("llama"), windows("llama"), Unit::blocks(4));
+    let exact = Coupling::exact(&decoder, &windows, &units, &mut ()).unwrap();
+    let estimate = Coupling::from_gate_gradients(&decoder, &windows, &units, &mut ()).unwrap();
+    let slopes = |gates: [f64; 4]| {
+        let mut sum = [0.0; 4];
+        for ids in windows.iter() {
+            let tensor = Tensor::from_slice(ids, (1, ids.len()), &Device::Cpu).unwrap();
+            let walk = Walk::forward(&decoder, &units, &gates, &tensor).unwrap();
+            let (_, upstream) = decoder.loss_vjp(walk.output(), &ids[1..]).unwrap();
+            for (sum, slope) in sum.iter_mut().zip(walk.gate_gradients(&upstream).unwrap()) {
+                *sum += slope / (windows.len() * (ids.len() - 1)) as f64;
+            }
+        }
+        sum
+    };
+    let whole = slopes([1.0; 4]);
+    let off = |i: usize| slopes(std::array::from_fn(|place| if place == i { 0.0 } else { 1.0 }));
+    let rows: Vec<[f64; 4]> = (0..4).map(off).collect();
+    for i in 0..4 {
+        assert!((exact.get(i, i) - estimate.get(i, i)).abs() < 1e-6);
+        for j in (0..4).filter(|j| *j != i) {
+            let expected = f64::midpoint(whole[j] - rows[i][j], whole[i] - rows[j][i]);
+            assert!((estimate.get(i, j) - expected).abs() < 1e-9, "{i}, {j}");
+            assert_eq!(estimate.get(i, j).to_bits(), estimate.get(j, i).to_bits());
+        }
+    }
+}
+
+#[test]
+fn gates_close_on_blocks_that_do_nothing() {
+    // Blocks 1 and 2 of four add nothing: their gates are the ones to close.
+    let decoder = load("llama");
+    let idle = decoder
+        .map(|param, tensor| {
+            let idle = matches!(param, foldgpt::model::Param::Block(1 | 2, foldgpt::model::BlockParam::Weight(p))
+                if ["o_proj", "down_proj"].contains(&p.name()));
+            Ok(if idle { (tensor * 1e-4)? } else { tensor.clone() })
+        })
+        .unwrap();
+    for kind in [GateKind::HardConcrete, GateKind::StraightThrough] {
+        let mut gates = gates(2);
+        (gates.kind, gates.steps, gates.batch) = (kind, 120, 2);
+        // The untrained fixture has no use for its own blocks either: train on what it says itself.
+        let ids = idle.forward(&input_ids("llama")).unwrap().argmax(2).unwrap().to_vec2::<u32>().unwrap();
+        let windows = Windows::from_ids([ids.clone(), ids].concat()).unwrap();
+        let with = |removed: &[usize]| loss_without(&idle, &windows, removed);
+        let harmless = with(&[1, 2]) < with(&[0]).min(with(&[3])) + 1e-3;
+        let scores = gates.score(&idle, &windows, &mut ()).unwrap();
+        let order = scores.ascending();
+        assert!(!harmless || order[..2].contains(&1) || order[..2].contains(&2), "{kind:?}: {order:?}");
+        assert_eq!(scores.trajectory.len(), 120);
+    }
+}
+
+#[test]
+fn interrupted_gates_go_on_as_if_nothing_had_happened() {
+    struct StopAt(u64);
+    impl Observer for StopAt {
+        fn advanced(&mut self, _: &'static str, done: u64, _: u64) -> ControlFlow<()> {
+            if done == self.0 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        }
+    }
+    let (decoder, windows) = (load("qwen3"), windows("qwen3"));
+    for kind in [GateKind::HardConcrete, GateKind::StraightThrough, GateKind::SmoothedL0] {
+        let scratch = tempfile::tempdir().unwrap();
+        let mut plain = gates(2);
+        (plain.kind, plain.steps) = (kind, 24);
+        let mut kept = plain.clone();
+        kept.state_file = Some(scratch.path().join("gates.json"));
+        let cancelled = kept.score(&decoder, &windows, &mut StopAt(13));
+        assert!(matches!(cancelled, Err(Error::Cancelled { .. })));
+        let resumed = kept.score(&decoder, &windows, &mut ()).unwrap();
+        let whole = plain.score(&decoder, &windows, &mut ()).unwrap();
+        assert_eq!(resumed.importance(), whole.importance(), "{kind:?}");
+        assert!(resumed.block_runs < whole.block_runs);
+        let mut other = kept.clone();
+        other.learning_rate = 0.2;
+        let error = other.score(&decoder, &windows, &mut ()).unwrap_err().to_string();
+        assert!(error.contains("another training"), "{error}");
+    }
+}
+
+#[test]
+fn halves_of_blocks_have_gates_of_their_own() {
+    let (decoder, windows) = (load("gemma2"), windows("gemma2"));
+    let mut gates = gates(3);
+    gates.protected = vec![0];
+    let trained = gates.train(&decoder, &windows, &Unit::halves(4), &mut ()).unwrap();
+    assert_eq!(trained.gates.len(), 8);
+    assert!(trained.gates[..2].iter().all(|gate| *gate > 0.999), "protected gates stay open");
+    assert!(trained.gates[2..].iter().all(|gate| (0.0..=1.0).contains(gate)));
+}
+
+#[test]
+fn removing_more_than_there_is_is_refused() {
+    let (decoder, windows) = (load("llama"), windows("llama"));
+    for method in methods(5) {
+        let chooses = !["block-influence", "perplexity", "random", "taylor"].contains(&method.method());
+        assert_eq!(method.score(&decoder, &windows, &mut ()).is_err(), chooses, "{}", method.method());
+    }
+    assert!(GreedyPerplexity { remove: 1, protected: vec![7] }.score(&decoder, &windows, &mut ()).is_err());
+}
