@@ -105,6 +105,11 @@ impl Method {
         Self::Random,
     ];
 
+    /// Whether the method has to know how many blocks it is to choose.
+    pub fn depends_on_count(self) -> bool {
+        matches!(self, Self::Coupling | Self::Gates | Self::Angular)
+    }
+
     /// The method, told to choose `remove` blocks outside of `protected`.
     pub fn build(self, remove: usize, protected: &[usize], seed: u64) -> Box<dyn Importance> {
         let protected = protected.to_vec();

@@ -57,7 +57,7 @@ impl Greedy<'_> {
         check_blocks(self.kept, decoder)?;
         let free = (0..units.len()).filter(|place| !self.kept.contains(place)).count();
         check_removal(self.remove, free)?;
-        let mut removals = Removals::new(decoder, windows, &units)?;
+        let mut removals = Removals::new(decoder, windows, &units)?.keep_base();
         let (mut chosen, mut importance) = (Vec::new(), vec![0.0; units.len()]);
         let mut stability = None;
         let rounds = self.remove.max(1);
@@ -99,7 +99,6 @@ impl Greedy<'_> {
         observer.finished(self.method);
         let mut scores = Scores::new(self.method, windows, importance)?.costing(start, removals.block_runs());
         scores.stability = stability;
-        chosen.sort_unstable();
         scores.chosen = Some(chosen).filter(|chosen| !chosen.is_empty());
         Ok(scores)
     }

@@ -34,7 +34,8 @@ use serde::{Deserialize, Serialize};
 use crate::data::Windows;
 use crate::error::{Error, Result};
 use crate::model::{Decoder, Unit};
-use crate::progress::Observer;
+use crate::progress::{self, Observer};
+use removals::Removals;
 
 /// A method that scores the blocks of a decoder on calibration windows.
 ///
@@ -81,7 +82,8 @@ pub struct Scores {
     pub text_sha256: String,
     /// One score a block, first to last.
     pub blocks: Vec<BlockScore>,
-    /// The blocks that the method itself would remove, where it chooses sets and not only scores.
+    /// The blocks that the method itself would remove, where it chooses sets and not only scores; in the order of
+    /// removal where the method has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub chosen: Option<Vec<usize>>,
     /// Spearman's rank correlation of the scores from the first and from the second half of the windows; absent
@@ -173,6 +175,29 @@ impl Scores {
         self.block_runs = block_runs;
         self
     }
+}
+
+/// The mean loss of the decoder without each set of blocks, in nats per predicted token. What the sets have in
+/// common before their first difference is computed once.
+///
+/// # Errors
+/// [`Error::NoSuchBlock`] for an index beyond the depth, a failed computation, or a cancelling observer.
+pub fn losses_without(
+    decoder: &Decoder,
+    windows: &Windows,
+    sets: &[Vec<usize>],
+    observer: &mut dyn Observer,
+) -> Result<Vec<f64>> {
+    sets.iter().try_for_each(|set| check_blocks(set, decoder))?;
+    let units = whole_blocks(decoder);
+    let mut removals = Removals::new(decoder, windows, &units)?;
+    let sets: Vec<_> = sets.iter().map(|set| removals.set(set)).collect();
+    let mut by_window = Vec::with_capacity(windows.len());
+    progress::steps("losses", windows.len(), observer, |window| {
+        by_window.push(removals.losses(window, &sets)?);
+        Ok(())
+    })?;
+    Ok(statistics::means(&by_window))
 }
 
 /// Fails where a block that a method is told to keep does not exist.

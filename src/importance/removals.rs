@@ -1,7 +1,8 @@
 //! What a decoder computes without some of its units, for many sets of units at once.
 //!
 //! Sets are walked as a tree: what several have in common before their first difference runs once. Between calls the
-//! path of one set, the base, is kept, so that a search that removes unit after unit never runs again what it has.
+//! path of one set, the base, may be kept, so that a search that removes unit after unit never runs again what it
+//! has.
 
 use candle_core::Tensor;
 
@@ -34,7 +35,7 @@ impl<'a> Removals<'a> {
             units,
             pass: decoder.pass(0, windows.seq_len())?,
             base: vec![false; units.len()],
-            trunks: vec![vec![None; units.len() + 1]; inputs.len()],
+            trunks: Vec::new(),
             inputs,
             half_runs: 0,
         })
@@ -53,6 +54,12 @@ impl<'a> Removals<'a> {
     /// The set of these places.
     pub(super) fn set(&self, places: &[usize]) -> Removed {
         (0..self.units.len()).map(|place| places.contains(&place)).collect()
+    }
+
+    /// Keeps the path of the base from now on, at one state a unit and window.
+    pub(super) fn keep_base(mut self) -> Self {
+        self.trunks = vec![vec![None; self.units.len() + 1]; self.inputs.len()];
+        self
     }
 
     /// Makes `base` the set whose path is kept; what it has in common with the last one stays known.

@@ -1,0 +1,169 @@
+//! Compares methods under one protocol: the same calibration windows, the same numbers of blocks removed, the loss
+//! of each method's choice on text that none has seen.
+//!
+//! ```text
+//! cargo run --release --example compare -- --model M --text F --blocks 3,6,9,12 --work DIR
+//! ```
+//!
+//! The first 80 % of the text calibrate, the last 20 % evaluate. What each method found is kept in DIR: an
+//! interrupted comparison goes on where it was.
+#![allow(clippy::print_stdout)]
+
+mod cli;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use clap::{Parser, ValueEnum};
+use foldgpt::importance::losses_without;
+use foldgpt::{Decoder, Plan, Scores, Target, Windows};
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+#[derive(Parser)]
+struct Args {
+    #[command(flatten)]
+    model: cli::ModelArgs,
+    /// Text: its first 80 % calibrate, its last 20 % evaluate
+    #[arg(long)]
+    text: PathBuf,
+    /// Numbers of blocks to remove
+    #[arg(long, value_delimiter = ',', required = true)]
+    blocks: Vec<usize>,
+    /// Methods to compare (all by default)
+    #[arg(long, value_enum, value_delimiter = ',')]
+    methods: Vec<cli::Method>,
+    /// Where the methods' results are kept
+    #[arg(long)]
+    work: PathBuf,
+    /// Calibrate on at most this many windows
+    #[arg(long, default_value_t = 32)]
+    windows: usize,
+    /// Evaluate on at most this many windows (all by default)
+    #[arg(long)]
+    eval_windows: Option<usize>,
+    #[command(flatten)]
+    window: cli::WindowArgs,
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+}
+
+/// What a method chose for each number of blocks, and what that took.
+struct Line {
+    method: cli::Method,
+    chosen: BTreeMap<usize, Vec<usize>>,
+    seconds: f64,
+    block_runs: f64,
+}
+
+fn main() -> anyhow::Result<()> {
+    let args = Args::parse();
+    let (checkpoint, decoder) = args.model.load()?;
+    let tokenizer = checkpoint.tokenizer()?;
+    let text = cli::read_text(&args.text)?;
+    let (calibration, held_out) = cli::split_text(&text);
+    let calibration = args.window.cut(&tokenizer, calibration, Some(args.windows))?;
+    let held_out = args.window.cut(&tokenizer, held_out, args.eval_windows)?;
+    std::fs::create_dir_all(&args.work).with_context(|| format!("cannot create {}", args.work.display()))?;
+
+    let methods = if args.methods.is_empty() { cli::Method::ALL.to_vec() } else { args.methods.clone() };
+    let lines = methods.into_iter().map(|method| run(method, &args, &decoder, &calibration));
+    let lines = lines.collect::<anyhow::Result<Vec<Line>>>()?;
+
+    let mut sets: Vec<Vec<usize>> = lines.iter().flat_map(|line| line.chosen.values().cloned()).collect();
+    sets.push(Vec::new());
+    let losses = losses_without(&decoder, &held_out, &sets, &mut cli::Bars::default())?;
+    let dense = losses.last().copied().unwrap_or_default();
+    print_table(&args.blocks, &lines, &losses, dense);
+    println!(
+        "\nnll in nats per token on {} windows of {} (text sha256 {:.12}…), calibrated on {} windows (sha256 {:.12}…), bos: {}",
+        held_out.len(),
+        held_out.seq_len(),
+        held_out.text_sha256(),
+        calibration.len(),
+        calibration.text_sha256(),
+        calibration.bos()
+    );
+    Ok(())
+}
+
+/// What a method chooses for every number of blocks.
+fn run(method: cli::Method, args: &Args, decoder: &Decoder, windows: &Windows) -> anyhow::Result<Line> {
+    let mut line = Line { method, chosen: BTreeMap::new(), seconds: 0.0, block_runs: 0.0 };
+    let most = args.blocks.iter().copied().max().unwrap_or_default();
+    let counts = if method.depends_on_count() { args.blocks.clone() } else { vec![most] };
+    for count in counts {
+        let scores = kept_or_scored(method, count, args, decoder, windows)?;
+        line.seconds += scores.seconds;
+        line.block_runs += scores.block_runs;
+        for &blocks in args.blocks.iter().filter(|blocks| !method.depends_on_count() || **blocks == count) {
+            let plan =
+                Plan::new(decoder.architecture(), &first(&scores, blocks), Target::Blocks(blocks), &[])?;
+            line.chosen.insert(blocks, plan.removed().to_vec());
+        }
+    }
+    Ok(line)
+}
+
+/// The scores of a method that removes block after block, as they were when `blocks` were gone.
+fn first(scores: &Scores, blocks: usize) -> Scores {
+    let mut scores = scores.clone();
+    if let Some(chosen) = &mut scores.chosen {
+        chosen.truncate(blocks);
+    }
+    scores
+}
+
+fn kept_or_scored(
+    method: cli::Method,
+    count: usize,
+    args: &Args,
+    decoder: &Decoder,
+    windows: &Windows,
+) -> anyhow::Result<Scores> {
+    let path = args.work.join(format!("{}-{count}.json", name(method)));
+    if let Some(scores) = read(&path)?.filter(|scores| scores.text_sha256 == windows.text_sha256()) {
+        if scores.windows == windows.len() && scores.seq_len == windows.seq_len() {
+            return Ok(scores);
+        }
+    }
+    let scores = method.build(count, &[], args.seed).score(decoder, windows, &mut cli::Bars::default())?;
+    let partial = path.with_extension("partial");
+    std::fs::write(&partial, serde_json::to_string_pretty(&scores)?)?;
+    std::fs::rename(&partial, &path)?;
+    Ok(scores)
+}
+
+fn read(path: &Path) -> anyhow::Result<Option<Scores>> {
+    if !path.exists() {
+        return Ok(None);
+    }
+    let text = std::fs::read_to_string(path)?;
+    Ok(Some(serde_json::from_str(&text).with_context(|| format!("{} is no result", path.display()))?))
+}
+
+fn name(method: cli::Method) -> String {
+    method.to_possible_value().map(|value| value.get_name().to_string()).unwrap_or_default()
+}
+
+fn print_table(blocks: &[usize], lines: &[Line], losses: &[f64], dense: f64) {
+    let heads: String = blocks.iter().map(|blocks| format!(" -{blocks} blocks |")).collect();
+    println!("| method |{heads} seconds | block runs |\n|---|{}---:|---:|", "---:|".repeat(blocks.len()));
+    println!("| dense |{} | |", format!(" {dense:.4} |").repeat(blocks.len()));
+    let mut losses = losses.iter();
+    for line in lines {
+        // In the order of the sets: lines, and within each the numbers of blocks ascending.
+        let by_count: BTreeMap<usize, f64> =
+            line.chosen.keys().copied().zip(losses.by_ref().copied()).collect();
+        let cells: String = blocks
+            .iter()
+            .map(|blocks| by_count.get(blocks).map_or(" |".into(), |loss| format!(" {loss:.4} |")))
+            .collect();
+        println!("| {} |{cells} {:.0} | {:.0} |", name(line.method), line.seconds, line.block_runs);
+    }
+    for line in lines {
+        println!("\n{}: {:?}", name(line.method), line.chosen);
+    }
+}
