@@ -14,6 +14,7 @@ mod table;
 use std::path::PathBuf;
 
 use clap::Parser;
+use foldgpt::checkpoint::check_destination;
 use foldgpt::{Checkpoint, Plan, SaveOptions, fold};
 
 #[global_allocator]
@@ -26,6 +27,7 @@ struct Args {
     /// Text: its first 80 % calibrate, its last 20 % evaluate
     #[arg(long)]
     text: PathBuf,
+    /// How blocks are scored and chosen
     #[arg(long, value_enum, default_value_t = cli::Method::Coupling)]
     method: cli::Method,
     #[command(flatten)]
@@ -51,6 +53,10 @@ struct Args {
 
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
+    let Some(target) = args.target.target() else {
+        anyhow::bail!("one of --remove, --remove-blocks and --max-params is needed");
+    };
+    check_destination(&args.out)?;
     let mut bars = cli::Bars::default();
     let (checkpoint, dense) = args.model.load()?;
     let tokenizer = checkpoint.tokenizer()?;
@@ -59,14 +65,11 @@ fn main() -> anyhow::Result<()> {
     let calibration = args.window.cut(&tokenizer, calibration, Some(args.windows))?;
     let held_out = args.window.cut(&tokenizer, held_out, Some(args.eval_windows))?;
 
-    let Some(target) = args.target.target() else {
-        anyhow::bail!("one of --remove, --remove-blocks and --max-params is needed");
-    };
     let count = target.blocks(dense.architecture())?;
     let method = args.method.build(count, &args.protect, args.seed);
     let scores = method.score(&dense, &calibration, &mut bars)?;
     let plan = Plan::new(dense.architecture(), &scores, target, &args.protect)?;
-    let plan = plan.for_model(checkpoint.sha256()?);
+    let plan = plan.for_model(checkpoint.sha256(&mut bars)?);
     let folded = fold(&dense, &plan)?;
     let saved = checkpoint.save(&folded, Some(&plan), &args.out, &SaveOptions::default(), &mut bars)?;
 

@@ -25,7 +25,7 @@ struct Args {
     #[arg(long, required_unless_present = "ids", conflicts_with = "ids")]
     text: Option<PathBuf>,
     /// JSON array of arrays of token ids, each a window
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["seq_len", "bos"])]
     ids: Option<PathBuf>,
     /// Use at most this many windows (all by default)
     #[arg(long)]

@@ -20,6 +20,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 struct Args {
     #[command(flatten)]
     model: cli::ModelArgs,
+    /// The text to continue
     #[arg(long)]
     prompt: String,
     /// Make at most this many tokens
@@ -34,6 +35,7 @@ struct Args {
     /// Sample among the likeliest tokens that together have this probability
     #[arg(long)]
     top_p: Option<f64>,
+    /// Seed of the draws
     #[arg(long, default_value_t = 0)]
     seed: u64,
 }

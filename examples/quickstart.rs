@@ -12,7 +12,6 @@ mod stories;
 mod table;
 
 use std::ops::ControlFlow;
-use std::path::Path;
 
 use foldgpt::importance::BlockInfluence;
 use foldgpt::{Checkpoint, Decoder, Generate, Importance, Plan, SaveOptions, Target, Tokenizer, fold};
@@ -35,13 +34,12 @@ fn main() -> anyhow::Result<()> {
     let held_out = window.cut(&tokenizer, &stories::corpus(12, 120_000), Some(64))?;
 
     let scores = BlockInfluence::default().score(&dense, &calibration, &mut bars)?;
-    let plan =
-        Plan::new(dense.architecture(), &scores, Target::Rate(0.25), &[])?.for_model(checkpoint.sha256()?);
+    let plan = Plan::new(dense.architecture(), &scores, Target::Rate(0.25), &[])?
+        .for_model(checkpoint.sha256(&mut bars)?);
     println!("How much each block matters ({}):\n{}", scores.method, chart::bars(&scores, plan.removed()));
 
     let folded = fold(&dense, &plan)?;
-    let directory = std::env::temp_dir().join("foldgpt-quickstart");
-    remove_last_run(&directory)?;
+    let directory = std::env::temp_dir().join(format!("foldgpt-quickstart-{}", std::process::id()));
     checkpoint.save(&folded, Some(&plan), &directory, &SaveOptions::default(), &mut bars)?;
 
     let written = Checkpoint::open(&directory)?;
@@ -65,11 +63,4 @@ fn sample(decoder: &Decoder, tokenizer: &Tokenizer) -> anyhow::Result<String> {
         ControlFlow::Continue(())
     })?;
     Ok(text)
-}
-
-fn remove_last_run(directory: &Path) -> anyhow::Result<()> {
-    if directory.exists() {
-        std::fs::remove_dir_all(directory)?;
-    }
-    Ok(())
 }

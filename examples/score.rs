@@ -24,6 +24,7 @@ struct Args {
     /// Calibration text
     #[arg(long)]
     text: PathBuf,
+    /// How blocks are scored
     #[arg(long, value_enum, default_value_t = cli::Method::BlockInfluence)]
     method: cli::Method,
     #[command(flatten)]

@@ -27,8 +27,10 @@ pub enum Error {
     },
 
     /// A configuration field that is missing, contradictory, or asks for what the decoder does not compute.
-    #[error("config field `{field}`: {reason}")]
+    #[error("{}config field `{field}`: {reason}", in_file(path.as_deref()))]
     Config {
+        /// The file, where the configuration came from one.
+        path: Option<PathBuf>,
         /// The field's name as in `config.json`; nested fields are joined by dots.
         field: String,
         /// The value found and what would have been accepted.
@@ -129,7 +131,17 @@ impl Error {
     }
 
     pub(crate) fn config(field: impl Into<String>, reason: impl Into<String>) -> Error {
-        Error::Config { field: field.into(), reason: reason.into() }
+        Error::Config { path: None, field: field.into(), reason: reason.into() }
+    }
+
+    /// The same error, knowing the file that the configuration came from.
+    pub(crate) fn in_config_file(self, file: &Path) -> Error {
+        match self {
+            Error::Config { path: None, field, reason } => {
+                Error::Config { path: Some(file.to_path_buf()), field, reason }
+            }
+            other => other,
+        }
     }
 
     pub(crate) fn tensor(path: &Path, tensor: impl Into<String>, reason: impl Into<String>) -> Error {
@@ -143,4 +155,8 @@ impl Error {
     ) -> Error {
         Error::Argument { name, value: value.to_string(), expected: expected.into() }
     }
+}
+
+fn in_file(path: Option<&Path>) -> String {
+    path.map(|path| format!("{}: ", path.display())).unwrap_or_default()
 }

@@ -55,7 +55,8 @@ impl Default for Generate {
 
 impl Generate {
     /// Continues `prompt`; `on_text` gets every piece of text as soon as it is whole, and may stop by
-    /// [`ControlFlow::Break`]. Ends at an end-of-text token. Returns the ids that were made.
+    /// [`ControlFlow::Break`]. Ends at an end-of-text token, or where the model has learned no further position.
+    /// Returns the ids that were made.
     ///
     /// # Errors
     /// Options outside of their range, a prompt without tokens, or a failed computation.
@@ -75,7 +76,8 @@ impl Generate {
         let mut text = tokenizer.inner().decode_stream(true);
         let mut cache = decoder.cache();
         let mut made = Vec::new();
-        while made.len() < self.max_tokens {
+        let room = decoder.architecture().position_limit().unwrap_or(usize::MAX);
+        while made.len() < self.max_tokens && cache.len() + pending.len() <= room {
             let ids = Tensor::from_slice(&pending, (1, pending.len()), decoder.device())?;
             let hidden = decoder.extend(&ids, &mut cache)?; // (1, seq, hidden)
             let last = hidden.narrow(1, pending.len() - 1, 1)?;

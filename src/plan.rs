@@ -133,6 +133,14 @@ impl Plan {
     /// # Errors
     /// Text that is no plan, a plan of a newer version, or one that contradicts itself.
     pub fn from_json(json: &str) -> Result<Self> {
+        // Read alone before the rest: a newer plan may have other fields, and its version is the better message.
+        #[derive(Deserialize)]
+        struct Versioned {
+            version: u32,
+        }
+        let Versioned { version } =
+            serde_json::from_str(json).map_err(|error| Error::Plan(error.to_string()))?;
+        check_version(version)?;
         serde_json::from_str(json).map_err(|error| Error::Plan(error.to_string()))
     }
 
@@ -162,6 +170,12 @@ impl Plan {
         self.depth
     }
 
+    /// The SHA-256 of the weights of the model that the plan is for, where it is known.
+    #[must_use]
+    pub fn model_sha256(&self) -> Option<&str> {
+        self.model_sha256.as_deref()
+    }
+
     /// What was asked for.
     #[must_use]
     pub fn target(&self) -> Target {
@@ -188,10 +202,7 @@ impl Plan {
     }
 
     fn validate(&self) -> Result<()> {
-        if self.version == 0 || self.version > PLAN_VERSION {
-            let reason = format!("version {} is not known, expected at most {PLAN_VERSION}", self.version);
-            return Err(Error::Plan(reason));
-        }
+        check_version(self.version)?;
         if self.scores.blocks.len() != self.depth {
             let reason = format!("{} scores for a model of {} blocks", self.scores.blocks.len(), self.depth);
             return Err(Error::Plan(reason));
@@ -230,6 +241,13 @@ impl<'de> Deserialize<'de> for Plan {
         plan.validate().map_err(D::Error::custom)?;
         Ok(plan)
     }
+}
+
+fn check_version(version: u32) -> Result<()> {
+    if (1..=PLAN_VERSION).contains(&version) {
+        return Ok(());
+    }
+    Err(Error::Plan(format!("version {version} is not known, expected at most {PLAN_VERSION}")))
 }
 
 fn suits(chosen: &[usize], count: usize, protected: &[usize]) -> bool {

@@ -35,7 +35,7 @@ pub trait Observer {
         ControlFlow::Continue(())
     }
 
-    /// The stage is over.
+    /// The stage is over: done, failed or cancelled.
     fn finished(&mut self, stage: &'static str) {
         let _ = stage;
     }
@@ -51,12 +51,13 @@ pub(crate) fn steps(
     mut step: impl FnMut(usize) -> Result<()>,
 ) -> Result<()> {
     observer.started(stage, total as u64);
-    for index in 0..total {
+    let result = (0..total).try_for_each(|index| {
         step(index)?;
-        if observer.advanced(stage, index as u64 + 1, total as u64).is_break() {
-            return Err(Error::Cancelled { stage });
+        match observer.advanced(stage, index as u64 + 1, total as u64) {
+            ControlFlow::Continue(()) => Ok(()),
+            ControlFlow::Break(()) => Err(Error::Cancelled { stage }),
         }
-    }
+    });
     observer.finished(stage);
-    Ok(())
+    result
 }

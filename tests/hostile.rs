@@ -35,6 +35,13 @@ fn a_field_that_is_not_supported_is_named() {
         ),
         ("phi3", "rope_scaling", json!({"type": "longrope"}), "longrope"),
         ("llama", "rope_scaling", json!({"rope_type": "linear"}), "`rope_scaling.factor`: missing"),
+        (
+            "llama",
+            "rope_scaling",
+            json!({"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4,
+                "original_max_position_embeddings": 32}),
+            "low_freq_factor",
+        ),
         ("llama", "quantization_config", json!({"quant_method": "gptq"}), "gptq"),
         ("gpt2", "scale_attn_by_inverse_layer_idx", json!(true), "scale_attn_by_inverse_layer_idx"),
         ("gemma3", "use_bidirectional_attention", json!(true), "use_bidirectional_attention"),
@@ -49,7 +56,7 @@ fn a_field_that_is_not_supported_is_named() {
     ];
     for (family, field, value, expected) in cases {
         let error = refused_config(family, field, value);
-        assert!(error.contains(expected), "{family} {field}: {error}");
+        assert!(error.contains(expected) && error.contains("config.json"), "{family} {field}: {error}");
     }
 }
 

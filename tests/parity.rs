@@ -105,3 +105,21 @@ fn a_skipped_block_is_an_absent_block() {
         assert!(distance(&skipped, &whole) > 1e-3, "{family}: block 1 does nothing");
     }
 }
+
+#[test]
+fn a_cache_that_refused_tokens_goes_on_as_before() {
+    let (decoder, ids) = (load("llama"), input_ids("llama"));
+    let row = |range: std::ops::Range<usize>| {
+        ids.narrow(0, 0, 1).unwrap().narrow(1, range.start, range.len()).unwrap()
+    };
+    let mut cache = decoder.cache();
+    decoder.extend(&row(0..5), &mut cache).unwrap();
+    assert!(decoder.extend(&ids.narrow(1, 5, 2).unwrap(), &mut cache).is_err(), "another batch");
+    assert!(load("qwen3").extend(&row(5..7), &mut cache).is_err(), "another model");
+    let outside = Tensor::new(&[[5000u32]], ids.device()).unwrap();
+    assert!(decoder.extend(&outside, &mut cache).is_err(), "no such token");
+    assert_eq!(cache.len(), 5);
+    let rest = decoder.extend(&row(5..20), &mut cache).unwrap();
+    let whole = decoder.hidden(&row(0..20)).unwrap().narrow(1, 5, 15).unwrap();
+    assert!(distance(&rest, &whole) < PATHS);
+}

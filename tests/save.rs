@@ -90,6 +90,7 @@ fn per_block_fields_are_cut_with_the_blocks() {
         config["max_window_layers"] = json!(2);
         config["no_rope_layers"] = json!([1, 1, 1, 0]);
         config["eos_token_id"] = json!([1, 2, 3, 4]);
+        config["suppress_tokens"] = json!([5, 6, 7, 8]);
         config.as_object_mut().unwrap().remove("layer_types");
     });
     let checkpoint = Checkpoint::open(source.path()).unwrap();
@@ -101,6 +102,7 @@ fn per_block_fields_are_cut_with_the_blocks() {
     assert_eq!(written["no_rope_layers"], json!([1, 1, 0]));
     assert_eq!(written["layer_types"], json!(["full_attention", "sliding_attention", "sliding_attention"]));
     assert_eq!(written["eos_token_id"], json!([1, 2, 3, 4]), "not about blocks");
+    assert_eq!(written["suppress_tokens"], json!([5, 6, 7, 8]), "not about blocks");
     let ids = input_ids("qwen2");
     assert_eq!(bits(&reload(&directory).forward(&ids).unwrap()), bits(&cut.forward(&ids).unwrap()));
 }
@@ -207,11 +209,21 @@ fn the_plan_is_written_and_read() {
     let windows = Windows::from_ids(vec![vec![1, 2, 3]]).unwrap();
     let scores = Scores::new("test", &windows, vec![0.4, 0.1, 0.3, 0.2]).unwrap();
     let plan = Plan::new(decoder.architecture(), &scores, Target::Rate(0.5), &[3]).unwrap();
-    let plan = plan.for_model(checkpoint.sha256().unwrap());
+    let plan = plan.for_model(checkpoint.sha256(&mut ()).unwrap());
     assert_eq!((plan.removed(), plan.kept()), (&[1, 2][..], vec![0, 3]));
     let scratch = tempfile::tempdir().unwrap();
     let directory = scratch.path().join("out");
     let folded = fold(&decoder, &plan).unwrap();
+    let lie = |plan: &Plan| {
+        checkpoint
+            .save(&folded, Some(plan), &directory, &SaveOptions::default(), &mut ())
+            .unwrap_err()
+            .to_string()
+    };
+    assert!(lie(&plan.clone().for_model("0000")).contains("0000"));
+    let other = Plan::new(decoder.architecture(), &scores, Target::Blocks(1), &[]).unwrap();
+    assert!(lie(&other).contains("keeps blocks [0, 2, 3], the decoder has [0, 3]"));
+    assert!(names(scratch.path()).is_empty());
     checkpoint.save(&folded, Some(&plan), &directory, &SaveOptions::default(), &mut ()).unwrap();
     let read = Plan::from_json(&std::fs::read_to_string(directory.join("plan.json")).unwrap()).unwrap();
     assert_eq!(read, plan);
@@ -245,4 +257,38 @@ fn a_block_that_lost_a_half_is_saved_as_an_exact_equivalent() {
         let (found, expected) = (reloaded.forward(&ids).unwrap(), cut.forward(&ids).unwrap());
         assert!(distance(&found, &expected) < 1e-6, "{family}");
     }
+}
+
+#[test]
+fn values_that_a_type_cannot_hold_are_refused() {
+    let source = changed_fixture("llama", |_| {});
+    let path = source.path().join("model.safetensors");
+    let mut tensors = foldgpt::candle::safetensors::load(&path, &Device::Cpu).unwrap();
+    tensors.insert("model.norm.weight".into(), Tensor::full(1e6f32, 48, &Device::Cpu).unwrap());
+    foldgpt::candle::safetensors::save(&tensors, &path).unwrap();
+    let open = || Checkpoint::open(source.path()).unwrap();
+    assert!(open().decoder(DType::BF16, &Device::Cpu).is_ok());
+    for result in [
+        open().decoder(DType::F16, &Device::Cpu),
+        open().stored_as(DType::F16).decoder(DType::F32, &Device::Cpu),
+    ] {
+        let error = result.unwrap_err().to_string();
+        assert!(error.contains("model.norm.weight") && error.contains("F16"), "{error}");
+    }
+    for result in [
+        open().decoder(DType::U8, &Device::Cpu),
+        open().stored_as(DType::I64).decoder(DType::F32, &Device::Cpu),
+    ] {
+        assert!(result.unwrap_err().to_string().contains("dtype"));
+    }
+}
+
+#[test]
+fn a_leftover_of_a_crash_does_not_stand_in_the_way() {
+    let scratch = tempfile::tempdir().unwrap();
+    let leftover = scratch.path().join(format!(".out.{}-0.partial", std::process::id()));
+    std::fs::create_dir(&leftover).unwrap();
+    save(&open("llama"), &load("llama"), &scratch.path().join("out")).unwrap();
+    assert_eq!(reload(&scratch.path().join("out")).depth(), 4);
+    assert!(leftover.exists(), "what others may be writing is not touched");
 }

@@ -29,7 +29,7 @@ impl ModelArgs {
 
     pub fn load(&self) -> Result<(Checkpoint, Decoder)> {
         let checkpoint = self.open()?;
-        let decoder = load(&checkpoint)?;
+        let decoder = checkpoint.decoder_observed(DType::F32, &Device::Cpu, &mut Bars::default())?;
         Ok((checkpoint, decoder))
     }
 }

@@ -15,6 +15,7 @@ pub(crate) const MODEL_TYPES: [&str; 10] =
 /// Sizes beyond these are not models but mistakes, or attempts to exhaust memory.
 const MOST_BLOCKS: usize = 4096;
 const LARGEST_SIZE: usize = 1 << 30;
+const MOST_PARAMETERS: u64 = 1 << 44;
 
 impl Architecture {
     /// The architecture that a `config.json` describes.
@@ -104,7 +105,7 @@ fn gemma(fields: &Fields<'_>) -> Result<Architecture> {
     let defaults = Defaults {
         head_dim: Some(256),
         tied: true,
-        activation: &["hidden_activation", "hidden_act"],
+        activation: &["hidden_act"],
         activation_default: "gelu_pytorch_tanh",
         ..Defaults::default()
     };
@@ -119,7 +120,8 @@ fn gemma(fields: &Fields<'_>) -> Result<Architecture> {
 }
 
 fn gemma2(fields: &Fields<'_>) -> Result<Architecture> {
-    let base = gemma(fields)?;
+    let activation = fields.activation(&["hidden_activation"], "gelu_pytorch_tanh")?;
+    let base = Architecture { activation, ..gemma(fields)? };
     let window = fields.size_or("sliding_window", 4096)?;
     let sliding =
         fields.layer_types(base.depth())?.unwrap_or_else(|| (0..base.depth()).map(|i| i % 2 == 0).collect());
@@ -145,6 +147,10 @@ fn gemma3(fields: &Fields<'_>) -> Result<Architecture> {
     let sliding = fields.layer_types(base.depth())?.unwrap_or_else(regular);
     let global = fields.rope(base.head_dim, Some(FULL), 1_000_000.0)?;
     let local = match fields.get("rope_parameters") {
+        Some(parameters) if parameters.get(SLIDING).is_none() => {
+            let reason = format!("has no `{SLIDING}`, expected one for each kind of attention");
+            return Err(Error::config("rope_parameters", reason));
+        }
         Some(_) => fields.rope(base.head_dim, Some(SLIDING), 10_000.0)?,
         None => RopeSpec {
             theta: fields.positive_or("rope_local_base_freq", 10_000.0)?,
@@ -421,12 +427,19 @@ impl<'a> Fields<'a> {
         let scaling = match kind.map(|kind| kind.as_str().unwrap_or_default()) {
             None | Some("default") => RopeScaling::Default,
             Some("linear") => RopeScaling::Linear { factor: required("factor")? },
-            Some("llama3") => RopeScaling::Llama3 {
-                factor: required("factor")?,
-                low_freq_factor: required("low_freq_factor")?,
-                high_freq_factor: required("high_freq_factor")?,
-                original_max_position_embeddings: required("original_max_position_embeddings")? as usize,
-            },
+            Some("llama3") => {
+                let (low, high) = (required("low_freq_factor")?, required("high_freq_factor")?);
+                if low >= high {
+                    let reason = format!("{low} is not below high_freq_factor {high}");
+                    return Err(Error::config(format!("{name}.low_freq_factor"), reason));
+                }
+                RopeScaling::Llama3 {
+                    factor: required("factor")?,
+                    low_freq_factor: low,
+                    high_freq_factor: high,
+                    original_max_position_embeddings: required("original_max_position_embeddings")? as usize,
+                }
+            }
             Some(other) => {
                 let reason = format!("`{other}` is not supported, expected default, linear or llama3");
                 return Err(Error::config(format!("{name}.rope_type"), reason));
@@ -449,7 +462,11 @@ impl<'a> Fields<'a> {
             hidden_size: hidden,
             intermediate_size: self.size("intermediate_size")?,
             num_attention_heads: heads,
-            num_key_value_heads: self.size_or("num_key_value_heads", defaults.kv_heads.unwrap_or(heads))?,
+            // An explicit null means as many as query heads, silence the family's own number.
+            num_key_value_heads: match defaults.kv_heads.filter(|_| !self.has("num_key_value_heads")) {
+                Some(default) => default,
+                None => self.size_or("num_key_value_heads", heads)?,
+            },
             head_dim,
             max_position_embeddings: self.size_or("max_position_embeddings", 2048)?,
             norm: NormKind::Rms { unit_offset: false },
@@ -504,6 +521,18 @@ fn check(arch: &Architecture) -> Result<()> {
     if heads.checked_mul(arch.head_dim).is_none_or(|width| width > LARGEST_SIZE) {
         let reason = format!("{heads} heads of {} are wider than {LARGEST_SIZE}", arch.head_dim);
         return Err(Error::config("head_dim", reason));
+    }
+    let count = |n: u64, shape: &[usize]| {
+        n.checked_add(shape.iter().try_fold(1u64, |n, &dim| n.checked_mul(dim as u64))?)
+    };
+    let params = arch.params();
+    if params.iter().try_fold(0u64, |n, (_, shape)| count(n, shape)).is_none_or(|n| n > MOST_PARAMETERS) {
+        let reason = format!(
+            "{} blocks of {} are more than {MOST_PARAMETERS} parameters",
+            arch.depth(),
+            arch.hidden_size
+        );
+        return Err(Error::config("hidden_size", reason));
     }
     Ok(())
 }

@@ -10,9 +10,11 @@ mod hub;
 mod layout;
 mod safetensors;
 mod save;
+mod staging;
 mod surgery;
 
 pub use save::{SaveOptions, Saved};
+pub use staging::check_destination;
 
 use std::collections::HashMap;
 use std::io::Read;
@@ -25,6 +27,7 @@ use sha2::{Digest, Sha256};
 use crate::data::Tokenizer;
 use crate::error::{Error, Result};
 use crate::model::{Architecture, Decoder, Param};
+use crate::progress::Observer;
 use gguf::GgufFile;
 use layout::Stored;
 use safetensors::Safetensors;
@@ -94,13 +97,17 @@ impl Checkpoint {
         let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
         let config = serde_json::from_str(&text).map_err(|error| Error::format(&path, error.to_string()))?;
         let tensors = Safetensors::open(directory)?;
-        Self::checked(directory.to_path_buf(), Source::Safetensors(tensors), config)
+        let source = Source::Safetensors(tensors);
+        Self::checked(directory.to_path_buf(), source, config).map_err(|error| error.in_config_file(&path))
     }
 
     fn open_gguf(path: &Path) -> Result<Self> {
         let file = GgufFile::open(path)?;
-        let config = file.config()?;
-        Self::checked(path.to_path_buf(), Source::Gguf(Box::new(file)), config)
+        let open = || {
+            let config = file.config()?;
+            Self::checked(path.to_path_buf(), Source::Gguf(Box::new(file)), config)
+        };
+        open().map_err(|error| error.in_config_file(path))
     }
 
     fn checked(location: PathBuf, source: Source, config: Value) -> Result<Self> {
@@ -156,24 +163,58 @@ impl Checkpoint {
     /// # Errors
     /// A file that cannot be read, or a weight that is NaN or infinite.
     pub fn decoder(&self, dtype: DType, device: &Device) -> Result<Decoder> {
+        self.decoder_observed(dtype, device, &mut ())
+    }
+
+    /// As [`decoder`](Self::decoder), telling `observer` of every tensor read.
+    ///
+    /// # Errors
+    /// As [`decoder`](Self::decoder), and a cancelling observer.
+    pub fn decoder_observed(
+        &self,
+        dtype: DType,
+        device: &Device,
+        observer: &mut dyn Observer,
+    ) -> Result<Decoder> {
+        const STAGE: &str = "load";
+        self.check_types(dtype)?;
+        let (mut read, total) = (0, self.tensors.len() as u64);
+        observer.started(STAGE, total);
         let mut holders = HashMap::new();
         for stored in &self.tensors {
             holders.extend(stored.params.iter().map(|(param, _)| (*param, stored)));
         }
         let mut waiting: HashMap<Param, Tensor> = HashMap::new();
-        Decoder::build(self.architecture.clone(), |param, _| {
+        let decoder = Decoder::build(self.architecture.clone(), |param, _| {
             if let Some(ready) = waiting.remove(&param) {
                 return Ok(ready);
             }
             let Some(stored) = holders.get(&param) else {
                 return Err(Error::tensor(&self.location, param.to_string(), "is stored nowhere"));
             };
-            let tensor = self.read(stored)?.to_dtype(dtype)?.to_device(device)?;
+            let tensor = self.cast(stored, self.read(stored)?, dtype)?.to_device(device)?;
             waiting.extend(stored.split(&tensor)?);
+            read += 1;
+            if observer.advanced(STAGE, read, total).is_break() {
+                return Err(Error::Cancelled { stage: STAGE });
+            }
             waiting
                 .remove(&param)
                 .ok_or_else(|| Error::tensor(&self.location, &stored.name, "does not hold it"))
-        })
+        });
+        observer.finished(STAGE);
+        decoder
+    }
+
+    /// Weights are floats, in memory and on disk.
+    fn check_types(&self, compute: DType) -> Result<()> {
+        let floats = [DType::F32, DType::F16, DType::BF16, DType::F64];
+        for dtype in [Some(compute), self.dtype].into_iter().flatten() {
+            if !floats.contains(&dtype) {
+                return Err(Error::argument("dtype", format!("{dtype:?}"), format!("one of {floats:?}")));
+            }
+        }
+        Ok(())
     }
 
     /// The bytes of all tensors as they are stored, or will be.
@@ -188,23 +229,33 @@ impl Checkpoint {
     /// The SHA-256 of the files of weights, one after the other, in hexadecimal.
     ///
     /// # Errors
-    /// A file that cannot be read.
-    pub fn sha256(&self) -> Result<String> {
+    /// A file that cannot be read, or a cancelling observer.
+    pub fn sha256(&self, observer: &mut dyn Observer) -> Result<String> {
+        const STAGE: &str = "hash";
         let files = match &self.source {
             Source::Safetensors(tensors) => tensors.files().to_vec(),
             Source::Gguf(_) => vec![self.location.clone()],
             Source::New(_) => Vec::new(),
         };
+        let sizes =
+            files.iter().map(|path| Ok(std::fs::metadata(path).map_err(Error::io("read", path))?.len()));
+        let (mut done, total) = (0, sizes.sum::<Result<u64>>()?);
         let mut hash = Sha256::new();
-        let mut buffer = vec![0u8; 1 << 20];
+        let mut buffer = vec![0u8; 1 << 22];
+        observer.started(STAGE, total);
         for path in &files {
             let mut file = std::fs::File::open(path).map_err(Error::io("open", path))?;
             loop {
                 let read = file.read(&mut buffer).map_err(Error::io("read", path))?;
                 let Some(bytes) = buffer.get(..read).filter(|bytes| !bytes.is_empty()) else { break };
                 hash.update(bytes);
+                done += bytes.len() as u64;
+                if observer.advanced(STAGE, done, total).is_break() {
+                    return Err(Error::Cancelled { stage: STAGE });
+                }
             }
         }
+        observer.finished(STAGE);
         Ok(crate::data::hex(&hash.finalize()))
     }
 
@@ -220,8 +271,47 @@ impl Checkpoint {
                 return Err(Error::format(&self.location, "the model has no weights on disk yet"));
             }
         };
-        check_finite(&self.location, &stored.name, &tensor)?;
-        Ok(tensor.to_dtype(self.stored_dtype(&stored.name))?)
+        self.check_finite(stored, &tensor)?;
+        self.cast(stored, tensor, self.stored_dtype(&stored.name))
+    }
+
+    /// A finite tensor in another type, which must be able to hold its values.
+    fn cast(&self, stored: &Stored, tensor: Tensor, dtype: DType) -> Result<Tensor> {
+        if dtype == tensor.dtype() {
+            return Ok(tensor);
+        }
+        let cast = tensor.to_dtype(dtype)?;
+        if dtype.size_in_bytes() <= tensor.dtype().size_in_bytes() {
+            self.check_finite(stored, &cast)?;
+        }
+        Ok(cast)
+    }
+
+    /// Refuses NaN and infinities in a tensor on the CPU, such as a value that its type cannot hold.
+    fn check_finite(&self, stored: &Stored, tensor: &Tensor) -> Result<()> {
+        let (storage, _) = tensor.storage_and_layout();
+        let finite = match &*storage {
+            Storage::Cpu(CpuStorage::F32(values)) => values.iter().all(|value| value.is_finite()),
+            Storage::Cpu(CpuStorage::F64(values)) => values.iter().all(|value| value.is_finite()),
+            Storage::Cpu(CpuStorage::BF16(values)) => values.iter().all(|value| value.is_finite()),
+            Storage::Cpu(CpuStorage::F16(values)) => values.iter().all(|value| value.is_finite()),
+            _ => false,
+        };
+        if finite {
+            return Ok(());
+        }
+        let reason = format!("holds a value that is NaN or infinite as {:?}", tensor.dtype());
+        Err(Error::tensor(self.file_of(&stored.name), &stored.name, reason))
+    }
+
+    /// The file that holds a tensor.
+    fn file_of(&self, name: &str) -> &Path {
+        match &self.source {
+            Source::Safetensors(tensors) => {
+                self.entry(tensors, name).map_or(self.location.as_path(), |(_, entry)| entry.file.as_path())
+            }
+            Source::Gguf(_) | Source::New(_) => &self.location,
+        }
     }
 
     /// The type that a tensor has on disk, or will have.
@@ -266,7 +356,7 @@ impl Checkpoint {
                 return Err(Error::tensor(location, &stored.name, reason));
             };
             if *shape != stored.shape {
-                let reason = format!("shape {shape:?}, expected {:?} by config.json", stored.shape);
+                let reason = format!("shape {shape:?}, expected {:?} by the config", stored.shape);
                 return Err(Error::tensor(file, name, reason));
             }
             expected.insert(name);
@@ -276,23 +366,10 @@ impl Checkpoint {
         extra.sort();
         match extra.first() {
             Some((name, (file, shape))) => {
-                let reason = format!("shape {shape:?} is not expected by config.json");
+                let reason = format!("shape {shape:?} is not expected by the config");
                 Err(Error::tensor(file, name.as_str(), reason))
             }
             None => Ok(()),
         }
     }
-}
-
-/// Refuses NaN and infinities in a tensor on the CPU.
-fn check_finite(path: &Path, name: &str, tensor: &Tensor) -> Result<()> {
-    let (storage, _) = tensor.storage_and_layout();
-    let finite = match &*storage {
-        Storage::Cpu(CpuStorage::F32(values)) => values.iter().all(|value| value.is_finite()),
-        Storage::Cpu(CpuStorage::F64(values)) => values.iter().all(|value| value.is_finite()),
-        Storage::Cpu(CpuStorage::BF16(values)) => values.iter().all(|value| value.is_finite()),
-        Storage::Cpu(CpuStorage::F16(values)) => values.iter().all(|value| value.is_finite()),
-        _ => return Err(Error::tensor(path, name, format!("type {:?}, expected a float", tensor.dtype()))),
-    };
-    if finite { Ok(()) } else { Err(Error::tensor(path, name, "holds a value that is NaN or infinite")) }
 }

@@ -77,10 +77,11 @@ impl Entry {
 /// The files that hold the tensors, in the order of their names.
 fn shards(directory: &Path) -> Result<Vec<PathBuf>> {
     let (single, index) = (directory.join(SINGLE), directory.join(INDEX));
+    // Where both exist the single file counts, as in transformers.
+    if single.exists() {
+        return Ok(vec![single]);
+    }
     if !index.exists() {
-        if single.exists() {
-            return Ok(vec![single]);
-        }
         return Err(Error::format(directory, format!("no weights, expected {SINGLE} or {INDEX}")));
     }
     let text = std::fs::read_to_string(&index).map_err(Error::io("read", &index))?;

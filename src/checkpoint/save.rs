@@ -3,14 +3,13 @@
 use std::borrow::Cow;
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::fs::File;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 
 use super::layout::{Stored, stored_tensors};
+use super::staging::Staging;
 use super::{Checkpoint, Source, surgery};
 use crate::error::{Error, Result};
 use crate::model::{Decoder, Param};
@@ -67,7 +66,8 @@ impl Checkpoint {
     /// the types they had, the configuration cut to the blocks that are left, the tokenizer, and the plan.
     ///
     /// Everything is written beside `directory`, synced, opened again and compared with the decoder tensor by
-    /// tensor, and renamed only then: after a crash there is either nothing or all of it.
+    /// tensor, and renamed only then: `directory` holds nothing or all of it. What a crash leaves beside it is a
+    /// hidden directory that ends in `.partial` and may be deleted.
     ///
     /// # Errors
     /// A directory that exists and is not empty, a decoder of another architecture, a full disk, or a result that
@@ -81,6 +81,9 @@ impl Checkpoint {
         observer: &mut dyn Observer,
     ) -> Result<Saved> {
         let directory = directory.as_ref();
+        if let Some(plan) = plan {
+            self.check_plan(plan, decoder, observer)?;
+        }
         let staging = Staging::beside(directory)?;
         let config = self.config_of(decoder)?;
         staging.write("config.json", pretty(&config)?.as_bytes())?;
@@ -89,9 +92,24 @@ impl Checkpoint {
         }
         self.write_companions(&staging)?;
         let (weight_files, tensor_bytes) = self.write_weights(decoder, &staging, options, observer)?;
-        compare(decoder, &staging.path)?;
+        compare(decoder, &staging.path, observer)?;
         staging.commit(directory)?;
         Ok(Saved { directory: directory.to_path_buf(), tensor_bytes, weight_files })
+    }
+
+    /// A plan is written only beside what it describes.
+    fn check_plan(&self, plan: &Plan, decoder: &Decoder, observer: &mut dyn Observer) -> Result<()> {
+        plan.check_model(&self.architecture)?;
+        let kept: Vec<usize> = decoder.blocks().iter().map(|block| block.own.origin).collect();
+        if kept != plan.kept() {
+            return Err(Error::Plan(format!("keeps blocks {:?}, the decoder has {kept:?}", plan.kept())));
+        }
+        let Some(expected) = plan.model_sha256() else { return Ok(()) };
+        let found = self.sha256(observer)?;
+        if found != expected {
+            return Err(Error::Plan(format!("is for a model with sha256 {expected}, this one has {found}")));
+        }
+        Ok(())
     }
 
     fn config_of(&self, decoder: &Decoder) -> Result<Value> {
@@ -162,8 +180,7 @@ impl Checkpoint {
             if let Some(error) = views.iter().find_map(|view| view.failure.take()) {
                 return Err(error);
             }
-            staging.open_to_readers(&path)?;
-            sync(&path)?;
+            staging.adopt(&path)?;
             weight_map
                 .extend(views.iter().map(|view| (view.stored.name.clone(), Value::from(name.as_str()))));
             names.push(name);
@@ -196,21 +213,22 @@ impl Checkpoint {
 }
 
 /// Opens what was written as anyone would, and compares it with the decoder: architecture, then every tensor.
-fn compare(decoder: &Decoder, written: &Path) -> Result<()> {
+fn compare(decoder: &Decoder, written: &Path, observer: &mut dyn Observer) -> Result<()> {
     let reloaded = Checkpoint::open(written)?;
     if reloaded.architecture() != decoder.architecture() {
         let reason = "config.json cannot say what the decoder computes (a kept block's attention or rope)";
         return Err(Error::format(&written.join("config.json"), reason));
     }
     let params = Params::of(decoder);
-    for stored in &reloaded.tensors {
+    crate::progress::steps("verify", reloaded.tensors.len(), observer, |index| {
+        let Some(stored) = reloaded.tensors.get(index) else { return Ok(()) };
         let on_disk = reloaded.read(stored)?;
         let in_memory = joined(stored, &params, on_disk.dtype())?;
-        if bytes_of(&on_disk)? != bytes_of(&in_memory)? {
-            return Err(Error::tensor(written, &stored.name, "does not read back as it was written"));
+        if bytes_of(&on_disk)? == bytes_of(&in_memory)? {
+            return Ok(());
         }
-    }
-    Ok(())
+        Err(Error::tensor(written, &stored.name, "does not read back as it was written"))
+    })
 }
 
 /// A stored tensor put together only while it is written.
@@ -307,68 +325,4 @@ fn written(path: &Path, error: ::safetensors::SafeTensorError) -> Error {
         ::safetensors::SafeTensorError::IoError(source) => Error::io("write", path)(source),
         other => Error::format(path, other.to_string()),
     }
-}
-
-fn sync(path: &Path) -> Result<()> {
-    File::open(path).and_then(|file| file.sync_all()).map_err(Error::io("sync", path))
-}
-
-/// A directory that becomes visible under its name only when it is whole.
-struct Staging {
-    path: PathBuf,
-    committed: bool,
-}
-
-impl Staging {
-    /// Makes the directory to write into, beside the one that it will become.
-    fn beside(directory: &Path) -> Result<Self> {
-        if directory.is_dir() {
-            let mut entries = std::fs::read_dir(directory).map_err(Error::io("read", directory))?;
-            if entries.next().is_some() {
-                return Err(Error::format(directory, "exists and is not empty, expected a new directory"));
-            }
-        } else if directory.exists() {
-            return Err(Error::format(directory, "exists and is a file, expected a new directory"));
-        }
-        let name =
-            directory.file_name().ok_or_else(|| Error::format(directory, "is not a name for a directory"))?;
-        let parent = parent(directory);
-        std::fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
-        let path = parent.join(format!(".{}.{}.partial", name.to_string_lossy(), std::process::id()));
-        std::fs::create_dir(&path).map_err(Error::io("create", &path))?;
-        Ok(Self { path, committed: false })
-    }
-
-    fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
-        let path = self.path.join(name);
-        let mut file = File::create(&path).map_err(Error::io("create", &path))?;
-        file.write_all(bytes).and_then(|()| file.sync_all()).map_err(Error::io("write", &path))
-    }
-
-    /// Gives a file the permissions of the others: the tensor writer makes files that only their owner may read.
-    fn open_to_readers(&self, path: &Path) -> Result<()> {
-        let like = self.path.join("config.json");
-        let permissions = std::fs::metadata(&like).map_err(Error::io("read", &like))?.permissions();
-        std::fs::set_permissions(path, permissions).map_err(Error::io("write", path))
-    }
-
-    fn commit(mut self, directory: &Path) -> Result<()> {
-        sync(&self.path)?;
-        std::fs::rename(&self.path, directory).map_err(Error::io("rename to", directory))?;
-        self.committed = true;
-        sync(parent(directory))
-    }
-}
-
-impl Drop for Staging {
-    fn drop(&mut self) {
-        if !self.committed {
-            // Nothing to do about a failure here: the reason for the drop is the error that matters.
-            let _ = std::fs::remove_dir_all(&self.path);
-        }
-    }
-}
-
-fn parent(directory: &Path) -> &Path {
-    directory.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }

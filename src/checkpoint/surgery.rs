@@ -6,9 +6,10 @@ use super::config::{depth_field, layer_type};
 use crate::error::{Error, Result};
 use crate::model::Architecture;
 
-/// Lists that may happen to be as long as the model is deep and are not about its blocks.
-const NOT_PER_BLOCK: [&str; 5] =
-    ["architectures", "eos_token_id", "bos_token_id", "pad_token_id", "bad_words_ids"];
+/// Whether a list with an entry for each block is about its blocks, and not by chance as long as the model is deep.
+fn is_per_block(name: &str) -> bool {
+    ["layer", "block", "attention_types"].iter().any(|part| name.contains(part))
+}
 
 /// Families whose blocks may attend differently, and say so in `layer_types`.
 const MIXED_ATTENTION: [&str; 4] = ["qwen2", "qwen3", "gemma2", "gemma3_text"];
@@ -23,10 +24,7 @@ pub(super) fn cut(config: &Value, kept: &[usize], arch: &Architecture, dtype: &s
         return Err(Error::NoSuchBlock { index, depth });
     }
     for (name, value) in &mut fields {
-        if NOT_PER_BLOCK.contains(&name.as_str()) {
-            continue;
-        }
-        if let Some(list) = value.as_array_mut().filter(|list| list.len() == depth) {
+        if let Some(list) = value.as_array_mut().filter(|list| list.len() == depth && is_per_block(name)) {
             *list = kept.iter().filter_map(|&index| list.get(index).cloned()).collect();
         }
     }

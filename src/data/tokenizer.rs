@@ -26,13 +26,16 @@ impl Tokenizer {
         let before_nothing =
             inner.encode("", true).map(|encoding| encoding.get_ids().to_vec()).unwrap_or_default();
         let declared = config.get("bos_token_id").and_then(id);
-        let bos = before_nothing.first().copied().or(declared);
-        let eos = match config.get("eos_token_id") {
+        let eos: Vec<u32> = match config.get("eos_token_id") {
             Some(Value::Array(ids)) => ids.iter().filter_map(id).collect(),
             Some(value) => id(value).into_iter().collect(),
             None => Vec::new(),
         };
-        Self { inner, bos, eos, adds_bos: !before_nothing.is_empty() }
+        // A tokenizer that only ends texts puts the end before nothing too.
+        let added = before_nothing.first().copied();
+        let added = added
+            .filter(|first| before_nothing.len() > 1 || declared == Some(*first) || !eos.contains(first));
+        Self { inner, bos: added.or(declared), eos, adds_bos: added.is_some() }
     }
 
     pub(crate) fn open(path: &Path, config: &Value) -> Result<Self> {

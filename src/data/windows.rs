@@ -61,6 +61,9 @@ impl Windows {
             })?),
         };
         check_seq_len(seq_len)?;
+        if limit == Some(0) {
+            return Err(Error::argument("windows", 0, "at least 1"));
+        }
         if text.trim().is_empty() {
             return Err(Error::Text("empty".into()));
         }
@@ -78,7 +81,7 @@ impl Windows {
         Ok(Self { ids, seq_len, bos: first.is_some(), text_sha256 })
     }
 
-    /// Windows that are token ids already, each of the same length; the hash is of the ids as little-endian `u32`.
+    /// Windows that are token ids already, each of the same length; the hash is of the ids and not of a text.
     ///
     /// # Errors
     /// No window, windows of different lengths, or of fewer than two tokens.
@@ -90,9 +93,13 @@ impl Windows {
                 format!("window {index} has {} tokens, expected {seq_len} as the first has", window.len());
             return Err(Error::Text(reason));
         }
-        let mut hash = Sha256::new();
-        ids.iter().flatten().for_each(|id| hash.update(id.to_le_bytes()));
-        Ok(Self { ids, seq_len, bos: false, text_sha256: hex(&hash.finalize()) })
+        let text_sha256 = hash(&ids);
+        Ok(Self { ids, seq_len, bos: false, text_sha256 })
+    }
+
+    /// The SHA-256 of the windows' own tokens, as little-endian `u32`, in hexadecimal.
+    pub(crate) fn ids_sha256(&self) -> String {
+        hash(&self.ids)
     }
 
     /// The number of windows, at least 1.
@@ -149,6 +156,17 @@ impl Windows {
         let missing = || Error::argument("window", index, format!("less than {}", self.ids.len()));
         self.ids.get(index).map(Vec::as_slice).ok_or_else(missing)
     }
+}
+
+fn hash(ids: &[Vec<u32>]) -> String {
+    let mut hash = Sha256::new();
+    for window in ids {
+        hash.update((window.len() as u64).to_le_bytes());
+        for id in window {
+            hash.update(id.to_le_bytes());
+        }
+    }
+    hex(&hash.finalize())
 }
 
 fn check_seq_len(seq_len: usize) -> Result<()> {

@@ -4,6 +4,8 @@ use std::time::Instant;
 
 use candle_core::{IndexOp, Tensor};
 
+use serde::Serialize;
+
 use super::block_influence::{dots, norms};
 use super::{Importance, Scores, check_removal};
 use crate::data::Windows;
@@ -15,7 +17,7 @@ use crate::progress::{self, Observer};
 /// blocks across which it is smallest are chosen. A block's own score is its distance for n = 1.
 ///
 /// From Gromov et al., 2024, arXiv 2403.17887.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct AngularDistance {
     /// How many consecutive blocks to choose.
     pub remove: usize,
@@ -43,7 +45,8 @@ impl Importance for AngularDistance {
             Ok(())
         })?;
         let runs = (windows.len() * depth) as f64;
-        let mut scores = Scores::of_windows(self.method(), windows, &single)?.costing(start, runs);
+        let mut scores =
+            Scores::of_windows(self.method(), windows, &single)?.with_options(self)?.costing(start, runs);
         let nearest = spans.iter().enumerate().min_by(|a, b| a.1.total_cmp(b.1));
         if let Some((first, _)) = nearest.filter(|_| self.remove > 0) {
             scores.chosen = Some((first..first + self.remove).collect());

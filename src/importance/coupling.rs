@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use serde::{Deserialize, Serialize};
 
-use super::removals::Removals;
+use super::removals::{Removals, Removed};
 use super::statistics;
 use crate::data::Windows;
 use crate::error::{Error, Result};
@@ -42,22 +42,32 @@ impl Coupling {
         observer: &mut dyn Observer,
     ) -> Result<Self> {
         let mut removals = Removals::new(decoder, windows, units)?;
-        let pairs = pairs(units.len());
+        Ok(Self::measure(&mut removals, windows, units.len(), observer)?.1)
+    }
+
+    /// As [`exact`](Self::exact), with the loss of every set that was measured.
+    pub(super) fn measure(
+        removals: &mut Removals<'_>,
+        windows: &Windows,
+        n: usize,
+        observer: &mut dyn Observer,
+    ) -> Result<(Vec<(Removed, f64)>, Self)> {
         let mut sets = vec![removals.set(&[])];
-        sets.extend((0..units.len()).map(|place| removals.set(&[place])));
-        sets.extend(pairs.iter().map(|&(i, j)| removals.set(&[i, j])));
+        sets.extend((0..n).map(|place| removals.set(&[place])));
+        sets.extend(pairs(n).into_iter().map(|(i, j)| removals.set(&[i, j])));
         let mut by_window = Vec::with_capacity(windows.len());
         progress::steps(EXACT, windows.len(), observer, |window| {
             by_window.push(removals.losses(window, &sets)?);
             Ok(())
         })?;
         let losses = statistics::means(&by_window);
-        Self::from_losses(units.len(), &losses, removals.block_runs())
+        let coupling = Self::from_losses(n, &losses, removals.block_runs())?;
+        Ok((sets.into_iter().zip(losses).collect(), coupling))
     }
 
     /// The matrix from the losses of no removal, of every single one, and of every pair, in the order of
     /// [`pairs`].
-    pub(super) fn from_losses(units: usize, losses: &[f64], block_runs: f64) -> Result<Self> {
+    fn from_losses(units: usize, losses: &[f64], block_runs: f64) -> Result<Self> {
         let (dense, rest) = losses.split_first().map_or((f64::NAN, &[][..]), |(dense, rest)| (*dense, rest));
         if let Some(loss) =
             losses.iter().find(|loss| !loss.is_finite()).or(Some(&dense).filter(|d| d.is_nan()))
@@ -179,6 +189,6 @@ impl Coupling {
 }
 
 /// All pairs `i < j` of places below `n`, row by row.
-pub(super) fn pairs(n: usize) -> Vec<(usize, usize)> {
+fn pairs(n: usize) -> Vec<(usize, usize)> {
     (0..n).flat_map(|i| (i + 1..n).map(move |j| (i, j))).collect()
 }

@@ -1,13 +1,14 @@
 //! Learnable gates.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde::{Deserialize, Serialize};
 
-use super::{Importance, Scores, check_removal, spearman, whole_blocks};
+use super::gate_state::State;
+use super::{Importance, Scores, check_blocks, check_removal, spearman, whole_blocks};
 use crate::data::Windows;
 use crate::error::{Error, Result};
 use crate::model::{Decoder, Unit, Walk};
@@ -80,29 +81,7 @@ impl Default for Gates {
     }
 }
 
-/// A training of two sets of gates, as it stands between two steps.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-struct State {
-    version: u32,
-    /// What the state belongs to: options, text and depth.
-    identity: String,
-    step: usize,
-    sets: [Adam; 2],
-    trajectory: Vec<Vec<f64>>,
-    quiet: usize,
-}
-
-/// Parameters with Adam's moments.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-struct Adam {
-    phi: Vec<f64>,
-    mean: Vec<f64>,
-    variance: Vec<f64>,
-    updates: i32,
-}
-
 const STAGE: &str = "gates";
-const STATE_VERSION: u32 = 1;
 const SAVE_EVERY: usize = 10;
 /// Stretch and temperature of hard concrete gates, as in the paper.
 const GAMMA: f64 = -0.1;
@@ -117,7 +96,7 @@ impl Importance for Gates {
     fn score(&self, decoder: &Decoder, windows: &Windows, observer: &mut dyn Observer) -> Result<Scores> {
         let units = whole_blocks(decoder);
         let trained = self.train(decoder, windows, &units, observer)?;
-        trained.scores(STAGE, windows)
+        trained.scores(STAGE, windows)?.with_options(self)
     }
 }
 
@@ -142,7 +121,7 @@ pub struct TrainedGates {
 impl TrainedGates {
     fn scores(self, method: &str, windows: &Windows) -> Result<Scores> {
         let mut scores = Scores::new(method, windows, self.gates)?;
-        scores.stability = Some(self.stability);
+        scores = scores.with_stability(self.stability);
         scores.trajectory = self.trajectory;
         scores.seconds = self.seconds;
         scores.block_runs = self.block_runs;
@@ -164,9 +143,10 @@ impl Gates {
         observer: &mut dyn Observer,
     ) -> Result<TrainedGates> {
         let start = Instant::now();
+        check_blocks(&self.protected, decoder)?;
         self.check(units)?;
         let open: Vec<bool> = units.iter().map(|unit| self.protected.contains(&unit.block)).collect();
-        let mut state = self.resume(windows, units, &open)?;
+        let mut state = self.resume(decoder, windows, units, &open)?;
         observer.started(STAGE, self.steps as u64);
         let first = state.step;
         while state.step < self.steps && state.quiet < (self.steps / 10).max(1) {
@@ -213,35 +193,14 @@ impl Gates {
     }
 
     /// The state to go on from: that of the file, or a new one.
-    fn resume(&self, windows: &Windows, units: &[Unit], open: &[bool]) -> Result<State> {
+    fn resume(&self, decoder: &Decoder, windows: &Windows, units: &[Unit], open: &[bool]) -> Result<State> {
         let options = Self { state_file: None, ..self.clone() };
-        let options = serde_json::to_string(&options).map_err(|error| Error::Plan(error.to_string()))?;
-        let identity = format!(
-            "{options} on {} windows of {} over {} units",
-            windows.len(),
-            windows.text_sha256(),
-            units.len()
-        );
-        if let Some(path) = self.state_file.as_deref().filter(|path| path.exists()) {
-            let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
-            let state: State =
-                serde_json::from_str(&text).map_err(|error| Error::format(path, error.to_string()))?;
-            if state.version != STATE_VERSION || state.identity != identity {
-                return Err(Error::format(path, "is the state of another training of gates"));
-            }
-            return Ok(state);
+        let parts = (options, units, windows.ids_sha256(), decoder.fingerprint()?);
+        let identity = serde_json::to_string(&parts).map_err(|error| Error::Plan(error.to_string()))?;
+        match self.state_file.as_deref().filter(|path| path.exists()) {
+            Some(path) => State::read(path, &identity, units.len()),
+            None => Ok(State::new(identity, self.initial(open))),
         }
-        let phi = self.initial(open);
-        let zeros = vec![0.0; phi.len()];
-        let set = Adam { phi, mean: zeros.clone(), variance: zeros, updates: 0 };
-        Ok(State {
-            version: STATE_VERSION,
-            identity,
-            step: 0,
-            sets: [set.clone(), set],
-            trajectory: Vec::new(),
-            quiet: 0,
-        })
     }
 
     /// Parameters before the first step: ranks of the warm start, spread over two units of log-odds.
@@ -375,47 +334,6 @@ impl Gates {
 struct Drawn {
     gates: Vec<f64>,
     slopes: Vec<f64>,
-}
-
-impl Adam {
-    fn update(&mut self, gradient: &[f64], open: &[bool], rate: f64) {
-        const B1: f64 = 0.9;
-        const B2: f64 = 0.99;
-        self.updates += 1;
-        let (c1, c2) = (1.0 - B1.powi(self.updates), 1.0 - B2.powi(self.updates));
-        let moments = self.mean.iter_mut().zip(&mut self.variance);
-        for (((phi, (mean, variance)), &gradient), &open) in
-            self.phi.iter_mut().zip(moments).zip(gradient).zip(open)
-        {
-            if open {
-                continue;
-            }
-            *mean = B1 * *mean + (1.0 - B1) * gradient;
-            *variance = B2 * *variance + (1.0 - B2) * gradient * gradient;
-            *phi -= rate * (*mean / c1) / ((*variance / c2).sqrt() + 1e-8);
-        }
-    }
-}
-
-impl State {
-    /// The mean gates of the last third of the steps, of one set or of both.
-    fn averaged(&self, set: Option<usize>) -> Vec<f64> {
-        let from = self.trajectory.len() / 3 * 2;
-        let late = self.trajectory.iter().enumerate().skip(from);
-        let rows: Vec<Vec<f64>> = late
-            .filter(|(step, _)| set.is_none_or(|set| step % 2 == set))
-            .map(|(_, row)| row.clone())
-            .collect();
-        super::statistics::means(&rows)
-    }
-
-    /// Writes the state beside its place and renames it: a killed run leaves the last whole one.
-    fn save(&self, path: &Path) -> Result<()> {
-        let text = serde_json::to_string(self).map_err(|error| Error::format(path, error.to_string()))?;
-        let partial = path.with_extension("partial");
-        std::fs::write(&partial, text).map_err(Error::io("write", &partial))?;
-        std::fs::rename(&partial, path).map_err(Error::io("rename to", path))
-    }
 }
 
 fn sigmoid(x: f64) -> f64 {

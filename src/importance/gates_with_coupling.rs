@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-use super::coupling::{Coupling, pairs};
+use super::coupling::Coupling;
 use super::removals::{Removals, Removed};
 use super::select::{Set, Verified, membership, places};
 use super::{Gates, Importance, Scores, check_blocks, check_removal, statistics, whole_blocks};
@@ -66,7 +66,7 @@ impl Importance for GatesWithCoupling {
         let search = windows.spread(self.search_windows)?;
         let mut removals = Removals::new(decoder, &search, &units)?;
 
-        let (measured, coupling) = measure_pairs(&mut removals, &search, units.len(), observer)?;
+        let (measured, coupling) = Coupling::measure(&mut removals, &search, units.len(), observer)?;
         let singles: Vec<f64> = (0..units.len()).map(|place| coupling.get(place, place)).collect();
         let gates = Gates { warm_start: Some(singles), ..self.gates.clone() };
         let trained = gates.train(decoder, windows, &units, observer)?;
@@ -80,7 +80,7 @@ impl Importance for GatesWithCoupling {
             Some(decide(decoder, windows, &units, finalists, &mut removals, observer)?)
         };
         let mut scores = Scores::new(METHOD, windows, trained.gates)?;
-        scores.stability = Some(trained.stability);
+        scores = scores.with_stability(trained.stability).with_options(self)?;
         scores.trajectory = trained.trajectory;
         scores.chosen = chosen;
         scores.coupling = Some(coupling.matrix);
@@ -146,26 +146,6 @@ impl GatesWithCoupling {
         best.truncate(self.finalists.max(1));
         Ok(best)
     }
-}
-
-/// The losses of no removal, every block and every pair, and the coupling that they make.
-fn measure_pairs(
-    removals: &mut Removals<'_>,
-    windows: &Windows,
-    n: usize,
-    observer: &mut dyn Observer,
-) -> Result<(Vec<(Set, f64)>, Coupling)> {
-    let mut sets = vec![removals.set(&[])];
-    sets.extend((0..n).map(|place| removals.set(&[place])));
-    sets.extend(pairs(n).into_iter().map(|(i, j)| removals.set(&[i, j])));
-    let mut by_window = Vec::with_capacity(windows.len());
-    progress::steps(METHOD, windows.len(), observer, |window| {
-        by_window.push(removals.losses(window, &sets)?);
-        Ok(())
-    })?;
-    let losses = statistics::means(&by_window);
-    let coupling = Coupling::from_losses(n, &losses, removals.block_runs())?;
-    Ok((sets.into_iter().zip(losses).collect(), coupling))
 }
 
 /// The best of the finalists on all windows.

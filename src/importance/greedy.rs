@@ -4,6 +4,8 @@ use std::time::Instant;
 
 use candle_core::Tensor;
 
+use serde::Serialize;
+
 use super::removals::{Removals, Removed};
 use super::{Importance, Scores, check_blocks, check_removal, statistics, whole_blocks};
 use crate::data::Windows;
@@ -15,7 +17,7 @@ use crate::progress::Observer;
 ///
 /// A block's score is the loss, in nats per token, when it was last measured. From SLEB (Song et al., 2024, arXiv
 /// 2402.09025), which keeps the first and the last block.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct GreedyPerplexity {
     /// How many blocks to choose.
     pub remove: usize,
@@ -33,7 +35,9 @@ impl Importance for GreedyPerplexity {
         let kept: Vec<usize> = self.protected.iter().copied().chain(ends).collect();
         let greedy = Greedy { method: self.method(), remove: self.remove, kept: &kept };
         #[allow(clippy::redundant_closure_for_method_calls)] // the method itself is for one lifetime only
-        greedy.run(decoder, windows, observer, |removals, window, sets| removals.losses(window, sets))
+        greedy
+            .run(decoder, windows, observer, |removals, window, sets| removals.losses(window, sets))?
+            .with_options(self)
     }
 }
 
@@ -98,7 +102,9 @@ impl Greedy<'_> {
         }
         observer.finished(self.method);
         let mut scores = Scores::new(self.method, windows, importance)?.costing(start, removals.block_runs());
-        scores.stability = stability;
+        if let Some(stability) = stability {
+            scores = scores.with_stability(stability);
+        }
         scores.chosen = Some(chosen).filter(|chosen| !chosen.is_empty());
         Ok(scores)
     }

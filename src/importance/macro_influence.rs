@@ -1,5 +1,7 @@
 //! Macro Influence.
 
+use serde::Serialize;
+
 use super::block_influence::{dots, norms};
 use super::greedy::{Greedy, final_states};
 use super::{Importance, Scores};
@@ -12,7 +14,7 @@ use crate::progress::Observer;
 /// removal.
 ///
 /// From FuseGPT (Pei et al., 2024, arXiv 2411.14507).
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct MacroInfluence {
     /// How many blocks to choose.
     pub remove: usize,
@@ -37,6 +39,6 @@ impl Importance for MacroInfluence {
             })
         })?;
         scores.block_runs += (windows.len() * decoder.depth()) as f64;
-        Ok(scores)
+        scores.with_options(self)
     }
 }

@@ -3,6 +3,7 @@
 mod angular;
 mod block_influence;
 mod coupling;
+mod gate_state;
 mod gates;
 mod gates_with_coupling;
 mod greedy;
@@ -30,6 +31,7 @@ pub use taylor::Taylor;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::data::Windows;
 use crate::error::{Error, Result};
@@ -72,6 +74,9 @@ pub trait Importance {
 pub struct Scores {
     /// The method's name.
     pub method: String,
+    /// The method's options, as far as it has any.
+    #[serde(default, skip_serializing_if = "Value::is_null")]
+    pub options: Value,
     /// Number of calibration windows.
     pub windows: usize,
     /// Tokens in each window.
@@ -104,6 +109,9 @@ pub struct Scores {
     pub block_runs: f64,
 }
 
+/// Rank correlation of two halves of the text from which on a ranking counts as stable.
+const STABLE: f64 = 0.8;
+
 /// A block's score.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct BlockScore {
@@ -127,6 +135,7 @@ impl Scores {
         });
         Ok(Self {
             method: method.into(),
+            options: Value::Null,
             windows: windows.len(),
             seq_len: windows.seq_len(),
             bos: windows.bos(),
@@ -150,9 +159,32 @@ impl Scores {
         let (first, second) = by_window.split_at(by_window.len() / 2);
         let mut scores = Self::new(method, windows, statistics::means(by_window))?;
         if !first.is_empty() {
-            scores.stability = Some(spearman(&statistics::means(first), &statistics::means(second)));
+            scores = scores.with_stability(spearman(&statistics::means(first), &statistics::means(second)));
         }
         Ok(scores)
+    }
+
+    /// The scores with the options of the method that made them.
+    ///
+    /// # Errors
+    /// Options that JSON cannot hold.
+    pub fn with_options(mut self, options: &impl Serialize) -> Result<Self> {
+        self.options = serde_json::to_value(options).map_err(|error| Error::Plan(error.to_string()))?;
+        Ok(self)
+    }
+
+    /// The scores with the rank correlation of those of two halves of the windows; below 0.8 this warns.
+    #[must_use]
+    pub fn with_stability(mut self, stability: f64) -> Self {
+        if stability < STABLE {
+            tracing::warn!(
+                method = self.method,
+                stability,
+                "the two halves of the text rank the blocks differently"
+            );
+        }
+        self.stability = Some(stability);
+        self
     }
 
     /// The score of every block, first to last.

@@ -5,6 +5,8 @@ use std::time::Instant;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
+use serde::Serialize;
+
 use super::{Importance, Scores};
 use crate::data::Windows;
 use crate::error::Result;
@@ -12,7 +14,7 @@ use crate::model::Decoder;
 use crate::progress::Observer;
 
 /// Scores drawn at random.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Random {
     /// The same seed gives the same scores.
     pub seed: u64,
@@ -27,6 +29,6 @@ impl Importance for Random {
         let start = Instant::now();
         let mut rng = StdRng::seed_from_u64(self.seed);
         let importance = (0..decoder.depth()).map(|_| rng.random::<f64>()).collect();
-        Ok(Scores::new(self.method(), windows, importance)?.costing(start, 0.0))
+        Ok(Scores::new(self.method(), windows, importance)?.with_options(self)?.costing(start, 0.0))
     }
 }

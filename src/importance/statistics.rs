@@ -12,7 +12,7 @@ pub(super) fn means(rows: &[Vec<f64>]) -> Vec<f64> {
 #[must_use]
 pub fn spearman(a: &[f64], b: &[f64]) -> f64 {
     let (a, b) = (ranks(a), ranks(b));
-    let centre = (a.len() as f64 + 1.0) / 2.0;
+    let centre = f64::midpoint(a.len() as f64, 1.0);
     let sum = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| (x - centre) * (y - centre)).sum::<f64>();
     let scale = (sum(&a, &a) * sum(&b, &b)).sqrt();
     if scale == 0.0 { 0.0 } else { sum(&a, &b) / scale }
@@ -23,7 +23,7 @@ fn ranks(values: &[f64]) -> Vec<f64> {
     let rank = |value: &f64| {
         let below = values.iter().filter(|other| other.total_cmp(value).is_lt()).count() as f64;
         let equal = values.iter().filter(|other| other.total_cmp(value).is_eq()).count() as f64;
-        below + (equal + 1.0) / 2.0
+        below + f64::midpoint(equal, 1.0)
     };
     values.iter().map(rank).collect()
 }

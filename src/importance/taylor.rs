@@ -57,7 +57,9 @@ impl Importance for Taylor {
         }
         let runs = (4 * windows.len() * depth) as f64;
         let mut scores = Scores::new(self.method(), windows, importance)?.costing(start, runs);
-        scores.stability = stability;
+        if let Some(stability) = stability {
+            scores = scores.with_stability(stability);
+        }
         Ok(scores)
     }
 }

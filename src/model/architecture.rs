@@ -196,6 +196,12 @@ impl Architecture {
         self.num_key_value_heads * self.head_dim
     }
 
+    /// The longest sequence that can be computed at all, where there is a limit.
+    #[must_use]
+    pub fn position_limit(&self) -> Option<usize> {
+        (self.positions == Positions::Learned).then_some(self.max_position_embeddings)
+    }
+
     /// A block's specification.
     ///
     /// # Errors

@@ -68,15 +68,18 @@ impl Slot {
     pub(super) fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         let (batch, seq, width) = k.dims3()?;
         let len = self.len + seq;
-        let buffers = match self.buffers.take() {
-            Some((keys, values)) if keys.dim(0)? != batch => {
-                return Err(Error::argument(
-                    "batch",
-                    batch,
-                    format!("{} as cached", keys.dims()[0].min(values.dim(0)?)),
-                ));
+        // Before anything is taken apart: after an error the slot is as it was.
+        if let Some((keys, _)) = self.buffers.as_ref().filter(|_| self.len > 0) {
+            let (cached_batch, _, cached_width) = keys.dims3()?;
+            if (cached_batch, cached_width) != (batch, width) || keys.dtype() != k.dtype() {
+                let found = format!("({batch}, {width}) of {:?}", k.dtype());
+                let expected = format!("({cached_batch}, {cached_width}) of {:?} as cached", keys.dtype());
+                return Err(Error::argument("batch and width", found, expected));
             }
-            Some((keys, values)) if keys.dim(1)? >= len => (keys, values),
+        }
+        let fits = |keys: &Tensor| matches!(keys.dims3(), Ok((b, room, w)) if (b, w) == (batch, width) && room >= len);
+        let buffers = match self.buffers.take() {
+            Some((keys, values)) if fits(&keys) && keys.dtype() == k.dtype() => (keys, values),
             filled => {
                 let capacity = (2 * self.len).max(len).next_multiple_of(GROWTH);
                 let grow = |old: Option<&Tensor>| -> Result<Tensor> {

@@ -4,6 +4,7 @@ use candle_core::{DType, Device, Tensor};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use rand_distr::{Distribution, Normal};
+use sha2::{Digest, Sha256};
 
 use super::architecture::{Architecture, NormKind, Positions, RopeSpec};
 use super::block::{Block, Norm};
@@ -201,8 +202,8 @@ impl Decoder {
         Ok(mapped)
     }
 
-    /// Every parameter with its tensor, in the order of [`Architecture::params`]; matrices that depths share appear
-    /// at each of them.
+    /// Every parameter with its tensor, from the embedding to the head; matrices that depths share appear at each of
+    /// them.
     pub fn params(&self) -> impl Iterator<Item = (Param, &Tensor)> {
         let embedding = std::iter::once((Param::Embedding, &self.embedding));
         let positions = self.positions.as_ref().map(|value| (Param::Positions, value));
@@ -219,6 +220,21 @@ impl Decoder {
     pub fn parameter_count(&self) -> usize {
         let mut seen = std::collections::HashSet::new();
         self.params().filter(|(_, value)| seen.insert(value.id())).map(|(_, value)| value.elem_count()).sum()
+    }
+
+    /// A hash that tells decoders apart at little cost: of the architecture, and of the first few values of every
+    /// tensor.
+    pub(crate) fn fingerprint(&self) -> Result<String> {
+        const VALUES: usize = 64;
+        let mut hash = Sha256::new();
+        hash.update(format!("{:?}", self.architecture));
+        for (_, tensor) in self.params() {
+            let values = tensor.flatten_all()?.narrow(0, 0, tensor.elem_count().min(VALUES))?;
+            for value in values.to_dtype(DType::F32)?.to_vec1::<f32>()? {
+                hash.update(value.to_le_bytes());
+            }
+        }
+        Ok(crate::data::hex(&hash.finalize()))
     }
 
     /// The logits of every token, `(batch, seq, vocab)`.
@@ -291,12 +307,23 @@ impl Decoder {
         }
         let seq = seq_of(ids)?;
         let pass = self.pass(cache.len(), seq)?;
-        let mut x = self.embed(ids, &pass)?;
+        let before = cache.len();
+        let state = self.extend_blocks(ids, &pass, cache);
+        // After an error no block may remember tokens that others do not.
+        if state.is_ok() {
+            cache.advance(seq);
+        } else {
+            cache.truncate(before);
+        }
+        state
+    }
+
+    fn extend_blocks(&self, ids: &Tensor, pass: &Pass<'_>, cache: &mut KvCache) -> Result<Tensor> {
+        let mut x = self.embed(ids, pass)?;
         for (index, block) in self.blocks.iter().enumerate() {
             let slot: &mut Slot = cache.slot(index)?;
-            x = block.forward(&x, &pass, Some(slot))?;
+            x = block.forward(&x, pass, Some(slot))?;
         }
-        cache.advance(seq);
         Ok(x)
     }
 

@@ -28,6 +28,7 @@ pub enum Part {
 }
 
 impl Part {
+    #[allow(clippy::trivially_copy_pass_by_ref)] // serde asks with a reference
     fn is_whole(&self) -> bool {
         *self == Self::Whole
     }

@@ -89,6 +89,7 @@ impl Extent {
             && k_batch == batch
             && keys >= seq
             && shape.kv_heads > 0
+            && shape.head_dim > 0
             && shape.heads.is_multiple_of(shape.kv_heads)
             && shape.window != Some(0);
         if !fits {

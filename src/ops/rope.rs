@@ -21,6 +21,9 @@ impl Kernels {
         }
         let (batch, seq, width) = x.dims3()?;
         let half = cos.dim(1)?;
+        if head_dim == 0 {
+            bail!("rope of heads of width 0");
+        }
         let cos = cos.to_dtype(x.dtype())?.reshape((1, seq, 1, half))?;
         let sin = sin.to_dtype(x.dtype())?.reshape((1, seq, 1, half))?;
         let heads = x.reshape((batch, seq, width / head_dim, head_dim))?;
@@ -61,7 +64,8 @@ impl CustomOp3 for Rope {
         let (_, seq, width) = lx.shape().dims3()?;
         let (positions, half) = lc.shape().dims2()?;
         let head_dim = self.head_dim;
-        if positions != seq || ls.dims() != lc.dims() || 2 * half > head_dim || width % head_dim != 0 {
+        let whole_heads = head_dim > 0 && width.is_multiple_of(head_dim);
+        if positions != seq || ls.dims() != lc.dims() || 2 * half > head_dim || !whole_heads {
             bail!(
                 "rope of {seq} positions and heads of {head_dim} in {width} with tables ({positions}, {half})"
             );

@@ -1,0 +1,103 @@
+//! A training of gates between two steps, and its file.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::statistics;
+use crate::error::{Error, Result};
+
+/// A training of two sets of gates, as it stands between two steps.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct State {
+    pub version: u32,
+    /// What the state belongs to: options, text and depth.
+    pub identity: String,
+    pub step: usize,
+    pub sets: [Adam; 2],
+    pub trajectory: Vec<Vec<f64>>,
+    pub quiet: usize,
+}
+
+/// Parameters with Adam's moments.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct Adam {
+    pub phi: Vec<f64>,
+    pub mean: Vec<f64>,
+    pub variance: Vec<f64>,
+    pub updates: i32,
+}
+
+const STATE_VERSION: u32 = 1;
+
+impl Adam {
+    pub(super) fn update(&mut self, gradient: &[f64], open: &[bool], rate: f64) {
+        const B1: f64 = 0.9;
+        const B2: f64 = 0.99;
+        self.updates += 1;
+        let (c1, c2) = (1.0 - B1.powi(self.updates), 1.0 - B2.powi(self.updates));
+        let moments = self.mean.iter_mut().zip(&mut self.variance);
+        for (((phi, (mean, variance)), &gradient), &open) in
+            self.phi.iter_mut().zip(moments).zip(gradient).zip(open)
+        {
+            if open {
+                continue;
+            }
+            *mean = B1 * *mean + (1.0 - B1) * gradient;
+            *variance = B2 * *variance + (1.0 - B2) * gradient * gradient;
+            *phi -= rate * (*mean / c1) / ((*variance / c2).sqrt() + 1e-8);
+        }
+    }
+}
+
+impl State {
+    pub(super) fn new(identity: String, phi: Vec<f64>) -> Self {
+        let zeros = vec![0.0; phi.len()];
+        let set = Adam { phi, mean: zeros.clone(), variance: zeros, updates: 0 };
+        let sets = [set.clone(), set];
+        Self { version: STATE_VERSION, identity, step: 0, sets, trajectory: Vec::new(), quiet: 0 }
+    }
+
+    /// The state in a file, which has to be one of this training.
+    pub(super) fn read(path: &Path, identity: &str, units: usize) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+        let state: Self =
+            serde_json::from_str(&text).map_err(|error| Error::format(path, error.to_string()))?;
+        if state.version != STATE_VERSION || state.identity != identity {
+            return Err(Error::format(path, "is the state of another training of gates"));
+        }
+        let lists = state.sets.iter().flat_map(|set| [&set.phi, &set.mean, &set.variance]);
+        let whole = lists.chain(&state.trajectory).all(|list| list.len() == units);
+        if !whole || state.trajectory.len() != state.step {
+            return Err(Error::format(path, format!("is damaged, expected {units} gates at every step")));
+        }
+        Ok(state)
+    }
+
+    /// The mean gates of the last third of the steps, of one set or of both.
+    pub(super) fn averaged(&self, set: Option<usize>) -> Vec<f64> {
+        let from = self.trajectory.len() / 3 * 2;
+        let late = self.trajectory.iter().enumerate().skip(from);
+        let rows: Vec<Vec<f64>> = late
+            .filter(|(step, _)| set.is_none_or(|set| step % 2 == set))
+            .map(|(_, row)| row.clone())
+            .collect();
+        statistics::means(&rows)
+    }
+
+    /// Writes the state beside its place and renames it: a killed run leaves the last whole one.
+    pub(super) fn save(&self, path: &Path) -> Result<()> {
+        let text = serde_json::to_string(self).map_err(|error| Error::format(path, error.to_string()))?;
+        let mut partial = path.as_os_str().to_owned();
+        partial.push(".partial");
+        let partial = Path::new(&partial);
+        let written = File::create(partial).and_then(|mut file| {
+            file.write_all(text.as_bytes())?;
+            file.sync_all()
+        });
+        written.map_err(Error::io("write", partial))?;
+        std::fs::rename(partial, path).map_err(Error::io("rename to", path))
+    }
+}
