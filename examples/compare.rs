@@ -124,10 +124,12 @@ fn kept_or_scored(
     windows: &Windows,
 ) -> anyhow::Result<Scores> {
     let path = args.work.join(format!("{}-{count}.json", name(method)));
-    if let Some(scores) = read(&path)?.filter(|scores| scores.text_sha256 == windows.text_sha256()) {
-        if scores.windows == windows.len() && scores.seq_len == windows.seq_len() {
-            return Ok(scores);
-        }
+    let same = |scores: &Scores| {
+        let found = (scores.text_sha256.as_str(), scores.windows, scores.seq_len);
+        found == (windows.text_sha256(), windows.len(), windows.seq_len())
+    };
+    if let Some(scores) = read(&path)?.filter(same) {
+        return Ok(scores);
     }
     let scores = method.build(count, &[], args.seed).score(decoder, windows, &mut cli::Bars::default())?;
     let partial = path.with_extension("partial");
@@ -149,7 +151,8 @@ fn name(method: cli::Method) -> String {
 }
 
 fn print_table(blocks: &[usize], lines: &[Line], losses: &[f64], dense: f64) {
-    let heads: String = blocks.iter().map(|blocks| format!(" -{blocks} blocks |")).collect();
+    let heads: Vec<String> = blocks.iter().map(|blocks| format!(" -{blocks} blocks |")).collect();
+    let heads = heads.concat();
     println!("| method |{heads} seconds | block runs |\n|---|{}---:|---:|", "---:|".repeat(blocks.len()));
     println!("| dense |{} | |", format!(" {dense:.4} |").repeat(blocks.len()));
     let mut losses = losses.iter();

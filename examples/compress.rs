@@ -28,7 +28,7 @@ struct Args {
     #[arg(long)]
     text: PathBuf,
     /// How blocks are scored and chosen
-    #[arg(long, value_enum, default_value_t = cli::Method::Coupling)]
+    #[arg(long, value_enum, default_value_t = cli::Method::BlockInfluence)]
     method: cli::Method,
     #[command(flatten)]
     target: cli::TargetArgs,

@@ -83,7 +83,7 @@ fn print_scores(scores: &Scores) {
              use more windows"
         ),
         Some(stability) => {
-            println!("stability {stability:.2} (Spearman's correlation of two halves of the text)")
+            println!("stability {stability:.2} (Spearman's correlation of two halves of the text)");
         }
         None => println!("stability unknown: it takes at least two windows"),
     }
