@@ -116,7 +116,7 @@ fn rotary(source: &Source<'_>) -> Result<Map<String, Value>> {
         "max_position_embeddings": source.size("context_length")?,
         "rms_norm_eps": source.require::<f64>("attention.layer_norm_rms_epsilon")?,
         "rope_theta": theta,
-        "rope_scaling": rope_scaling(source, theta)?,
+        "rope_scaling": rope_scaling(source, head_dim, theta)?,
         "attention_dropout": 0.0,
     }));
     if let Some(rotated) = source.get::<usize>("rope.dimension_count")?
@@ -240,14 +240,23 @@ fn phi3(source: &Source<'_>, head_dim: usize) -> Result<Value> {
 }
 
 /// What `rope_scaling` says: Llama 3's or Phi-3's tables where the file has them, and otherwise its metadata.
-fn rope_scaling(source: &Source<'_>, theta: f64) -> Result<Value> {
-    if let Some(factors) = source.file.stored_values("rope_freqs.weight")? {
+fn rope_scaling(source: &Source<'_>, head_dim: usize, theta: f64) -> Result<Value> {
+    const LONG: &str = "rope_factors_long.weight";
+    const SHORT: &str = "rope_factors_short.weight";
+    let rotated = source.get("rope.dimension_count")?.unwrap_or(head_dim);
+    if let Some(factors) = rope_table(source, "rope_freqs.weight", head_dim / 2)? {
         return llama3_scaling(source, &factors, theta);
     }
-    let long = source.file.stored_values("rope_factors_long.weight")?;
-    let short = source.file.stored_values("rope_factors_short.weight")?;
-    if let (Some(long), Some(short)) = (long, short) {
-        return Ok(json!({ "type": "longrope", "long_factor": long, "short_factor": short }));
+    match (rope_table(source, LONG, rotated / 2)?, rope_table(source, SHORT, rotated / 2)?) {
+        (Some(long), Some(short)) => {
+            return Ok(json!({ "type": "longrope", "long_factor": long, "short_factor": short }));
+        }
+        (None, None) => {}
+        (long, _) => {
+            let (there, missing) = if long.is_some() { (LONG, SHORT) } else { (SHORT, LONG) };
+            let reason = format!("missing, expected beside `{there}`");
+            return Err(Error::tensor(source.file.path(), missing, reason));
+        }
     }
     let factor = match source.get::<f64>("rope.scaling.factor")? {
         Some(factor) => Some(factor),
@@ -264,6 +273,17 @@ fn rope_scaling(source: &Source<'_>, theta: f64) -> Result<Value> {
             let reason = format!("`{kind}` with factor {factor:?}, expected linear or yarn with a factor");
             Err(Error::config(source.key("rope.scaling.type"), reason))
         }
+    }
+}
+
+/// One of `RoPE`'s tables, `None` where there is none; its shape is checked before its numbers are read.
+fn rope_table(source: &Source<'_>, stored: &str, length: usize) -> Result<Option<Vec<f32>>> {
+    match source.file.stored_shape(stored) {
+        Some(shape) if shape != [length] => {
+            let reason = format!("shape {shape:?}, expected [{length}], one for each pair of dimensions");
+            Err(Error::tensor(source.file.path(), stored, reason))
+        }
+        _ => source.file.stored_values(stored),
     }
 }
 
@@ -450,7 +470,7 @@ mod tests {
             })
             .collect();
         let tensor = |factors: &[f32]| [("rope_freqs.weight", Tensor::new(factors, &Device::Cpu).unwrap())];
-        let more = [("rope.freq_base", Stored::F32(500_000.0))];
+        let more = [("rope.freq_base", Stored::F32(500_000.0)), ("attention.key_length", Stored::U32(64))];
         let config = config_of("llama", 1, &more, &tensor(&factors)).unwrap();
         let expected = json!({
             "rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -461,6 +481,26 @@ mod tests {
         other[16] *= 1.01;
         let error = config_of("llama", 1, &more, &tensor(&other)).unwrap_err();
         assert!(error.to_string().contains("rope_freqs.weight"), "{error}");
+    }
+
+    #[test]
+    fn tables_of_frequencies_are_whole_or_errors() {
+        let table = |name, length: usize| (name, random(&[length]));
+        let (freqs, long, short) =
+            ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight");
+        let both = config_of("phi3", 1, &[], &[table(long, 8), table(short, 8)]).unwrap();
+        assert_eq!(both["rope_scaling"]["type"], json!("longrope"));
+        assert_eq!(both["rope_scaling"]["short_factor"].as_array().unwrap().len(), 8);
+        for (tables, named, reason) in [
+            (vec![table(long, 8)], short, "missing"),
+            (vec![table(short, 8)], long, "missing"),
+            (vec![table(long, 8), table(short, 9)], short, "expected [8]"),
+            (vec![table(freqs, 4096)], freqs, "expected [8]"),
+            (vec![(freqs, random(&[8, 1]))], freqs, "expected [8]"),
+        ] {
+            let message = config_of("phi3", 1, &[], &tables).unwrap_err().to_string();
+            assert!(message.contains(named) && message.contains(reason), "{message}");
+        }
     }
 
     #[test]

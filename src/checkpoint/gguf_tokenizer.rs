@@ -160,14 +160,15 @@ const WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N
 impl PreTokenizer {
     fn parse(metadata: Metadata<'_>, architecture: Architecture) -> Result<Self> {
         match (metadata.get("tokenizer.ggml.pre")?, architecture) {
-            (Some("gpt-2" | "default"), _) | (None, Architecture::Gpt2) => Ok(Self::Gpt2),
+            // Elsewhere llama.cpp's default is a set of expressions that no Hugging Face tokenizer has.
+            (Some("gpt-2"), _) | (Some("default") | None, Architecture::Gpt2) => Ok(Self::Gpt2),
             (Some("smollm"), _) => Ok(Self::SmolLm),
             (Some("qwen2"), _) => Ok(Self::Qwen2),
             (Some("llama-bpe" | "llama3" | "llama-v3"), _) => Ok(Self::Llama3),
             // OLMo 2's.
             (Some("dbrx"), _) => Ok(Self::Dbrx),
             (other, _) => Err(Error::Tokenizer(format!(
-                "`tokenizer.ggml.pre` is `{}`, expected one of gpt-2, default, smollm, qwen2, llama-bpe, dbrx",
+                "`tokenizer.ggml.pre` is `{}`, expected one of gpt-2, smollm, qwen2, llama-bpe, dbrx",
                 other.unwrap_or("missing")
             ))),
         }
@@ -256,18 +257,28 @@ fn piece(token: &str, kind: Kind) -> String {
     if kind == Kind::UserDefined { token.replace(' ', "▁") } else { token.to_owned() }
 }
 
+/// The most characters in a token that merges are looked for in, which takes time quadratic in them:
+/// `SentencePiece` makes tokens of at most 16 unless it is told otherwise.
+const LONGEST_PIECE: usize = 256;
+
 /// The merges that make each normal token of two others, the best score first, as transformers orders them.
+///
+/// A normal token of more than [`LONGEST_PIECE`] characters is an error.
 fn merges_by_score(vocabulary: &Vocabulary<'_>, ids: &Vocab) -> Result<Merges> {
     let scores: Vec<f32> = vocabulary.metadata.require("tokenizer.ggml.scores")?;
     if scores.len() != vocabulary.tokens.len() {
         return Err(length_error("tokenizer.ggml.scores", scores.len(), vocabulary.tokens.len()));
     }
     let mut ranked = Vec::new();
-    for (&(token, kind), &score) in vocabulary.tokens.iter().zip(&scores) {
+    for (id, (&(token, kind), &score)) in vocabulary.tokens.iter().zip(&scores).enumerate() {
         if kind != Kind::Normal {
             continue;
         }
         let length = token.chars().count();
+        if length > LONGEST_PIECE {
+            let reason = format!("token {id} has {length} characters, expected at most {LONGEST_PIECE}");
+            return Err(Error::Tokenizer(reason));
+        }
         for (characters, (split, _)) in token.char_indices().enumerate().skip(1) {
             let (left, right) = token.split_at(split);
             if ids.contains_key(left) && ids.contains_key(right) {
@@ -420,6 +431,36 @@ mod tests {
     fn an_unknown_pre_tokenizer_is_named() {
         let message = built(&bytes("tekken")).unwrap_err().to_string();
         assert!(message.contains("tokenizer.ggml.pre") && message.contains("tekken"), "{message}");
+    }
+
+    #[test]
+    fn the_default_pre_tokenizer_is_known_for_gpt2_alone() {
+        let values: HashMap<_, _> = bytes("default")
+            .into_iter()
+            .map(|(key, value)| (format!("tokenizer.ggml.{key}"), value))
+            .collect();
+        let metadata = Metadata::new(Path::new("m.gguf"), &values);
+        assert_eq!(ids(&tokenizer(metadata, Architecture::Gpt2).unwrap(), "hello12"), [12, 14]);
+        for architecture in [Architecture::Llama, Architecture::Qwen2] {
+            let message = tokenizer(metadata, architecture).unwrap_err().to_string();
+            assert!(message.contains("tokenizer.ggml.pre") && message.contains("`default`"), "{message}");
+        }
+    }
+
+    #[test]
+    fn a_piece_of_endless_length_is_an_error() {
+        let with = |length: usize| {
+            let mut fields = pieces(false);
+            for (key, value) in &mut fields {
+                if let (&mut "tokens", Stored::Array(tokens)) = (key, value) {
+                    tokens[14] = Stored::String("é".repeat(length));
+                }
+            }
+            built(&fields)
+        };
+        with(LONGEST_PIECE).unwrap();
+        let message = with(LONGEST_PIECE + 1).unwrap_err().to_string();
+        assert!(message.contains("token 14 has 257 characters"), "{message}");
     }
 
     #[test]

@@ -44,12 +44,11 @@ mod remote {
     use hf_hub::{Cache, Repo, RepoType};
     use serde_json::Value;
 
+    use super::super::save::COMPANIONS;
     use super::{hub_error, is_hub_id};
     use crate::error::{Error, Result};
 
     const REQUIRED: [&str; 2] = ["config.json", "tokenizer.json"];
-    const OPTIONAL: [&str; 3] =
-        ["tokenizer_config.json", "special_tokens_map.json", "generation_config.json"];
     const WEIGHTS: &str = "model.safetensors";
     const INDEX: &str = "model.safetensors.index.json";
 
@@ -77,13 +76,12 @@ mod remote {
             remote.get(name).map_err(|error| failed(&format!("`{name}`"), &error))
         };
 
-        for name in OPTIONAL.into_iter().filter(|name| listed.contains(name)) {
-            get(&remote, name)?;
+        if let Some(name) = REQUIRED.iter().find(|name| !listed.contains(name)) {
+            return Err(hub_error(id, format!("has no `{name}`")));
         }
-        for name in REQUIRED {
-            if !listed.contains(&name) {
-                return Err(hub_error(id, format!("has no `{name}`")));
-            }
+        // Those that are required come last: a snapshot that has them has the others.
+        let optional = COMPANIONS.into_iter().filter(|name| !REQUIRED.contains(name));
+        for name in optional.filter(|name| listed.contains(name)).chain(REQUIRED) {
             get(&remote, name)?;
         }
         if listed.contains(&WEIGHTS) {

@@ -43,8 +43,8 @@ pub struct Saved {
     pub weight_files: Vec<String>,
 }
 
-/// Files that belong to the model beside its weights, carried along from a directory.
-const COMPANIONS: [&str; 11] = [
+/// Files that belong to the model beside its weights: fetched from the hub, and carried along from a directory.
+pub(super) const COMPANIONS: [&str; 11] = [
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
