@@ -10,5 +10,5 @@ use crate::plan::Plan;
 /// A plan for another model.
 pub fn fold(decoder: &Decoder, plan: &Plan) -> Result<Decoder> {
     plan.check_model(decoder.architecture())?;
-    decoder.with_blocks(&plan.kept())
+    decoder.without(&plan.units())
 }

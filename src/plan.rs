@@ -4,8 +4,8 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::error::{Error, Result};
-use crate::importance::Scores;
-use crate::model::Architecture;
+use crate::importance::{BlockScore, Scores};
+use crate::model::{Architecture, Part, Unit};
 
 /// The version of the format that this crate writes, and the newest that it reads.
 pub const PLAN_VERSION: u32 = 1;
@@ -88,22 +88,25 @@ pub struct Plan {
     target: Target,
     protected: Vec<usize>,
     removed: Vec<usize>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    removed_halves: Vec<Unit>,
     scores: Scores,
 }
 
 impl Plan {
     /// Removes as many blocks as `target` asks for; blocks of `protected` stay. Where the method chose a set of this
-    /// size itself, that set goes, otherwise the blocks of least importance.
+    /// size itself, that set goes, otherwise the blocks of least importance. Scores of halves remove halves, as many as
+    /// have, as nearly as they can, the parameters of that many blocks.
     ///
     /// # Errors
     /// A target that cannot be met, scores of another model, or a protected block that does not exist.
     pub fn new(arch: &Architecture, scores: &Scores, target: Target, protected: &[usize]) -> Result<Self> {
         let count = target.blocks(arch)?;
-        let mut removed = match scores.chosen.as_deref().filter(|chosen| suits(chosen, count, protected)) {
-            Some(chosen) => chosen.to_vec(),
-            None => lowest(scores, count, protected)?,
+        let units = match scores.chosen.as_deref().filter(|chosen| suits(chosen, count, protected)) {
+            Some(chosen) => chosen.iter().copied().map(Unit::whole).collect(),
+            None => lowest(arch, scores, count, protected)?,
         };
-        removed.sort_unstable();
+        let (removed, removed_halves) = merged(&units);
         let mut protected = protected.to_vec();
         protected.sort_unstable();
         protected.dedup();
@@ -115,6 +118,7 @@ impl Plan {
             target,
             protected,
             removed,
+            removed_halves,
             scores: scores.clone(),
         };
         plan.validate()?;
@@ -152,13 +156,25 @@ impl Plan {
         serde_json::to_string_pretty(self).map_err(|error| Error::Plan(error.to_string()))
     }
 
+    /// The attentions and MLPs that go from blocks that stay, ascending.
+    #[must_use]
+    pub fn removed_halves(&self) -> &[Unit] {
+        &self.removed_halves
+    }
+
+    /// All that goes: blocks, then halves.
+    #[must_use]
+    pub fn units(&self) -> Vec<Unit> {
+        self.removed.iter().copied().map(Unit::whole).chain(self.removed_halves.iter().copied()).collect()
+    }
+
     /// The blocks that go, ascending.
     #[must_use]
     pub fn removed(&self) -> &[usize] {
         &self.removed
     }
 
-    /// The blocks that stay, ascending.
+    /// The blocks that stay, whole or in part, ascending.
     #[must_use]
     pub fn kept(&self) -> Vec<usize> {
         (0..self.depth).filter(|index| !self.removed.contains(index)).collect()
@@ -203,15 +219,12 @@ impl Plan {
 
     fn validate(&self) -> Result<()> {
         check_version(self.version)?;
-        if self.scores.blocks.len() != self.depth {
-            let reason = format!("{} scores for a model of {} blocks", self.scores.blocks.len(), self.depth);
-            return Err(Error::Plan(reason));
+        let units: Vec<Unit> = self.scores.blocks.iter().map(BlockScore::unit).collect();
+        if units != Unit::blocks(self.depth) && units != Unit::halves(self.depth) {
+            let reason = format!("{} scores for a model of {} blocks", units.len(), self.depth);
+            return Err(Error::Plan(format!("{reason}, expected one for each block or half, in order")));
         }
-        if let Some((place, score)) =
-            self.scores.blocks.iter().enumerate().find(|(place, s)| s.index != *place)
-        {
-            return Err(Error::Plan(format!("score {place} is of block {}, expected {place}", score.index)));
-        }
+        self.validate_halves()?;
         let ascending = self.removed.iter().zip(self.removed.iter().skip(1)).all(|(a, b)| a < b);
         if !ascending {
             return Err(Error::Plan(format!("removed blocks {:?} are not ascending", self.removed)));
@@ -226,6 +239,27 @@ impl Plan {
             return Err(Error::Plan("no block would be left".into()));
         }
         Ok(())
+    }
+}
+
+impl Plan {
+    fn validate_halves(&self) -> Result<()> {
+        let halves = &self.removed_halves;
+        let ascending = halves.iter().zip(halves.iter().skip(1)).all(|(a, b)| a.block < b.block);
+        let sound = |unit: &Unit| {
+            unit.part != Part::Whole
+                && !self.removed.contains(&unit.block)
+                && !self.protected.contains(&unit.block)
+        };
+        if let Some(unit) = halves.iter().find(|unit| unit.block >= self.depth) {
+            return Err(Error::NoSuchBlock { index: unit.block, depth: self.depth });
+        }
+        if ascending && halves.iter().all(sound) {
+            return Ok(());
+        }
+        let names: Vec<String> = halves.iter().map(ToString::to_string).collect();
+        let reason = "expected one half each of blocks that stay and are not protected, ascending";
+        Err(Error::Plan(format!("removed halves {names:?}, {reason}")))
     }
 }
 
@@ -254,15 +288,37 @@ fn suits(chosen: &[usize], count: usize, protected: &[usize]) -> bool {
     chosen.len() == count && chosen.iter().all(|index| !protected.contains(index))
 }
 
-/// The `count` blocks of least importance.
-fn lowest(scores: &Scores, count: usize, protected: &[usize]) -> Result<Vec<usize>> {
-    let free: Vec<usize> =
-        scores.ascending().into_iter().filter(|index| !protected.contains(index)).collect();
-    let too_few = || {
-        let depth = scores.blocks.len();
-        Error::Plan(format!("{count} of {depth} blocks should go, and only {} may", free.len()))
-    };
-    free.get(..count).map(<[usize]>::to_vec).ok_or_else(too_few)
+/// The units of least importance that have the parameters of `count` blocks.
+fn lowest(arch: &Architecture, scores: &Scores, count: usize, protected: &[usize]) -> Result<Vec<Unit>> {
+    let mut left = (count * arch.parameters_of(Part::Whole)) as f64;
+    let mut chosen = Vec::new();
+    for unit in scores.ascending().into_iter().filter(|unit| !protected.contains(&unit.block)) {
+        let cost = arch.parameters_of(unit.part) as f64;
+        if left < cost / 2.0 {
+            return Ok(chosen);
+        }
+        left -= cost;
+        chosen.push(unit);
+    }
+    if left <= 0.0 {
+        return Ok(chosen);
+    }
+    let (depth, free) = (arch.depth(), arch.depth() - protected.len().min(arch.depth()));
+    Err(Error::Plan(format!("{count} of {depth} blocks should go, and only {free} may")))
+}
+
+/// Blocks, and halves of other blocks, both ascending: a block that loses both halves goes.
+fn merged(units: &[Unit]) -> (Vec<usize>, Vec<Unit>) {
+    let has = |block, part| units.contains(&Unit { block, part });
+    let mut blocks: Vec<usize> = units.iter().map(|unit| unit.block).collect();
+    blocks.sort_unstable();
+    blocks.dedup();
+    let whole =
+        |block: usize| has(block, Part::Whole) || (has(block, Part::Attention) && has(block, Part::Mlp));
+    let mut halves: Vec<Unit> =
+        units.iter().copied().filter(|unit| unit.part != Part::Whole && !whole(unit.block)).collect();
+    halves.sort_unstable();
+    (blocks.into_iter().filter(|&block| whole(block)).collect(), halves)
 }
 
 fn parameter_count<'a>(shapes: impl Iterator<Item = &'a [usize]>) -> usize {

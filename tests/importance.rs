@@ -10,8 +10,11 @@ use foldgpt::importance::{
     AngularDistance, BlockInfluence, Coupling, GateKind, Gates, GatesWithCoupling, GreedyPerplexity,
     MacroInfluence, PerplexityIncrease, Random, Taylor,
 };
-use foldgpt::model::{Unit, Walk};
-use foldgpt::{Decoder, Error, Importance, Observer, Scores, Windows, perplexity};
+use foldgpt::model::{Part, Unit, Walk};
+use foldgpt::{
+    Checkpoint, Decoder, Error, Importance, Observer, Plan, SaveOptions, Scores, Target, Windows, fold,
+    perplexity,
+};
 use support::{FAMILIES, input_ids, load};
 
 fn windows(family: &str) -> Windows {
@@ -189,7 +192,8 @@ fn gates_close_on_blocks_that_do_nothing() {
         let harmless = with(&[1, 2]) < with(&[0]).min(with(&[3])) + 1e-3;
         let scores = gates.score(&idle, &windows, &mut ()).unwrap();
         let order = scores.ascending();
-        assert!(!harmless || order[..2].contains(&1) || order[..2].contains(&2), "{kind:?}: {order:?}");
+        let low: Vec<usize> = order[..2].iter().map(|unit| unit.block).collect();
+        assert!(!harmless || low.contains(&1) || low.contains(&2), "{kind:?}: {low:?}");
         assert_eq!(scores.trajectory.len(), 120);
     }
 }
@@ -231,6 +235,56 @@ fn halves_of_blocks_have_gates_of_their_own() {
     assert_eq!(trained.gates.len(), 8);
     assert!(trained.gates[..2].iter().all(|gate| *gate > 0.999), "protected gates stay open");
     assert!(trained.gates[2..].iter().all(|gate| (0.0..=1.0).contains(gate)));
+    let arch = decoder.architecture();
+    let expected: f64 = trained
+        .units
+        .iter()
+        .zip(&trained.gates)
+        .map(|(unit, gate)| gate * arch.parameters_of(unit.part) as f64)
+        .sum();
+    let target = arch.parameters_of(Part::Whole) as f64;
+    assert!(
+        (expected / target - 1.0).abs() < 1e-6,
+        "one block's worth of four is open: {expected} of {target}"
+    );
+}
+
+#[test]
+fn scores_of_halves_make_a_plan_of_halves() {
+    let (decoder, windows) = (load("gemma2"), windows("gemma2"));
+    let mut gates = gates(1);
+    gates.halves = true;
+    let scores = gates.score(&decoder, &windows, &mut ()).unwrap();
+    assert_eq!(scores.blocks.len(), 8);
+    let plan = Plan::new(decoder.architecture(), &scores, Target::Blocks(1), &[0]).unwrap();
+    assert_eq!(Plan::from_json(&plan.to_json().unwrap()).unwrap(), plan);
+    let folded = fold(&decoder, &plan).unwrap();
+    let removed = decoder.parameter_count() - folded.parameter_count();
+    let block = decoder.architecture().parameters_of(Part::Whole);
+    assert!(removed.abs_diff(block) <= block / 2, "{removed} of about {block} parameters");
+    let scratch = tempfile::tempdir().unwrap();
+    let directory = scratch.path().join("out");
+    let checkpoint = support::open("gemma2");
+    checkpoint.save(&folded, Some(&plan), &directory, &SaveOptions::default(), &mut ()).unwrap();
+    let reloaded = Checkpoint::open(&directory).unwrap().decoder(DType::F32, &Device::Cpu).unwrap();
+    let ids = input_ids("gemma2");
+    assert!(support::distance(&reloaded.forward(&ids).unwrap(), &folded.forward(&ids).unwrap()) < 1e-6);
+}
+
+#[test]
+fn halves_that_make_a_block_remove_the_block() {
+    let decoder = load("llama");
+    let windows = windows("llama");
+    let units = Unit::halves(4);
+    let importance = vec![9.0, 9.0, 0.1, 0.2, 0.3, 10.0, 9.0, 9.0];
+    let scores = Scores::of_units("test", &windows, &units, importance).unwrap();
+    let plan = Plan::new(decoder.architecture(), &scores, Target::Rate(0.3), &[]).unwrap();
+    assert_eq!((plan.removed(), plan.removed_halves()), (&[1][..], &[][..]));
+    let more = Plan::new(decoder.architecture(), &scores, Target::Blocks(2), &[3]).unwrap();
+    assert_eq!(more.removed(), [1]);
+    assert!(more.removed_halves().contains(&units[4]));
+    let json = more.to_json().unwrap().replace("\"part\": \"attention\"", "\"part\": \"whole\"");
+    assert!(Plan::from_json(&json).is_err());
 }
 
 #[test]

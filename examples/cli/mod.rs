@@ -113,15 +113,18 @@ impl Method {
     /// The method, told to choose `remove` blocks outside of `protected`.
     pub fn build(self, remove: usize, protected: &[usize], seed: u64) -> Box<dyn Importance> {
         let protected = protected.to_vec();
-        let mut gates = Gates::default();
-        (gates.remove, gates.protected, gates.seed) = (remove, protected.clone(), seed);
         match self {
             Self::Coupling => {
                 let mut method = GatesWithCoupling::default();
-                method.gates = gates;
+                let gates = &mut method.gates;
+                (gates.remove, gates.protected, gates.seed) = (remove, protected, seed);
                 Box::new(method)
             }
-            Self::Gates => Box::new(gates),
+            Self::Gates => {
+                let mut gates = Gates::default();
+                (gates.remove, gates.protected, gates.seed) = (remove, protected, seed);
+                Box::new(gates)
+            }
             Self::BlockInfluence => Box::new(BlockInfluence::default()),
             Self::Angular => Box::new(AngularDistance { remove }),
             Self::Perplexity => Box::new(PerplexityIncrease::default()),

@@ -12,7 +12,7 @@ use super::layout::{Stored, stored_tensors};
 use super::staging::Staging;
 use super::{Checkpoint, Source, surgery};
 use crate::error::{Error, Result};
-use crate::model::{Decoder, Param};
+use crate::model::{Decoder, Param, Part, Unit};
 use crate::plan::Plan;
 use crate::progress::Observer;
 
@@ -103,6 +103,14 @@ impl Checkpoint {
         let kept: Vec<usize> = decoder.blocks().iter().map(|block| block.own.origin).collect();
         if kept != plan.kept() {
             return Err(Error::Plan(format!("keeps blocks {:?}, the decoder has {kept:?}", plan.kept())));
+        }
+        for block in decoder.blocks() {
+            for part in [Part::Attention, Part::Mlp] {
+                let unit = Unit { block: block.own.origin, part };
+                if block.has(part) == plan.removed_halves().contains(&unit) {
+                    return Err(Error::Plan(format!("and the decoder differ in half {unit}")));
+                }
+            }
         }
         let Some(expected) = plan.model_sha256() else { return Ok(()) };
         let found = self.sha256(observer)?;

@@ -7,11 +7,12 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde::{Deserialize, Serialize};
 
+use super::gate_functions::{Gated, epsilon, hard_concrete, logit, sigmoid, smoothed};
 use super::gate_state::State;
 use super::{Importance, Scores, check_blocks, check_removal, spearman, whole_blocks};
 use crate::data::Windows;
 use crate::error::{Error, Result};
-use crate::model::{Decoder, Unit, Walk};
+use crate::model::{Decoder, Part, Unit, Walk};
 use crate::progress::Observer;
 
 /// One scalar gate a block, trained on the model's loss with all weights frozen: 1 is the original block, 0 removes
@@ -23,8 +24,10 @@ use crate::progress::Observer;
 #[serde(default)]
 #[non_exhaustive]
 pub struct Gates {
-    /// How many blocks the gates are driven to remove.
+    /// How many blocks the gates are driven to remove; with `halves`, as many parameters as these have.
     pub remove: usize,
+    /// A gate for the attention and one for the MLP of every block, and not one for both.
+    pub halves: bool,
     /// Blocks whose gates stay open.
     pub protected: Vec<usize>,
     /// How a gate is made of its parameter.
@@ -68,6 +71,7 @@ impl Default for Gates {
     fn default() -> Self {
         Self {
             remove: 0,
+            halves: false,
             protected: Vec::new(),
             kind: GateKind::default(),
             steps: 240,
@@ -83,10 +87,6 @@ impl Default for Gates {
 
 const STAGE: &str = "gates";
 const SAVE_EVERY: usize = 10;
-/// Stretch and temperature of hard concrete gates, as in the paper.
-const GAMMA: f64 = -0.1;
-const ZETA: f64 = 1.1;
-const BETA: f64 = 2.0 / 3.0;
 
 impl Importance for Gates {
     fn method(&self) -> &'static str {
@@ -94,7 +94,7 @@ impl Importance for Gates {
     }
 
     fn score(&self, decoder: &Decoder, windows: &Windows, observer: &mut dyn Observer) -> Result<Scores> {
-        let units = whole_blocks(decoder);
+        let units = if self.halves { Unit::halves(decoder.depth()) } else { whole_blocks(decoder) };
         let trained = self.train(decoder, windows, &units, observer)?;
         trained.scores(STAGE, windows)?.with_options(self)
     }
@@ -120,7 +120,7 @@ pub struct TrainedGates {
 
 impl TrainedGates {
     fn scores(self, method: &str, windows: &Windows) -> Result<Scores> {
-        let mut scores = Scores::new(method, windows, self.gates)?;
+        let mut scores = Scores::of_units(method, windows, &self.units, self.gates)?;
         scores = scores.with_stability(self.stability);
         scores.trajectory = self.trajectory;
         scores.seconds = self.seconds;
@@ -145,12 +145,12 @@ impl Gates {
         let start = Instant::now();
         check_blocks(&self.protected, decoder)?;
         self.check(units)?;
-        let open: Vec<bool> = units.iter().map(|unit| self.protected.contains(&unit.block)).collect();
-        let mut state = self.resume(decoder, windows, units, &open)?;
+        let gated = self.gated(decoder, units);
+        let mut state = self.resume(decoder, windows, &gated)?;
         observer.started(STAGE, self.steps as u64);
         let first = state.step;
         while state.step < self.steps && state.quiet < (self.steps / 10).max(1) {
-            self.step(&mut state, decoder, windows, units, &open)?;
+            self.step(&mut state, decoder, windows, &gated)?;
             let last = state.step == self.steps;
             if let Some(path) =
                 self.state_file.as_deref().filter(|_| last || state.step.is_multiple_of(SAVE_EVERY))
@@ -181,8 +181,10 @@ impl Gates {
         if !(self.learning_rate.is_finite() && self.learning_rate > 0.0) {
             return Err(Error::argument("learning_rate", self.learning_rate, "a positive number"));
         }
-        let free = units.iter().filter(|unit| !self.protected.contains(&unit.block)).count();
-        check_removal(self.remove, free)?;
+        let mut free: Vec<usize> = units.iter().map(|unit| unit.block).collect();
+        free.retain(|block| !self.protected.contains(block));
+        free.dedup();
+        check_removal(self.remove, free.len())?;
         match &self.warm_start {
             Some(scores) if scores.len() != units.len() => {
                 let expected = format!("one for each of {} units", units.len());
@@ -192,21 +194,35 @@ impl Gates {
         }
     }
 
+    fn gated<'a>(&self, decoder: &Decoder, units: &'a [Unit]) -> Gated<'a> {
+        let arch = decoder.architecture();
+        let cost = |unit: &Unit| arch.parameters_of(unit.part) as f64;
+        let costs: Vec<f64> = units.iter().map(cost).collect();
+        let target = costs.iter().sum::<f64>() - self.remove as f64 * arch.parameters_of(Part::Whole) as f64;
+        Gated {
+            units,
+            open: units.iter().map(|unit| self.protected.contains(&unit.block)).collect(),
+            costs,
+            target,
+        }
+    }
+
     /// The state to go on from: that of the file, or a new one.
-    fn resume(&self, decoder: &Decoder, windows: &Windows, units: &[Unit], open: &[bool]) -> Result<State> {
+    fn resume(&self, decoder: &Decoder, windows: &Windows, gated: &Gated<'_>) -> Result<State> {
+        let units = gated.units;
         let options = Self { state_file: None, ..self.clone() };
         let parts = (options, units, windows.ids_sha256(), decoder.fingerprint()?);
         let identity = serde_json::to_string(&parts).map_err(|error| Error::Plan(error.to_string()))?;
         match self.state_file.as_deref().filter(|path| path.exists()) {
             Some(path) => State::read(path, &identity, units.len()),
-            None => Ok(State::new(identity, self.initial(open))),
+            None => Ok(State::new(identity, self.initial(units.len()))),
         }
     }
 
     /// Parameters before the first step: ranks of the warm start, spread over two units of log-odds.
-    fn initial(&self, open: &[bool]) -> Vec<f64> {
+    fn initial(&self, units: usize) -> Vec<f64> {
         let level = if self.kind == GateKind::SmoothedL0 { 1.0 } else { 0.0 };
-        let Some(scores) = &self.warm_start else { return vec![level; open.len()] };
+        let Some(scores) = &self.warm_start else { return vec![level; units] };
         let below = |score: f64| scores.iter().filter(|other| other.total_cmp(&score).is_lt()).count() as f64;
         let centre = (scores.len() as f64 - 1.0) / 2.0;
         scores
@@ -215,14 +231,8 @@ impl Gates {
             .collect()
     }
 
-    fn step(
-        &self,
-        state: &mut State,
-        decoder: &Decoder,
-        windows: &Windows,
-        units: &[Unit],
-        open: &[bool],
-    ) -> Result<()> {
+    fn step(&self, state: &mut State, decoder: &Decoder, windows: &Windows, gated: &Gated<'_>) -> Result<()> {
+        let units = gated.units;
         let which = state.step % 2;
         // Drawn from seed and step alone: a resumed run draws what an uninterrupted one does.
         let mut rng =
@@ -234,7 +244,7 @@ impl Gates {
         for _ in 0..self.batch {
             let range = if which == 0 && half > 0 { 0..half } else { half..windows.len() };
             let window = rng.random_range(range);
-            let drawn = self.draw(&set.phi, open, progress, &mut rng);
+            let drawn = self.draw(&set.phi, gated, progress, &mut rng);
             let walk =
                 Walk::forward(decoder, units, &drawn.gates, &windows.tensor(window, decoder.device())?)?;
             let targets = windows.window(window)?.get(1..).unwrap_or_default();
@@ -252,10 +262,10 @@ impl Gates {
             }
         }
         if self.kind == GateKind::SmoothedL0 {
-            self.add_penalty(&set.phi, open, progress, &mut slopes);
+            self.add_penalty(&set.phi, gated, progress, &mut slopes);
         }
-        set.update(&slopes, open, self.learning_rate);
-        let gates = self.openness(&set.phi, open, progress);
+        set.update(&slopes, &gated.open, self.learning_rate);
+        let gates = self.openness(&set.phi, gated, progress);
         let settled = gates.iter().all(|gate| gate.min(1.0 - gate) < self.polarised);
         state.quiet = if settled { state.quiet + 1 } else { 0 };
         state.trajectory.push(gates);
@@ -263,27 +273,22 @@ impl Gates {
         Ok(())
     }
 
-    /// How many gates are to be open.
-    fn target(&self, open: &[bool]) -> f64 {
-        (open.len() - self.remove) as f64
-    }
-
     /// Each gate's probability of being open; for smoothed-L0 gates, the gate itself.
-    fn openness(&self, phi: &[f64], open: &[bool], progress: f64) -> Vec<f64> {
+    fn openness(&self, phi: &[f64], gated: &Gated<'_>, progress: f64) -> Vec<f64> {
         let offset = match self.kind {
             GateKind::SmoothedL0 => 0.0,
-            GateKind::HardConcrete | GateKind::StraightThrough => offset(phi, open, self.target(open)),
+            GateKind::HardConcrete | GateKind::StraightThrough => gated.offset(phi),
         };
         let gate = |(&phi, &open): (&f64, &bool)| match self.kind {
             _ if open => 1.0,
             GateKind::SmoothedL0 => smoothed(phi, epsilon(progress)).0,
             GateKind::HardConcrete | GateKind::StraightThrough => sigmoid(phi + offset),
         };
-        phi.iter().zip(open).map(gate).collect()
+        phi.iter().zip(&gated.open).map(gate).collect()
     }
 
     /// Gates for one forward pass, and how each follows its parameter.
-    fn draw(&self, phi: &[f64], open: &[bool], progress: f64, rng: &mut StdRng) -> Drawn {
+    fn draw(&self, phi: &[f64], gated: &Gated<'_>, progress: f64, rng: &mut StdRng) -> Drawn {
         let mut drawn = match self.kind {
             GateKind::SmoothedL0 => {
                 let pairs = phi.iter().map(|&phi| smoothed(phi, epsilon(progress)));
@@ -291,27 +296,27 @@ impl Gates {
                 Drawn { gates, slopes }
             }
             GateKind::HardConcrete => {
-                let offset = offset(phi, open, self.target(open));
+                let offset = gated.offset(phi);
                 let pairs =
                     phi.iter().map(|&phi| hard_concrete(phi + offset, rng.random_range(1e-6..1.0 - 1e-6)));
                 let (gates, slopes) = pairs.unzip();
                 Drawn { gates, slopes }
             }
             GateKind::StraightThrough => {
-                let noisy = phi.iter().zip(open).enumerate().map(|(place, (&phi, &open))| {
+                let noisy = phi.iter().zip(&gated.open).enumerate().map(|(place, (&phi, &open))| {
                     let noise = logit(rng.random_range(1e-6..1.0 - 1e-6)) * (1.0 - progress);
                     (if open { f64::INFINITY } else { phi + noise }, place)
                 });
                 let mut order: Vec<(f64, usize)> = noisy.collect();
                 order.sort_by(|a, b| a.0.total_cmp(&b.0));
-                let closed: Vec<usize> = order.iter().take(self.remove).map(|(_, place)| *place).collect();
+                let closed = gated.cheapest(order.iter().map(|(_, place)| *place));
                 let gates =
                     (0..phi.len()).map(|place| if closed.contains(&place) { 0.0 } else { 1.0 }).collect();
                 Drawn { gates, slopes: vec![1.0; phi.len()] }
             }
         };
         for ((gate, slope), _) in
-            drawn.gates.iter_mut().zip(&mut drawn.slopes).zip(open).filter(|(_, open)| **open)
+            drawn.gates.iter_mut().zip(&mut drawn.slopes).zip(&gated.open).filter(|(_, open)| **open)
         {
             (*gate, *slope) = (1.0, 0.0);
         }
@@ -319,13 +324,15 @@ impl Gates {
     }
 
     /// The gradient of the paper's penalty on the share of open gates, with λ growing over two thirds of the steps.
-    fn add_penalty(&self, phi: &[f64], open: &[bool], progress: f64, slopes: &mut [f64]) {
+    fn add_penalty(&self, phi: &[f64], gated: &Gated<'_>, progress: f64, slopes: &mut [f64]) {
         const LAMBDA: f64 = 60.0;
-        let share = self.openness(phi, open, progress).iter().sum::<f64>() / phi.len() as f64;
-        let excess = (share - self.target(open) / phi.len() as f64).max(0.0);
-        let weight = LAMBDA * (progress * 1.5).min(1.0) * 2.0 * excess / phi.len() as f64;
-        for (slope, &phi) in slopes.iter_mut().zip(phi) {
-            *slope += weight * smoothed(phi, epsilon(progress)).1;
+        let total: f64 = gated.costs.iter().sum();
+        let open = self.openness(phi, gated, progress);
+        let kept: f64 = open.iter().zip(&gated.costs).map(|(gate, cost)| gate * cost).sum();
+        let excess = ((kept - gated.target) / total).max(0.0);
+        let weight = LAMBDA * (progress * 1.5).min(1.0) * 2.0 * excess / total;
+        for ((slope, &phi), cost) in slopes.iter_mut().zip(phi).zip(&gated.costs) {
+            *slope += weight * cost * smoothed(phi, epsilon(progress)).1;
         }
     }
 }
@@ -334,97 +341,4 @@ impl Gates {
 struct Drawn {
     gates: Vec<f64>,
     slopes: Vec<f64>,
-}
-
-fn sigmoid(x: f64) -> f64 {
-    1.0 / (1.0 + (-x).exp())
-}
-
-fn logit(p: f64) -> f64 {
-    (p / (1.0 - p)).ln()
-}
-
-/// The paper's gate and its derivative.
-fn smoothed(phi: f64, epsilon: f64) -> (f64, f64) {
-    let sum = phi * phi + epsilon;
-    (phi * phi / sum, 2.0 * phi * epsilon / (sum * sum))
-}
-
-/// 1e-1 to 1e-4, geometric.
-fn epsilon(progress: f64) -> f64 {
-    10f64.powf(-1.0 - 3.0 * progress)
-}
-
-/// A hard concrete gate from a uniform draw, and its derivative with respect to the log-odds of being open.
-fn hard_concrete(log_odds: f64, uniform: f64) -> (f64, f64) {
-    // Shifted so that the probability of a gate above 0 is the sigmoid of the log-odds.
-    let log_alpha = log_odds + BETA * (-GAMMA / ZETA).ln();
-    let s = sigmoid((logit(uniform) + log_alpha) / BETA);
-    let stretched = s * (ZETA - GAMMA) + GAMMA;
-    if stretched <= 0.0 {
-        (0.0, 0.0)
-    } else if stretched >= 1.0 {
-        (1.0, 0.0)
-    } else {
-        (stretched, (ZETA - GAMMA) * s * (1.0 - s) / BETA)
-    }
-}
-
-/// The common offset of the log-odds under which `target` gates are open in expectation.
-fn offset(phi: &[f64], open: &[bool], target: f64) -> f64 {
-    let expected = |offset: f64| {
-        let gates = phi.iter().zip(open).map(|(&phi, &open)| if open { 1.0 } else { sigmoid(phi + offset) });
-        gates.sum::<f64>()
-    };
-    let (mut low, mut high) = (-60.0, 60.0);
-    for _ in 0..60 {
-        let middle = f64::midpoint(low, high);
-        if expected(middle) < target { low = middle } else { high = middle }
-    }
-    f64::midpoint(low, high)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn gates_follow_their_parameters() {
-        const STEP: f64 = 1e-6;
-        for phi in [-1.5, -0.2, 0.3, 1.0, 2.0] {
-            for epsilon in [1e-1, 1e-3] {
-                let slope =
-                    (smoothed(phi + STEP, epsilon).0 - smoothed(phi - STEP, epsilon).0) / (2.0 * STEP);
-                assert!((slope - smoothed(phi, epsilon).1).abs() < 1e-6);
-            }
-            for uniform in [0.1, 0.4, 0.6, 0.9] {
-                let slope = (hard_concrete(phi + STEP, uniform).0 - hard_concrete(phi - STEP, uniform).0)
-                    / (2.0 * STEP);
-                assert!((slope - hard_concrete(phi, uniform).1).abs() < 1e-6);
-            }
-        }
-    }
-
-    #[test]
-    fn hard_concrete_gates_are_open_as_often_as_they_should() {
-        for log_odds in [-2.0, 0.0, 1.5] {
-            let draws = 20_000;
-            let above = (0..draws)
-                .filter(|i| hard_concrete(log_odds, (f64::from(*i) + 0.5) / f64::from(draws)).0 > 0.0);
-            let share = above.count() as f64 / f64::from(draws);
-            assert!((share - sigmoid(log_odds)).abs() < 1e-3, "{share}");
-        }
-    }
-
-    #[test]
-    fn the_offset_holds_the_target() {
-        let phi = [0.3, -1.0, 2.0, 0.0, 5.0];
-        let open = [false, false, false, true, false];
-        for target in [1.5, 2.0, 4.0] {
-            let offset = offset(&phi, &open, target);
-            let sum: f64 =
-                phi.iter().zip(open).map(|(&p, open)| if open { 1.0 } else { sigmoid(p + offset) }).sum();
-            assert!((sum - target).abs() < 1e-9);
-        }
-    }
 }

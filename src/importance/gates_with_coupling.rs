@@ -39,7 +39,8 @@ pub struct GatesWithCoupling {
 impl Default for GatesWithCoupling {
     fn default() -> Self {
         Self {
-            gates: Gates::default(),
+            // Half as many steps as for gates alone: here they only say where the search begins.
+            gates: Gates { steps: 120, ..Gates::default() },
             search_windows: 4,
             budget_block_runs: 20_000.0,
             batch: 8,

@@ -3,6 +3,7 @@
 mod angular;
 mod block_influence;
 mod coupling;
+mod gate_functions;
 mod gate_state;
 mod gates;
 mod gates_with_coupling;
@@ -35,7 +36,7 @@ use serde_json::Value;
 
 use crate::data::Windows;
 use crate::error::{Error, Result};
-use crate::model::{Decoder, Unit};
+use crate::model::{Decoder, Part, Unit};
 use crate::progress::{self, Observer};
 use removals::Removals;
 
@@ -85,7 +86,7 @@ pub struct Scores {
     pub bos: bool,
     /// SHA-256 of the calibration text.
     pub text_sha256: String,
-    /// One score a block, first to last.
+    /// One score a block (or a half, where halves were scored), first to last.
     pub blocks: Vec<BlockScore>,
     /// The blocks that the method itself would remove, where it chooses sets and not only scores; in the order of
     /// removal where the method has one.
@@ -109,6 +110,14 @@ pub struct Scores {
     pub block_runs: f64,
 }
 
+impl BlockScore {
+    /// What was scored.
+    #[must_use]
+    pub fn unit(&self) -> Unit {
+        Unit { block: self.index, part: self.part }
+    }
+}
+
 /// Rank correlation of two halves of the text from which on a ranking counts as stable.
 const STABLE: f64 = 0.8;
 
@@ -117,6 +126,9 @@ const STABLE: f64 = 0.8;
 pub struct BlockScore {
     /// The block's index in the scored model, from 0.
     pub index: usize,
+    /// Which part of the block, where halves were scored.
+    #[serde(default, skip_serializing_if = "Part::is_whole")]
+    pub part: Part,
     /// How much it matters, in the method's own unit; higher matters more.
     pub importance: f64,
 }
@@ -127,11 +139,24 @@ impl Scores {
     /// # Errors
     /// [`Error::NotFinite`] for a score that is NaN or infinite.
     pub fn new(method: &str, windows: &Windows, importance: Vec<f64>) -> Result<Self> {
-        let blocks = importance.into_iter().enumerate().map(|(index, importance)| {
+        let units = Unit::blocks(importance.len());
+        Self::of_units(method, windows, &units, importance)
+    }
+
+    /// Scores of any units: `importance[i]` is that of `units[i]`.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), and as many scores as units are needed.
+    pub fn of_units(method: &str, windows: &Windows, units: &[Unit], importance: Vec<f64>) -> Result<Self> {
+        if importance.len() != units.len() {
+            let expected = format!("one for each of {} units", units.len());
+            return Err(Error::argument("scores", importance.len(), expected));
+        }
+        let blocks = units.iter().zip(importance).map(|(unit, importance)| {
             if importance.is_finite() {
-                return Ok(BlockScore { index, importance });
+                return Ok(BlockScore { index: unit.block, part: unit.part, importance });
             }
-            Err(Error::NotFinite { what: format!("{method} of block {index}"), value: importance })
+            Err(Error::NotFinite { what: format!("{method} of block {unit}"), value: importance })
         });
         Ok(Self {
             method: method.into(),
@@ -193,12 +218,12 @@ impl Scores {
         self.blocks.iter().map(|block| block.importance).collect()
     }
 
-    /// Block indices from the least important to the most; of equals the later block comes first.
+    /// The scored units from the least important to the most; of equals the later one comes first.
     #[must_use]
-    pub fn ascending(&self) -> Vec<usize> {
+    pub fn ascending(&self) -> Vec<Unit> {
         let mut order: Vec<&BlockScore> = self.blocks.iter().rev().collect();
         order.sort_by(|a, b| a.importance.total_cmp(&b.importance));
-        order.into_iter().map(|block| block.index).collect()
+        order.into_iter().map(BlockScore::unit).collect()
     }
 
     /// What it cost: the time since `start`, and block runs.

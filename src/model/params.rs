@@ -82,6 +82,17 @@ pub enum NormPart {
     Bias,
 }
 
+impl BlockParam {
+    /// The half of a block that it belongs to.
+    #[must_use]
+    pub fn half(self) -> Part {
+        match self {
+            Self::Weight(projection) | Self::Bias(projection) => projection.half(),
+            Self::Norm(site, _) => site.half(),
+        }
+    }
+}
+
 impl Projection {
     /// All projections, in the order in which a block applies them.
     pub const ALL: [Self; 7] = [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down];
@@ -231,6 +242,18 @@ impl Architecture {
             }
         }
         params
+    }
+
+    /// The parameters of one block, or of one of its halves.
+    #[must_use]
+    pub fn parameters_of(&self, part: Part) -> usize {
+        let belongs = |param: BlockParam| part == Part::Whole || part == param.half();
+        let params = self.block_params();
+        params
+            .iter()
+            .filter(|(param, _)| belongs(*param))
+            .map(|(_, shape)| shape.iter().product::<usize>())
+            .sum()
     }
 
     /// `(out, in)` of a projection's matrix, or `None` where the family has no such projection.

@@ -29,7 +29,7 @@ pub enum Part {
 
 impl Part {
     #[allow(clippy::trivially_copy_pass_by_ref)] // serde asks with a reference
-    fn is_whole(&self) -> bool {
+    pub(crate) fn is_whole(&self) -> bool {
         *self == Self::Whole
     }
 }
