@@ -22,6 +22,7 @@ use foldgpt::{Decoder, Plan, Scores, Target, Windows};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
+/// Compares methods under one protocol, on text that none has seen
 #[derive(Parser)]
 struct Args {
     #[command(flatten)]
@@ -64,8 +65,9 @@ fn main() -> anyhow::Result<()> {
     let tokenizer = checkpoint.tokenizer()?;
     let text = cli::read_text(&args.text)?;
     let (calibration, held_out) = cli::split_text(&text);
-    let calibration = args.window.cut(&tokenizer, calibration, Some(args.windows))?;
-    let held_out = args.window.cut(&tokenizer, held_out, args.eval_windows)?;
+    let calibration =
+        args.window.cut(&tokenizer, calibration, Some(args.windows)).context("the first 80 %")?;
+    let held_out = args.window.cut(&tokenizer, held_out, args.eval_windows).context("the last 20 %")?;
     std::fs::create_dir_all(&args.work).with_context(|| format!("cannot create {}", args.work.display()))?;
 
     let methods = if args.methods.is_empty() { cli::Method::ALL.to_vec() } else { args.methods.clone() };
@@ -77,15 +79,8 @@ fn main() -> anyhow::Result<()> {
     let losses = losses_without(&decoder, &held_out, &sets, &mut cli::Bars::default())?;
     let dense = losses.last().copied().unwrap_or_default();
     print_table(&args.blocks, &lines, &losses, dense);
-    println!(
-        "\nnll in nats per token on {} windows of {} (text sha256 {:.12}…), calibrated on {} windows (sha256 {:.12}…), bos: {}",
-        held_out.len(),
-        held_out.seq_len(),
-        held_out.text_sha256(),
-        calibration.len(),
-        calibration.text_sha256(),
-        calibration.bos()
-    );
+    println!("\nnll in nats per token on {}", cli::protocol(&held_out));
+    println!("calibrated on {}", cli::protocol(&calibration));
     Ok(())
 }
 

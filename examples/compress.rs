@@ -13,6 +13,7 @@ mod table;
 
 use std::path::PathBuf;
 
+use anyhow::Context;
 use clap::Parser;
 use foldgpt::checkpoint::check_destination;
 use foldgpt::{Checkpoint, Plan, SaveOptions, fold};
@@ -20,6 +21,7 @@ use foldgpt::{Checkpoint, Plan, SaveOptions, fold};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
+/// Makes a model shallower: scores its blocks, drops the least important, saves, reloads, evaluates
 #[derive(Parser)]
 struct Args {
     #[command(flatten)]
@@ -59,13 +61,18 @@ fn main() -> anyhow::Result<()> {
     check_destination(&args.out)?;
     let mut bars = cli::Bars::default();
     let (checkpoint, dense) = args.model.load()?;
+    cli::check_protected(&args.protect, &dense)?;
+    let count = target.blocks(dense.architecture())?;
+    if count == 0 {
+        println!("note: the target removes no block of {}", dense.depth());
+    }
     let tokenizer = checkpoint.tokenizer()?;
     let text = cli::read_text(&args.text)?;
     let (calibration, held_out) = cli::split_text(&text);
-    let calibration = args.window.cut(&tokenizer, calibration, Some(args.windows))?;
-    let held_out = args.window.cut(&tokenizer, held_out, Some(args.eval_windows))?;
+    let calibration =
+        args.window.cut(&tokenizer, calibration, Some(args.windows)).context("the first 80 %")?;
+    let held_out = args.window.cut(&tokenizer, held_out, Some(args.eval_windows)).context("the last 20 %")?;
 
-    let count = target.blocks(dense.architecture())?;
     let method = args.method.build(count, &args.protect, args.seed);
     let scores = method.score(&dense, &calibration, &mut bars)?;
     let plan = Plan::new(dense.architecture(), &scores, target, &args.protect)?;
@@ -80,9 +87,9 @@ fn main() -> anyhow::Result<()> {
         table::Row::measure("compressed", &written, &reloaded, &held_out, &mut bars)?,
     ];
     println!("importance by {} on {} windows of {}", scores.method, scores.windows, scores.seq_len);
-    print!("{}", chart::bars(&scores, plan.removed()));
+    print!("{}", chart::bars(&scores, plan.removed(), "removed"));
     println!("\n{}", table::table(&rows));
-    println!("{}", table::protocol(&rows));
+    println!("nll in nats per token, {}", cli::protocol(&held_out));
     println!("saved to {} ({} bytes of tensors)", saved.directory.display(), saved.tensor_bytes);
     Ok(())
 }

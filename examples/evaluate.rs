@@ -17,6 +17,7 @@ use foldgpt::Windows;
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
+/// Measures a model's perplexity
 #[derive(Parser)]
 struct Args {
     #[command(flatten)]
@@ -57,14 +58,7 @@ fn main() -> anyhow::Result<()> {
         println!("{}", serde_json::to_string_pretty(&result)?);
     } else {
         println!("perplexity {:.4}, mean nll {:.4} nats", result.perplexity, result.mean_nll);
-        println!(
-            "{} predicted tokens in {} windows of {}{}, text sha256 {}",
-            result.tokens,
-            result.windows,
-            result.seq_len,
-            if result.bos { " with bos" } else { "" },
-            result.text_sha256
-        );
+        println!("{}", cli::protocol(&windows));
     }
     Ok(())
 }

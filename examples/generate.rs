@@ -16,6 +16,7 @@ use foldgpt::Generate;
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
+/// Continues a prompt
 #[derive(Parser)]
 struct Args {
     #[command(flatten)]
@@ -50,9 +51,10 @@ fn main() -> anyhow::Result<()> {
         top_p: args.top_p,
         seed: args.seed,
     };
-    print!("{}", args.prompt);
+    let mut prompt = args.prompt.as_str();
     options.run(&decoder, &checkpoint.tokenizer()?, &args.prompt, |piece| {
-        print!("{piece}");
+        // The prompt comes before the first piece, when all options have proved sound.
+        print!("{}{piece}", std::mem::take(&mut prompt));
         match std::io::stdout().flush() {
             Ok(()) => ControlFlow::Continue(()),
             Err(_) => ControlFlow::Break(()),

@@ -13,6 +13,7 @@ mod table;
 
 use std::ops::ControlFlow;
 
+use clap::Parser;
 use foldgpt::importance::BlockInfluence;
 use foldgpt::{Checkpoint, Decoder, Generate, Importance, Plan, SaveOptions, Target, Tokenizer, fold};
 
@@ -22,7 +23,12 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/tiny-stories");
 const PROMPT: &str = "A boy named Ben lived in";
 
+/// The whole job on a tiny model that comes with the crate: score, drop, save, reload, compare
+#[derive(Parser)]
+struct Args {}
+
 fn main() -> anyhow::Result<()> {
+    Args::parse();
     let mut bars = cli::Bars::default();
     let checkpoint = Checkpoint::open(MODEL)?;
     let dense = cli::load(&checkpoint)?;
@@ -36,7 +42,11 @@ fn main() -> anyhow::Result<()> {
     let scores = BlockInfluence::default().score(&dense, &calibration, &mut bars)?;
     let plan = Plan::new(dense.architecture(), &scores, Target::Rate(0.25), &[])?
         .for_model(checkpoint.sha256(&mut bars)?);
-    println!("How much each block matters ({}):\n{}", scores.method, chart::bars(&scores, plan.removed()));
+    println!(
+        "How much each block matters ({}):\n{}",
+        scores.method,
+        chart::bars(&scores, plan.removed(), "removed")
+    );
 
     let folded = fold(&dense, &plan)?;
     let directory = std::env::temp_dir().join(format!("foldgpt-quickstart-{}", std::process::id()));
@@ -48,7 +58,7 @@ fn main() -> anyhow::Result<()> {
         table::Row::measure("dense", &checkpoint, &dense, &held_out, &mut bars)?,
         table::Row::measure("compressed", &written, &reloaded, &held_out, &mut bars)?,
     ];
-    println!("{}\n{}\n", table::table(&rows), table::protocol(&rows));
+    println!("{}\nnll in nats per token, {}\n", table::table(&rows), cli::protocol(&held_out));
     println!("before: {}\n", sample(&dense, &tokenizer)?);
     println!("after:  {}\n", sample(&reloaded, &tokenizer)?);
     println!("The compressed model is in {}; transformers loads it too.", directory.display());

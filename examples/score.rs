@@ -8,15 +8,17 @@
 mod chart;
 mod cli;
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use clap::Parser;
 use foldgpt::importance::Coupling;
-use foldgpt::{Plan, Scores};
+use foldgpt::{Plan, Scores, Windows};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
+/// Scores how much each block of a model matters, and says which would go
 #[derive(Parser)]
 struct Args {
     #[command(flatten)]
@@ -48,6 +50,7 @@ struct Args {
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     let (checkpoint, decoder) = args.model.load()?;
+    cli::check_protected(&args.protect, &decoder)?;
     let text = cli::read_text(&args.text)?;
     let windows = args.window.cut(&checkpoint.tokenizer()?, &text, Some(args.windows))?;
 
@@ -62,19 +65,23 @@ fn main() -> anyhow::Result<()> {
     if args.json {
         println!("{}", serde_json::to_string_pretty(&scores)?);
     } else {
-        print_scores(&scores);
+        print_scores(&scores, &windows);
     }
     Ok(())
 }
 
-fn print_scores(scores: &Scores) {
-    println!("{} on {} windows of {} tokens", scores.method, scores.windows, scores.seq_len);
-    print!("{}", chart::bars(scores, scores.chosen.as_deref().unwrap_or_default()));
-    if let Some(matrix) = &scores.coupling {
-        println!("\ncoupling:\n{}", Coupling::heat_map(matrix));
+fn print_scores(scores: &Scores, windows: &Windows) {
+    println!("{} on {}", scores.method, cli::protocol(windows));
+    print!("{}", chart::bars(scores, scores.chosen.as_deref().unwrap_or_default(), "would go"));
+    let colours = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    match &scores.coupling {
+        Some(matrix) if colours => println!("\ncoupling:\n{}", Coupling::heat_map(matrix)),
+        Some(_) => println!("\ncoupling: a heat map in a terminal with colours, the numbers with --json"),
+        None => {}
     }
     if let Some(chosen) = &scores.chosen {
-        println!("would go: {chosen:?}");
+        let how = if scores.coupling.is_some() { " (chosen as a set, by true losses)" } else { "" };
+        println!("would go: {chosen:?}{how}");
     }
     println!("{:.1} s, {:.0} block runs", scores.seconds, scores.block_runs);
     match scores.stability {
@@ -85,6 +92,7 @@ fn print_scores(scores: &Scores) {
         Some(stability) => {
             println!("stability {stability:.2} (Spearman's correlation of two halves of the text)");
         }
-        None => println!("stability unknown: it takes at least two windows"),
+        None if scores.windows < 2 => println!("stability unknown: it takes at least two windows"),
+        None => println!("stability is not measured for this method"),
     }
 }

@@ -7,14 +7,14 @@ use std::path::{Path, PathBuf};
 #[non_exhaustive]
 pub enum Error {
     /// A file or directory could not be read, written, synced or renamed.
-    #[error("cannot {action} {}: {source}", path.display())]
+    #[error("cannot {action} {}: {cause}", path.display())]
     Io {
         /// What was tried, as a verb: `read`, `write`, `rename`.
         action: &'static str,
         /// The file or directory.
         path: PathBuf,
         /// The system's own word.
-        source: std::io::Error,
+        cause: std::io::Error,
     },
 
     /// A file is there, but is not what its name or place says.
@@ -114,7 +114,7 @@ pub enum Error {
 
     /// An operation on tensors failed.
     #[error(transparent)]
-    Candle(#[from] candle_core::Error),
+    Candle(candle_core::Error),
 }
 
 /// `Result` with the crate's [`enum@Error`].
@@ -123,7 +123,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 impl Error {
     /// For `map_err` on a file operation: `.map_err(Error::io("read", path))`.
     pub(crate) fn io<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(std::io::Error) -> Error + 'a {
-        move |source| Error::Io { action, path: path.to_path_buf(), source }
+        move |cause| Error::Io { action, path: path.to_path_buf(), cause }
     }
 
     pub(crate) fn format(path: &Path, reason: impl Into<String>) -> Error {
@@ -154,6 +154,20 @@ impl Error {
         expected: impl Into<String>,
     ) -> Error {
         Error::Argument { name, value: value.to_string(), expected: expected.into() }
+    }
+}
+
+impl From<candle_core::Error> for Error {
+    fn from(error: candle_core::Error) -> Self {
+        Error::Candle(without_backtrace(error))
+    }
+}
+
+/// The error alone: candle prints its backtrace in the middle of the message.
+pub(crate) fn without_backtrace(error: candle_core::Error) -> candle_core::Error {
+    match error {
+        candle_core::Error::WithBacktrace { inner, .. } => without_backtrace(*inner),
+        other => other,
     }
 }
 

@@ -1,7 +1,6 @@
 //! What is to be done to a model, as data.
 
-use serde::de::Error as _;
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::importance::{BlockScore, Scores};
@@ -38,7 +37,11 @@ impl Target {
             Self::Rate(rate) if (0.0..1.0).contains(&rate) => {
                 // The product of 0.15 and 30 lies a hair below 4.5; the tolerance lets it round as it reads.
                 let count = (rate * depth as f64 + 0.5 + 1e-9).floor() as usize;
-                Ok(count.min(depth.saturating_sub(1)))
+                if count < depth {
+                    return Ok(count);
+                }
+                let expected = format!("a rate that leaves one of the {depth} blocks");
+                Err(Error::argument("removal rate", rate, expected))
             }
             Self::Rate(rate) => Err(Error::argument("removal rate", rate, "at least 0 and below 1")),
             Self::Parameters(budget) => {
@@ -78,8 +81,12 @@ impl Target {
 /// # Ok::<(), foldgpt::Error>(())
 /// ```
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(remote = "Self")]
-pub struct Plan {
+#[serde(try_from = "Fields")]
+pub struct Plan(Fields);
+
+/// A plan that nobody has checked yet.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct Fields {
     version: u32,
     model_type: String,
     depth: usize,
@@ -110,7 +117,7 @@ impl Plan {
         let mut protected = protected.to_vec();
         protected.sort_unstable();
         protected.dedup();
-        let plan = Self {
+        Self::try_from(Fields {
             version: PLAN_VERSION,
             model_type: arch.model_type.clone(),
             depth: arch.depth(),
@@ -120,15 +127,13 @@ impl Plan {
             removed,
             removed_halves,
             scores: scores.clone(),
-        };
-        plan.validate()?;
-        Ok(plan)
+        })
     }
 
     /// The plan with the hash of the model that it was made for, [`Checkpoint::sha256`](crate::Checkpoint::sha256).
     #[must_use]
     pub fn for_model(mut self, sha256: impl Into<String>) -> Self {
-        self.model_sha256 = Some(sha256.into());
+        self.0.model_sha256 = Some(sha256.into());
         self
     }
 
@@ -159,64 +164,66 @@ impl Plan {
     /// The attentions and MLPs that go from blocks that stay, ascending.
     #[must_use]
     pub fn removed_halves(&self) -> &[Unit] {
-        &self.removed_halves
+        &self.0.removed_halves
     }
 
     /// All that goes: blocks, then halves.
     #[must_use]
     pub fn units(&self) -> Vec<Unit> {
-        self.removed.iter().copied().map(Unit::whole).chain(self.removed_halves.iter().copied()).collect()
+        self.0.removed.iter().copied().map(Unit::whole).chain(self.0.removed_halves.iter().copied()).collect()
     }
 
     /// The blocks that go, ascending.
     #[must_use]
     pub fn removed(&self) -> &[usize] {
-        &self.removed
+        &self.0.removed
     }
 
     /// The blocks that stay, whole or in part, ascending.
     #[must_use]
     pub fn kept(&self) -> Vec<usize> {
-        (0..self.depth).filter(|index| !self.removed.contains(index)).collect()
+        (0..self.0.depth).filter(|index| !self.0.removed.contains(index)).collect()
     }
 
     /// The number of blocks of the model that the plan is for.
     #[must_use]
     pub fn depth(&self) -> usize {
-        self.depth
+        self.0.depth
     }
 
     /// The SHA-256 of the weights of the model that the plan is for, where it is known.
     #[must_use]
     pub fn model_sha256(&self) -> Option<&str> {
-        self.model_sha256.as_deref()
+        self.0.model_sha256.as_deref()
     }
 
     /// What was asked for.
     #[must_use]
     pub fn target(&self) -> Target {
-        self.target
+        self.0.target
     }
 
     /// The scores that decided.
     #[must_use]
     pub fn scores(&self) -> &Scores {
-        &self.scores
+        &self.0.scores
     }
 
     /// Whether the plan is for a model of this architecture.
     pub(crate) fn check_model(&self, arch: &Architecture) -> Result<()> {
-        if (self.depth, &self.model_type) == (arch.depth(), &arch.model_type) {
+        if (self.0.depth, &self.0.model_type) == (arch.depth(), &arch.model_type) {
             return Ok(());
         }
-        let (wanted, found) = ((&self.model_type, self.depth), (&arch.model_type, arch.depth()));
+        let (wanted, found) = ((&self.0.model_type, self.0.depth), (&arch.model_type, arch.depth()));
         let reason = format!(
             "is for a {} of {} blocks, the model is a {} of {}",
             wanted.0, wanted.1, found.0, found.1
         );
         Err(Error::Plan(reason))
     }
+}
 
+impl Fields {
     fn validate(&self) -> Result<()> {
         check_version(self.version)?;
         let units: Vec<Unit> = self.scores.blocks.iter().map(BlockScore::unit).collect();
@@ -240,9 +247,7 @@ impl Plan {
         }
         Ok(())
     }
-}
 
-impl Plan {
     fn validate_halves(&self) -> Result<()> {
         let halves = &self.removed_halves;
         let ascending = halves.iter().zip(halves.iter().skip(1)).all(|(a, b)| a.block < b.block);
@@ -263,17 +268,12 @@ impl Plan {
     }
 }
 
-impl Serialize for Plan {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        Self::serialize(self, serializer)
-    }
-}
+impl TryFrom<Fields> for Plan {
+    type Error = Error;
 
-impl<'de> Deserialize<'de> for Plan {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let plan = Self::deserialize(deserializer)?;
-        plan.validate().map_err(D::Error::custom)?;
-        Ok(plan)
+    fn try_from(fields: Fields) -> Result<Self> {
+        fields.validate()?;
+        Ok(Self(fields))
     }
 }
 

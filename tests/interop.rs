@@ -6,8 +6,8 @@ mod support;
 use std::collections::HashMap;
 use std::path::Path;
 
-use foldgpt::SaveOptions;
-use foldgpt::candle::DType;
+use foldgpt::candle::{DType, Device, Tensor};
+use foldgpt::{Checkpoint, SaveOptions};
 use support::{FAMILIES, input_ids, load, open};
 
 #[test]
@@ -30,4 +30,16 @@ fn export() {
             foldgpt::candle::safetensors::save(&tensors, directory.join("expected.safetensors")).unwrap();
         }
     }
+    // The embedded model has a tokenizer, and is stored as bf16.
+    let tiny = Checkpoint::open(Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/tiny-stories")).unwrap();
+    let decoder =
+        tiny.decoder(DType::F32, &Device::Cpu).unwrap().with_blocks(&[0, 2, 3, 5, 6, 8, 9, 10, 11]).unwrap();
+    let directory = root.join("tiny-stories");
+    tiny.save(&decoder, None, directory.join("model"), &SaveOptions::default(), &mut ()).unwrap();
+    let ids = Tensor::from_vec((1..41u32).collect::<Vec<_>>(), (1, 40), &Device::Cpu).unwrap();
+    let tensors = HashMap::from([
+        ("logits", decoder.forward(&ids).unwrap()),
+        ("input_ids", ids.to_dtype(DType::I64).unwrap()),
+    ]);
+    foldgpt::candle::safetensors::save(&tensors, directory.join("expected.safetensors")).unwrap();
 }

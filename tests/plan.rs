@@ -26,7 +26,7 @@ fn rates_round_to_the_nearest_number_of_blocks_and_halves_up() {
         (30, 0.01, 0),
         (12, 0.2, 2),
         (18, 0.2, 4),
-        (4, 0.99, 3),
+        (4, 0.85, 3),
         (5, 0.0, 0),
     ];
     for (depth, rate, removed) in cases {
@@ -40,6 +40,7 @@ fn impossible_targets_are_refused_with_the_value() {
         let error = plan(4, Target::Rate(rate)).unwrap_err().to_string();
         assert!(error.contains("removal rate") && error.contains(&rate.to_string()), "{error}");
     }
+    assert!(plan(4, Target::Rate(0.99)).unwrap_err().to_string().contains("0.99"), "3.96 rounds to all four");
     assert!(plan(4, Target::Blocks(4)).unwrap_err().to_string().contains('4'));
     assert!(plan(4, Target::Parameters(10)).unwrap_err().to_string().contains("parameter budget"));
 }
@@ -92,5 +93,8 @@ fn a_plan_survives_json_and_a_tampered_one_does_not_load() {
         value["removed"] = serde_json::from_str(wrong).unwrap();
         assert!(Plan::from_json(&value.to_string()).is_err(), "{removed} as {wrong}");
     }
+    let mut value: serde_json::Value = serde_json::from_str(&json).unwrap();
+    value["removed"] = serde_json::json!([77]);
+    assert!(<Plan as serde::Deserialize>::deserialize(value).is_err(), "no way in around the checks");
     assert!(Plan::from_json("{}").is_err() && Plan::from_json("").is_err());
 }

@@ -14,7 +14,7 @@ use foldgpt::importance::{
 use foldgpt::{Bos, Checkpoint, Decoder, Observer, Target, Tokenizer, Windows};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-/// Which model.
+// Which model.
 #[derive(Debug, Args)]
 pub struct ModelArgs {
     /// A directory in the Hugging Face layout, a GGUF file, or a hub id (`org/name`, feature `hub`)
@@ -39,7 +39,7 @@ pub fn load(checkpoint: &Checkpoint) -> Result<Decoder> {
     Ok(checkpoint.decoder(DType::F32, &Device::Cpu)?)
 }
 
-/// How a text is cut into windows.
+// How a text is cut into windows.
 #[derive(Debug, Args)]
 pub struct WindowArgs {
     /// Tokens in each window
@@ -136,7 +136,7 @@ impl Method {
     }
 }
 
-/// How much goes.
+// How much goes.
 #[derive(Debug, Args)]
 #[group(multiple = false)]
 pub struct TargetArgs {
@@ -162,16 +162,30 @@ pub fn read_text(path: &PathBuf) -> Result<String> {
     std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
 }
 
-/// The first 80 % of a text, for calibration, and the rest, for evaluation, parted at a line's end.
+/// The first 80 % of a text, for calibration, and the rest, for evaluation; parted at the end of a line, else of a
+/// word, else of a character.
 pub fn split_text(text: &str) -> (&str, &str) {
-    let target = text.len() / 5 * 4;
-    let at = text
-        .bytes()
-        .enumerate()
-        .skip(target)
-        .find(|(_, byte)| *byte == b'\n')
-        .map_or(text.len(), |(i, _)| i + 1);
-    text.split_at(at)
+    let target = (text.len() / 5 * 4..text.len()).find(|&at| text.is_char_boundary(at)).unwrap_or(text.len());
+    let rest = &text[target..];
+    let after = rest.find('\n').or_else(|| rest.find(' ')).map_or(0, |at| at + 1);
+    text.split_at(target + after)
+}
+
+/// What a number depends on, in one line.
+pub fn protocol(windows: &Windows) -> String {
+    let (count, seq_len) = (windows.len(), windows.seq_len());
+    let bos = if windows.bos() { "with" } else { "without" };
+    let tokens = count * (seq_len - 1);
+    let sha256 = windows.text_sha256();
+    format!("{tokens} predicted tokens in {count} windows of {seq_len}, {bos} bos, text sha256 {sha256}")
+}
+
+/// Fails early for blocks that are to stay and do not exist.
+pub fn check_protected(protected: &[usize], decoder: &Decoder) -> Result<()> {
+    if let Some(index) = protected.iter().find(|&&index| index >= decoder.depth()) {
+        anyhow::bail!("--protect: block {index} does not exist: the model has {} blocks", decoder.depth());
+    }
+    Ok(())
 }
 
 /// A bar on standard error for every stage; nothing where standard error is no terminal.

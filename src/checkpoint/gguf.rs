@@ -13,7 +13,7 @@ use tokenizers::Tokenizer;
 use super::gguf_metadata::Metadata;
 use super::gguf_names::{Architecture, Layout, is_rope_table};
 use super::{gguf_config, gguf_tokenizer};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, without_backtrace};
 
 /// A GGUF file whose header has been read and checked; tensors are read on demand.
 pub(crate) struct GgufFile {
@@ -48,8 +48,9 @@ impl GgufFile {
     pub(crate) fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(Error::io("read", path))?;
         let length = file.metadata().map_err(Error::io("read", path))?.len();
-        let content = Content::read(&mut HeaderReader::new(BufReader::new(file)))
-            .map_err(|error| Error::format(path, format!("not a readable GGUF header: {error}")))?;
+        let content = Content::read(&mut HeaderReader::new(BufReader::new(file))).map_err(|error| {
+            Error::format(path, format!("not a readable gguf header: {}", without_backtrace(error)))
+        })?;
         let name = Metadata::new(path, &content.metadata).require::<&str>("general.architecture")?;
         let architecture = Architecture::parse(name)?;
 
@@ -147,7 +148,7 @@ impl GgufFile {
         self.content
             .tensor(&mut file, stored, &Device::Cpu)
             .and_then(|tensor| tensor.dequantize(&Device::Cpu))
-            .map_err(|error| Error::tensor(&self.path, stored, error.to_string()))
+            .map_err(|error| Error::tensor(&self.path, stored, without_backtrace(error).to_string()))
     }
 
     /// Puts each head's rows, stored as pairs (i, i + d/2), back into their order: (heads·d, ..) → (heads·d, ..).

@@ -56,6 +56,8 @@ pub(super) fn tokenizer_config(metadata: Metadata<'_>, architecture: Architectur
         "pad_token": token("tokenizer.ggml.padding_token_id"),
         "add_bos_token": read(metadata, "tokenizer.ggml.add_bos_token").unwrap_or(begins),
         "clean_up_tokenization_spaces": false,
+        // Without it transformers hands on token types that no decoder takes.
+        "model_input_names": ["input_ids", "attention_mask"],
     });
     let length: Option<usize> = read(metadata, &format!("{}.context_length", architecture.key()));
     let template: Option<&str> = read(metadata, "tokenizer.chat_template");

@@ -102,6 +102,8 @@ impl Tokenizer {
             "bos_token": token(self.bos),
             "eos_token": token(self.eos.first().copied()),
             "clean_up_tokenization_spaces": false,
+            // Without it transformers passes on token types that no decoder takes.
+            "model_input_names": ["input_ids", "attention_mask"],
         })
     }
 }

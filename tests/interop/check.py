@@ -15,6 +15,13 @@ from safetensors.torch import load_file
 TOLERANCE = 1e-4
 
 
+def generate(model, directory) -> None:
+    """What a user does first: fails where the tokenizer's files do not fit the model."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    made = model.generate(**tokenizer("A boy named Ben", return_tensors="pt"), max_new_tokens=12, do_sample=False)
+    print("   ", repr(tokenizer.decode(made[0], skip_special_tokens=True)))
+
+
 def main() -> int:
     root = pathlib.Path(__file__).resolve().parents[2] / "target" / "interop"
     directories = [pathlib.Path(d) for d in sys.argv[1:]] or sorted(d for d in root.iterdir() if d.is_dir())
@@ -30,6 +37,8 @@ def main() -> int:
         off = ((logits - expected["logits"]).abs().max() / logits.abs().max()).item()
         stray = [key for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]]
         worst = max(worst, off, 1.0 if stray else 0.0)
+        if (directory / "model" / "tokenizer.json").exists():
+            generate(model, directory / "model")
         print(f"{directory.name:32} {model.config.num_hidden_layers:3} blocks  off by {off:.1e}  {stray or ''}")
     print("all agree" if worst < TOLERANCE else f"worst {worst:.1e}, expected below {TOLERANCE}")
     return int(worst >= TOLERANCE)
