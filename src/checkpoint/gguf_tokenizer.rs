@@ -528,6 +528,7 @@ mod tests {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": null,
             "add_bos_token": true, "clean_up_tokenization_spaces": false,
+            "model_input_names": ["input_ids", "attention_mask"],
             "model_max_length": 64, "chat_template": "{{ messages }}",
         });
         assert_eq!(config, expected);

@@ -3,8 +3,8 @@
 use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::simd::{sum, sum2, vectorised};
-use super::{Kernels, elements, task_rows, with_elements};
+use super::simd::{sum, sum2};
+use super::{Kernels, by_rows, elements, task_rows, with_elements};
 
 impl Kernels {
     /// `(x − mean) / sqrt(var + eps) · gain + bias` over the last dimension.
@@ -41,31 +41,23 @@ impl LayerNorm {
 
     /// The gradient of the input: `r · (gw − mean(gw) − x̂ · mean(gw·x̂))` with `gw = g·gain`.
     fn input_gradient(&self, x: &[f32], gain: &[f32], grad: &[f32]) -> Vec<f32> {
-        let width = gain.len();
-        let rows = task_rows(width) * width;
-        let mut out = vec![0.0f32; x.len()];
-        out.par_chunks_mut(rows).zip(x.par_chunks(rows)).zip(grad.par_chunks(rows)).for_each(
-            |((out, x), grad)| {
-                vectorised(
-                    #[inline(always)]
-                    || {
-                        let rows = out.chunks_exact_mut(width).zip(x.chunks_exact(width));
-                        for ((out, x), grad) in rows.zip(grad.chunks_exact(width)) {
-                            let (mean, r) = self.moments(x);
-                            for ((o, &g), &w) in out.iter_mut().zip(grad).zip(gain) {
-                                *o = g * w;
-                            }
-                            let level = sum(out, |gw| gw) / width as f32;
-                            let slope = sum2(out, x, |gw, x| gw * (x - mean)) * r * r / width as f32;
-                            for (o, &x) in out.iter_mut().zip(x) {
-                                *o = r * (*o - level - (x - mean) * slope);
-                            }
-                        }
-                    },
-                );
+        let width = gain.len() as f32;
+        by_rows(
+            gain.len(),
+            [x, grad],
+            #[inline(always)]
+            |out, [x, grad]| {
+                let (mean, r) = self.moments(x);
+                for ((o, &g), &w) in out.iter_mut().zip(grad).zip(gain) {
+                    *o = g * w;
+                }
+                let level = sum(out, |gw| gw) / width;
+                let slope = sum2(out, x, |gw, x| gw * (x - mean)) * r * r / width;
+                for (o, &x) in out.iter_mut().zip(x) {
+                    *o = r * (*o - level - (x - mean) * slope);
+                }
             },
-        );
-        out
+        )
     }
 
     /// The gradients of gain and bias: Σ over rows of `g · x̂` and of `g`, one after the other.
@@ -106,21 +98,17 @@ impl CustomOp3 for LayerNorm {
         let (x, gain, bias) = (elements(x, lx)?, elements(w, lw)?, elements(b, lb)?);
         let width = super::checked_width(lx, gain.len())?;
         super::checked_width(lb, width)?;
-        let rows = task_rows(width) * width;
-        let mut out = vec![0.0f32; x.len()];
-        out.par_chunks_mut(rows).zip(x.par_chunks(rows)).for_each(|(out, x)| {
-            vectorised(
-                #[inline(always)]
-                || {
-                    for (out, x) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
-                        let (mean, r) = self.moments(x);
-                        for (((o, &x), &w), &b) in out.iter_mut().zip(x).zip(gain).zip(bias) {
-                            *o = (x - mean) * r * w + b;
-                        }
-                    }
-                },
-            );
-        });
+        let out = by_rows(
+            width,
+            [x],
+            #[inline(always)]
+            |out, [x]| {
+                let (mean, r) = self.moments(x);
+                for (((o, &x), &w), &b) in out.iter_mut().zip(x).zip(gain).zip(bias) {
+                    *o = (x - mean) * r * w + b;
+                }
+            },
+        );
         Ok((CpuStorage::F32(out), lx.shape().clone()))
     }
 

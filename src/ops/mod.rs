@@ -16,6 +16,7 @@ mod simd;
 pub use attention::AttentionShape;
 
 use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, bail};
+use rayon::prelude::*;
 
 /// Which implementation computes the operations of a decoder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -40,6 +41,30 @@ const TASK_ELEMENTS: usize = 16 * 1024;
 /// Rows of `width` for one parallel task. Fixed by the shape alone: sums over tasks are always the same.
 fn task_rows(width: usize) -> usize {
     (TASK_ELEMENTS / width.max(1)).max(1)
+}
+
+/// Rows of `width`, each made by `row` from the same row of every input; in parallel, and vectorised where `row` is
+/// `#[inline(always)]`. Inputs are as long as each other.
+fn by_rows<const N: usize>(
+    width: usize,
+    inputs: [&[f32]; N],
+    row: impl Fn(&mut [f32], [&[f32]; N]) + Sync,
+) -> Vec<f32> {
+    let len = inputs.first().map_or(0, |input| input.len());
+    let task = task_rows(width) * width;
+    let mut out = vec![0.0f32; len];
+    out.par_chunks_mut(task).enumerate().for_each(|(index, out)| {
+        simd::vectorised(
+            #[inline(always)]
+            || {
+                for (place, out) in out.chunks_exact_mut(width).enumerate() {
+                    let start = index * task + place * width;
+                    row(out, inputs.map(|input| &input[start..start + width]));
+                }
+            },
+        );
+    });
+    out
 }
 
 /// The elements of a contiguous f32 operand.

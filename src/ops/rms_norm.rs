@@ -3,8 +3,8 @@
 use candle_core::{CpuStorage, CustomOp2, D, DType, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::simd::{dot, sum2, vectorised};
-use super::{Kernels, elements, task_rows, with_elements};
+use super::simd::{dot, sum2};
+use super::{Kernels, by_rows, elements, task_rows, with_elements};
 
 impl Kernels {
     /// `x / sqrt(mean(x²) + eps) · (offset + gain)` over the last dimension.
@@ -38,30 +38,22 @@ impl RmsNorm {
 
     /// The gradient of the input: `r · (g·w − x̂ · mean(g·w·x̂))` with `x̂ = r·x` and `w` the effective gain.
     fn input_gradient(&self, x: &[f32], gain: &[f32], grad: &[f32]) -> Vec<f32> {
-        let width = gain.len();
-        let rows = task_rows(width) * width;
-        let mut out = vec![0.0f32; x.len()];
-        out.par_chunks_mut(rows).zip(x.par_chunks(rows)).zip(grad.par_chunks(rows)).for_each(
-            |((out, x), grad)| {
-                vectorised(
-                    #[inline(always)]
-                    || {
-                        let rows = out.chunks_exact_mut(width).zip(x.chunks_exact(width));
-                        for ((out, x), grad) in rows.zip(grad.chunks_exact(width)) {
-                            let r = self.inverse_rms(x);
-                            for ((o, &g), &w) in out.iter_mut().zip(grad).zip(gain) {
-                                *o = g * (self.offset + w);
-                            }
-                            let shared = sum2(out, x, |gw, x| gw * x) * r * r / width as f32;
-                            for (o, &x) in out.iter_mut().zip(x) {
-                                *o = r * (*o - x * shared);
-                            }
-                        }
-                    },
-                );
+        let width = gain.len() as f32;
+        by_rows(
+            gain.len(),
+            [x, grad],
+            #[inline(always)]
+            |out, [x, grad]| {
+                let r = self.inverse_rms(x);
+                for ((o, &g), &w) in out.iter_mut().zip(grad).zip(gain) {
+                    *o = g * (self.offset + w);
+                }
+                let shared = sum2(out, x, |gw, x| gw * x) * r * r / width;
+                for (o, &x) in out.iter_mut().zip(x) {
+                    *o = r * (*o - x * shared);
+                }
             },
-        );
-        out
+        )
     }
 
     /// The gradient of the gain: Σ over rows of `g · x̂`.
@@ -97,21 +89,17 @@ impl CustomOp2 for RmsNorm {
     ) -> Result<(CpuStorage, Shape)> {
         let (x, gain) = (elements(x, lx)?, elements(w, lw)?);
         let width = super::checked_width(lx, gain.len())?;
-        let rows = task_rows(width) * width;
-        let mut out = vec![0.0f32; x.len()];
-        out.par_chunks_mut(rows).zip(x.par_chunks(rows)).for_each(|(out, x)| {
-            vectorised(
-                #[inline(always)]
-                || {
-                    for (out, x) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
-                        let r = self.inverse_rms(x);
-                        for ((o, &x), &w) in out.iter_mut().zip(x).zip(gain) {
-                            *o = x * r * (self.offset + w);
-                        }
-                    }
-                },
-            );
-        });
+        let out = by_rows(
+            width,
+            [x],
+            #[inline(always)]
+            |out, [x]| {
+                let r = self.inverse_rms(x);
+                for ((o, &x), &w) in out.iter_mut().zip(x).zip(gain) {
+                    *o = x * r * (self.offset + w);
+                }
+            },
+        );
         Ok((CpuStorage::F32(out), lx.shape().clone()))
     }
 
