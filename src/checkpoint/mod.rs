@@ -2,10 +2,6 @@
 
 mod config;
 mod gguf;
-mod gguf_config;
-mod gguf_metadata;
-mod gguf_names;
-mod gguf_tokenizer;
 mod hub;
 mod layout;
 mod safetensors;

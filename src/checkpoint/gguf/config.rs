@@ -4,9 +4,9 @@ use std::f64::consts::TAU;
 
 use serde_json::{Map, Value, json};
 
-use super::gguf::GgufFile;
-use super::gguf_metadata::{FromValue, Metadata};
-use super::gguf_names::Architecture;
+use super::GgufFile;
+use super::metadata::{FromValue, Metadata};
+use super::names::Architecture;
 use crate::error::{Error, Result};
 
 /// Builds the config of the file's architecture.
@@ -350,7 +350,7 @@ mod tests {
     use candle_core::quantized::gguf_file::Value as Stored;
     use candle_core::{Device, Tensor};
 
-    use super::super::gguf::tests::{random, text, written};
+    use super::super::tests::{random, text, written};
     use super::*;
 
     /// The config of a small file of two heads, with more metadata under the architecture's prefix.

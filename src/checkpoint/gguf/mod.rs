@@ -1,5 +1,10 @@
 //! A GGUF file seen as a Hugging Face checkpoint: its config, its tensors by their names, its tokenizer.
 
+mod config;
+mod metadata;
+mod names;
+mod tokenizer;
+
 use std::fmt;
 use std::fs::File;
 use std::io::{self, BufReader, Read, Seek, SeekFrom};
@@ -10,10 +15,9 @@ use candle_core::quantized::gguf_file::{Content, TensorInfo};
 use candle_core::{Device, Tensor};
 use tokenizers::Tokenizer;
 
-use super::gguf_metadata::Metadata;
-use super::gguf_names::{Architecture, Layout, is_rope_table};
-use super::{gguf_config, gguf_tokenizer};
 use crate::error::{Error, Result, without_backtrace};
+use metadata::Metadata;
+use names::{Architecture, Layout, is_rope_table};
 
 /// A GGUF file whose header has been read and checked; tensors are read on demand.
 pub(crate) struct GgufFile {
@@ -77,7 +81,7 @@ impl GgufFile {
 
     /// The equivalent `config.json`.
     pub(crate) fn config(&self) -> Result<serde_json::Value> {
-        gguf_config::config(self)
+        config::config(self)
     }
 
     /// Every tensor's Hugging Face name and shape, in the file's order.
@@ -109,23 +113,23 @@ impl GgufFile {
 
     /// The tokenizer built from the file's vocabulary.
     pub(crate) fn tokenizer(&self) -> Result<Tokenizer> {
-        gguf_tokenizer::tokenizer(self.metadata(), self.architecture)
+        tokenizer::tokenizer(self.metadata(), self.architecture)
     }
 
     /// The `tokenizer_config.json` that lets transformers load the tokenizer's `tokenizer.json`.
     pub(crate) fn tokenizer_config(&self) -> serde_json::Value {
-        gguf_tokenizer::tokenizer_config(self.metadata(), self.architecture)
+        tokenizer::tokenizer_config(self.metadata(), self.architecture)
     }
 
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
 
-    pub(super) fn architecture(&self) -> Architecture {
+    fn architecture(&self) -> Architecture {
         self.architecture
     }
 
-    pub(super) fn metadata(&self) -> Metadata<'_> {
+    fn metadata(&self) -> Metadata<'_> {
         Metadata::new(&self.path, &self.content.metadata)
     }
 

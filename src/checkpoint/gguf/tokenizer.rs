@@ -15,8 +15,8 @@ use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::processors::template::TemplateProcessing;
 use tokenizers::{AddedToken, PreTokenizerWrapper, SplitDelimiterBehavior, Tokenizer};
 
-use super::gguf_metadata::{FromValue, Metadata};
-use super::gguf_names::Architecture;
+use super::metadata::{FromValue, Metadata};
+use super::names::Architecture;
 use crate::error::{Error, Result};
 
 /// Builds the tokenizer of the kind that `tokenizer.ggml.model` names.
