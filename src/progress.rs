@@ -46,21 +46,38 @@ pub trait Observer {
 
 impl Observer for () {}
 
+/// Runs `work` as a stage: the observer hears of its beginning, and of its end whatever becomes of it.
+pub(crate) fn stage<T>(
+    stage: &'static str,
+    total: u64,
+    observer: &mut dyn Observer,
+    work: impl FnOnce(&mut dyn Observer) -> Result<T>,
+) -> Result<T> {
+    observer.started(stage, total);
+    let result = work(observer);
+    observer.finished(stage);
+    result
+}
+
+/// Tells the observer how far a stage is, and fails where it asks to stop.
+pub(crate) fn advance(stage: &'static str, done: u64, total: u64, observer: &mut dyn Observer) -> Result<()> {
+    match observer.advanced(stage, done, total) {
+        ControlFlow::Continue(()) => Ok(()),
+        ControlFlow::Break(()) => Err(Error::Cancelled { stage }),
+    }
+}
+
 /// Runs `step` for `0..total`, telling the observer before, between and after.
 pub(crate) fn steps(
-    stage: &'static str,
+    name: &'static str,
     total: usize,
     observer: &mut dyn Observer,
     mut step: impl FnMut(usize) -> Result<()>,
 ) -> Result<()> {
-    observer.started(stage, total as u64);
-    let result = (0..total).try_for_each(|index| {
-        step(index)?;
-        match observer.advanced(stage, index as u64 + 1, total as u64) {
-            ControlFlow::Continue(()) => Ok(()),
-            ControlFlow::Break(()) => Err(Error::Cancelled { stage }),
-        }
-    });
-    observer.finished(stage);
-    result
+    stage(name, total as u64, observer, |observer| {
+        (0..total).try_for_each(|index| {
+            step(index)?;
+            advance(name, index as u64 + 1, total as u64, observer)
+        })
+    })
 }

@@ -23,7 +23,7 @@ use sha2::{Digest, Sha256};
 use crate::data::Tokenizer;
 use crate::error::{Error, Result};
 use crate::model::{Architecture, Decoder, Param};
-use crate::progress::Observer;
+use crate::progress::{self, Observer};
 use gguf::GgufFile;
 use layout::Stored;
 use safetensors::Safetensors;
@@ -175,31 +175,28 @@ impl Checkpoint {
         const STAGE: &str = "load";
         self.check_types(dtype)?;
         let (mut read, total) = (0, self.tensors.len() as u64);
-        observer.started(STAGE, total);
         let mut holders = HashMap::new();
         for stored in &self.tensors {
             holders.extend(stored.params.iter().map(|(param, _)| (*param, stored)));
         }
         let mut waiting: HashMap<Param, Tensor> = HashMap::new();
-        let decoder = Decoder::build(self.architecture.clone(), |param, _| {
-            if let Some(ready) = waiting.remove(&param) {
-                return Ok(ready);
-            }
-            let Some(stored) = holders.get(&param) else {
-                return Err(Error::tensor(&self.location, param.to_string(), "is stored nowhere"));
-            };
-            let tensor = self.cast(stored, self.read(stored)?, dtype)?.to_device(device)?;
-            waiting.extend(stored.split(&tensor)?);
-            read += 1;
-            if observer.advanced(STAGE, read, total).is_break() {
-                return Err(Error::Cancelled { stage: STAGE });
-            }
-            waiting
-                .remove(&param)
-                .ok_or_else(|| Error::tensor(&self.location, &stored.name, "does not hold it"))
-        });
-        observer.finished(STAGE);
-        decoder
+        progress::stage(STAGE, total, observer, |observer| {
+            Decoder::build(self.architecture.clone(), |param, _| {
+                if let Some(ready) = waiting.remove(&param) {
+                    return Ok(ready);
+                }
+                let Some(stored) = holders.get(&param) else {
+                    return Err(Error::tensor(&self.location, param.to_string(), "is stored nowhere"));
+                };
+                let tensor = self.cast(stored, self.read(stored)?, dtype)?.to_device(device)?;
+                waiting.extend(stored.split(&tensor)?);
+                read += 1;
+                progress::advance(STAGE, read, total, observer)?;
+                waiting
+                    .remove(&param)
+                    .ok_or_else(|| Error::tensor(&self.location, &stored.name, "does not hold it"))
+            })
+        })
     }
 
     /// Weights are floats, in memory and on disk.
@@ -238,20 +235,19 @@ impl Checkpoint {
         let (mut done, total) = (0, sizes.sum::<Result<u64>>()?);
         let mut hash = Sha256::new();
         let mut buffer = vec![0u8; 1 << 22];
-        observer.started(STAGE, total);
-        for path in &files {
-            let mut file = std::fs::File::open(path).map_err(Error::io("open", path))?;
-            loop {
-                let read = file.read(&mut buffer).map_err(Error::io("read", path))?;
-                let Some(bytes) = buffer.get(..read).filter(|bytes| !bytes.is_empty()) else { break };
-                hash.update(bytes);
-                done += bytes.len() as u64;
-                if observer.advanced(STAGE, done, total).is_break() {
-                    return Err(Error::Cancelled { stage: STAGE });
+        progress::stage(STAGE, total, observer, |observer| {
+            for path in &files {
+                let mut file = std::fs::File::open(path).map_err(Error::io("open", path))?;
+                loop {
+                    let read = file.read(&mut buffer).map_err(Error::io("read", path))?;
+                    let Some(bytes) = buffer.get(..read).filter(|bytes| !bytes.is_empty()) else { break };
+                    hash.update(bytes);
+                    done += bytes.len() as u64;
+                    progress::advance(STAGE, done, total, observer)?;
                 }
             }
-        }
-        observer.finished(STAGE);
+            Ok(())
+        })?;
         Ok(crate::data::hex(&hash.finalize()))
     }
 

@@ -68,6 +68,23 @@ impl Gated<'_> {
         f64::midpoint(low, high)
     }
 
+    /// From the gradient with respect to the log-odds to that with respect to the parameters, which move the common
+    /// offset too: `∂L/∂φ_i = s_i − Σ_j s_j · w_i / Σ_j w_j` with `w = cost · p · (1 − p)`. A gate that changes nothing
+    /// closes by this alone, since every other one gains from it.
+    pub(super) fn follow_offset(&self, phi: &[f64], slopes: &mut [f64]) {
+        let offset = self.offset(phi);
+        let weight = |((&phi, &open), &cost): ((&f64, &bool), &f64)| {
+            let p = sigmoid(phi + offset);
+            if open { 0.0 } else { cost * p * (1.0 - p) }
+        };
+        let weights: Vec<f64> = phi.iter().zip(&self.open).zip(&self.costs).map(weight).collect();
+        let total = weights.iter().sum::<f64>().max(f64::MIN_POSITIVE);
+        let sum: f64 = slopes.iter().sum();
+        for (slope, weight) in slopes.iter_mut().zip(weights) {
+            *slope -= sum * weight / total;
+        }
+    }
+
     /// The first of `order` that together cost, as nearly as whole units can, what should be closed.
     pub(super) fn cheapest(&self, order: impl Iterator<Item = usize>) -> Vec<usize> {
         let mut left = self.costs.iter().sum::<f64>() - self.target;
@@ -111,6 +128,36 @@ mod tests {
                 .filter(|i| hard_concrete(log_odds, (f64::from(*i) + 0.5) / f64::from(draws)).0 > 0.0);
             let share = above.count() as f64 / f64::from(draws);
             assert!((share - sigmoid(log_odds)).abs() < 1e-3, "{share}");
+        }
+    }
+
+    #[test]
+    fn gradients_follow_the_offset() {
+        const STEP: f64 = 1e-5;
+        let gated = Gated {
+            units: &[],
+            open: vec![false, true, false, false],
+            costs: vec![1.0, 1.0, 2.0, 3.0],
+            target: 4.0,
+        };
+        let (phi, scale) = (vec![0.3, 0.0, -1.0, 0.8], [0.5, 0.0, -2.0, 1.5]);
+        // A loss that is a function of the log-odds alone, offset included.
+        let log_odds = |phi: &[f64]| phi.iter().map(|p| p + gated.offset(phi)).collect::<Vec<_>>();
+        let loss = |phi: &[f64]| log_odds(phi).iter().zip(scale).map(|(x, s)| s * x * x).sum::<f64>();
+        let mut slopes: Vec<f64> = log_odds(&phi).iter().zip(scale).map(|(x, s)| 2.0 * s * x).collect();
+        gated.follow_offset(&phi, &mut slopes);
+        for place in [0, 2, 3] {
+            let at = |step: f64| {
+                let mut moved = phi.clone();
+                moved[place] += step;
+                loss(&moved)
+            };
+            let expected = (at(STEP) - at(-STEP)) / (2.0 * STEP);
+            assert!(
+                (slopes[place] - expected).abs() < 1e-4,
+                "{place}: {}, expected {expected}",
+                slopes[place]
+            );
         }
     }
 

@@ -13,7 +13,7 @@ use super::{Importance, Scores, check_blocks, check_removal, spearman, whole_blo
 use crate::data::Windows;
 use crate::error::{Error, Result};
 use crate::model::{Decoder, Part, Unit, Walk};
-use crate::progress::Observer;
+use crate::progress::{self, Observer};
 
 /// One scalar gate a block, trained on the model's loss with all weights frozen: 1 is the original block, 0 removes
 /// it. All gates train together, so that each learns what it is worth while others are gone.
@@ -147,21 +147,18 @@ impl Gates {
         self.check(units)?;
         let gated = self.gated(decoder, units);
         let mut state = self.resume(decoder, windows, &gated)?;
-        observer.started(STAGE, self.steps as u64);
-        let first = state.step;
-        while state.step < self.steps && state.quiet < (self.steps / 10).max(1) {
-            self.step(&mut state, decoder, windows, &gated)?;
-            let last = state.step == self.steps;
-            if let Some(path) =
-                self.state_file.as_deref().filter(|_| last || state.step.is_multiple_of(SAVE_EVERY))
-            {
-                state.save(path)?;
+        let (first, total) = (state.step, self.steps as u64);
+        progress::stage(STAGE, total, observer, |observer| {
+            while state.step < self.steps && state.quiet < (self.steps / 10).max(1) {
+                self.step(&mut state, decoder, windows, &gated)?;
+                let due = state.step == self.steps || state.step.is_multiple_of(SAVE_EVERY);
+                if let Some(path) = self.state_file.as_deref().filter(|_| due) {
+                    state.save(path)?;
+                }
+                progress::advance(STAGE, state.step as u64, total, observer)?;
             }
-            if observer.advanced(STAGE, state.step as u64, self.steps as u64).is_break() {
-                return Err(Error::Cancelled { stage: STAGE });
-            }
-        }
-        observer.finished(STAGE);
+            Ok(())
+        })?;
         let block_share = units.len().min(decoder.depth()) as f64;
         Ok(TrainedGates {
             units: units.to_vec(),
@@ -261,8 +258,9 @@ impl Gates {
                 *sum += gradient * slope / batch;
             }
         }
-        if self.kind == GateKind::SmoothedL0 {
-            self.add_penalty(&set.phi, gated, progress, &mut slopes);
+        match self.kind {
+            GateKind::SmoothedL0 => self.add_penalty(&set.phi, gated, progress, &mut slopes),
+            GateKind::HardConcrete | GateKind::StraightThrough => gated.follow_offset(&set.phi, &mut slopes),
         }
         set.update(&slopes, &gated.open, self.learning_rate);
         let gates = self.openness(&set.phi, gated, progress);

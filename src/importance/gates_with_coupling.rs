@@ -115,8 +115,7 @@ impl GatesWithCoupling {
         const STAGE: &str = "search";
         let before = removals.block_runs();
         let budget = self.budget_block_runs;
-        observer.started(STAGE, budget as u64);
-        let mut measure = |sets: &[Removed]| -> Result<Option<Vec<f64>>> {
+        let mut measure = |sets: &[Removed], observer: &mut dyn Observer| -> Result<Option<Vec<f64>>> {
             let spent = removals.block_runs() - before;
             if spent >= budget {
                 return Ok(None);
@@ -124,26 +123,25 @@ impl GatesWithCoupling {
             let rows =
                 (0..windows.len()).map(|window| removals.losses(window, sets)).collect::<Result<Vec<_>>>()?;
             let spent = (removals.block_runs() - before).min(budget);
-            if observer.advanced(STAGE, spent as u64, budget as u64).is_break() {
-                return Err(Error::Cancelled { stage: STAGE });
-            }
+            progress::advance(STAGE, spent as u64, budget as u64, observer)?;
             Ok(Some(statistics::means(&rows)))
         };
         let unknown: Vec<Set> =
             starts.iter().filter(|set| measured.iter().all(|(known, _)| known != *set)).cloned().collect();
-        if let Some(losses) = measure(&unknown)? {
-            measured.extend(unknown.into_iter().zip(losses));
-        }
-        let mut search = Verified {
-            measured,
-            dense_loss: coupling.dense_loss,
-            free,
-            count: self.gates.remove,
-            batch: self.batch,
-            patience: self.patience,
-        };
-        let mut best = search.run(starts, &mut measure)?;
-        observer.finished(STAGE);
+        let mut best = progress::stage(STAGE, budget as u64, observer, |observer| {
+            if let Some(losses) = measure(&unknown, observer)? {
+                measured.extend(unknown.into_iter().zip(losses));
+            }
+            let mut search = Verified {
+                measured,
+                dense_loss: coupling.dense_loss,
+                free,
+                count: self.gates.remove,
+                batch: self.batch,
+                patience: self.patience,
+            };
+            search.run(starts, |sets| measure(sets, observer))
+        })?;
         best.truncate(self.finalists.max(1));
         Ok(best)
     }

@@ -9,9 +9,9 @@ use serde::Serialize;
 use super::removals::{Removals, Removed};
 use super::{Importance, Scores, check_blocks, check_removal, statistics, whole_blocks};
 use crate::data::Windows;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::model::Decoder;
-use crate::progress::Observer;
+use crate::progress::{self, Observer};
 
 /// Removes the block whose absence costs the least loss, and measures all others anew, until enough are gone.
 ///
@@ -66,41 +66,40 @@ impl Greedy<'_> {
         let mut stability = None;
         let rounds = self.remove.max(1);
         let total = (rounds * windows.len()) as u64;
-        observer.started(self.method, total);
-        for round in 0..rounds {
-            // All blocks are measured in the first round, so that those that stay have a score too.
-            let candidates: Vec<usize> = (0..units.len())
-                .filter(|place| !chosen.contains(place) && (round == 0 || !self.kept.contains(place)))
-                .collect();
-            let sets: Vec<Removed> = candidates
-                .iter()
-                .map(|&place| removals.set(&[chosen.as_slice(), &[place]].concat()))
-                .collect();
-            let mut by_window = Vec::with_capacity(windows.len());
-            for window in 0..windows.len() {
-                by_window.push(measure(&mut removals, window, &sets)?);
-                let done = (round * windows.len() + window + 1) as u64;
-                if observer.advanced(self.method, done, total).is_break() {
-                    return Err(Error::Cancelled { stage: self.method });
+        progress::stage(self.method, total, observer, |observer| {
+            for round in 0..rounds {
+                // All blocks are measured in the first round, so that those that stay have a score too.
+                let candidates: Vec<usize> = (0..units.len())
+                    .filter(|place| !chosen.contains(place) && (round == 0 || !self.kept.contains(place)))
+                    .collect();
+                let sets: Vec<Removed> = candidates
+                    .iter()
+                    .map(|&place| removals.set(&[chosen.as_slice(), &[place]].concat()))
+                    .collect();
+                let mut by_window = Vec::with_capacity(windows.len());
+                for window in 0..windows.len() {
+                    by_window.push(measure(&mut removals, window, &sets)?);
+                    let done = (round * windows.len() + window + 1) as u64;
+                    progress::advance(self.method, done, total, observer)?;
+                }
+                if round == 0 {
+                    stability = Scores::of_windows(self.method, windows, &by_window)?.stability;
+                }
+                let costs = statistics::means(&by_window);
+                for (&place, &cost) in candidates.iter().zip(&costs) {
+                    if let Some(slot) = importance.get_mut(place) {
+                        *slot = cost;
+                    }
+                }
+                let allowed = candidates.iter().zip(&costs).filter(|(place, _)| !self.kept.contains(place));
+                let least = allowed.min_by(|a, b| a.1.total_cmp(b.1));
+                if let Some((&place, _)) = least.filter(|_| chosen.len() < self.remove) {
+                    chosen.push(place);
+                    removals.rebase(removals.set(&chosen));
                 }
             }
-            if round == 0 {
-                stability = Scores::of_windows(self.method, windows, &by_window)?.stability;
-            }
-            let costs = statistics::means(&by_window);
-            for (&place, &cost) in candidates.iter().zip(&costs) {
-                if let Some(slot) = importance.get_mut(place) {
-                    *slot = cost;
-                }
-            }
-            let allowed = candidates.iter().zip(&costs).filter(|(place, _)| !self.kept.contains(place));
-            let least = allowed.min_by(|a, b| a.1.total_cmp(b.1));
-            if let Some((&place, _)) = least.filter(|_| chosen.len() < self.remove) {
-                chosen.push(place);
-                removals.rebase(removals.set(&chosen));
-            }
-        }
-        observer.finished(self.method);
+            Ok(())
+        })?;
         let mut scores = Scores::new(self.method, windows, importance)?.costing(start, removals.block_runs());
         if let Some(stability) = stability {
             scores = scores.with_stability(stability);
