@@ -5,7 +5,7 @@
 //! cargo run --release --example compare -- --model M --text F --blocks 3,6,9,12 --work DIR
 //! ```
 //!
-//! The first 80 % of the text calibrate, the last 20 % evaluate. What each method found is kept in DIR: an
+//! The first 80 % of the text calibrate, the last 20 % evaluate, always in f32. What each method found is kept in DIR: an
 //! interrupted comparison goes on where it was.
 #![allow(clippy::print_stdout)]
 
@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::{Parser, ValueEnum};
+use foldgpt::candle::DType;
 use foldgpt::importance::losses_without;
 use foldgpt::{Decoder, Plan, Scores, Target, Windows};
 
@@ -61,7 +62,9 @@ struct Line {
 
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
-    let (checkpoint, decoder) = args.model.load()?;
+    let checkpoint = args.model.open()?;
+    let dense = cli::load(&checkpoint, DType::F32)?;
+    let scored = dense.to_dtype(args.model.dtype.dtype())?;
     let tokenizer = checkpoint.tokenizer()?;
     let text = cli::read_text(&args.text)?;
     let (calibration, held_out) = cli::split_text(&text);
@@ -71,16 +74,16 @@ fn main() -> anyhow::Result<()> {
     std::fs::create_dir_all(&args.work).with_context(|| format!("cannot create {}", args.work.display()))?;
 
     let methods = if args.methods.is_empty() { cli::Method::ALL.to_vec() } else { args.methods.clone() };
-    let lines = methods.into_iter().map(|method| run(method, &args, &decoder, &calibration));
+    let lines = methods.into_iter().map(|method| run(method, &args, &scored, &calibration));
     let lines = lines.collect::<anyhow::Result<Vec<Line>>>()?;
 
     let mut sets: Vec<Vec<usize>> = lines.iter().flat_map(|line| line.chosen.values().cloned()).collect();
     sets.push(Vec::new());
-    let losses = losses_without(&decoder, &held_out, &sets, &mut cli::Bars::default())?;
-    let dense = losses.last().copied().unwrap_or_default();
-    print_table(&args.blocks, &lines, &losses, dense);
-    println!("\nnll in nats per token on {}", cli::protocol(&held_out));
-    println!("calibrated on {}", cli::protocol(&calibration));
+    let losses = losses_without(&dense, &held_out, &sets, &mut cli::Bars::default())?;
+    let dense_loss = losses.last().copied().unwrap_or_default();
+    print_table(&args.blocks, &lines, &losses, dense_loss);
+    println!("\nnll in nats per token, in f32, on {}", cli::protocol(&held_out));
+    println!("scored in {:?} on {}", args.model.dtype.dtype(), cli::protocol(&calibration));
     Ok(())
 }
 

@@ -4,7 +4,7 @@
 //! cargo run --release --example compress -- --model M --text F --remove 0.2 --out DIR
 //! ```
 //!
-//! The first 80 % of the text calibrates, the last 20 % evaluates.
+//! The first 80 % of the text calibrates, the last 20 % evaluates, in f32 whatever the blocks were scored in.
 #![allow(clippy::print_stdout)]
 
 mod chart;
@@ -15,6 +15,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Parser;
+use foldgpt::candle::DType;
 use foldgpt::checkpoint::check_destination;
 use foldgpt::{Checkpoint, Plan, SaveOptions, fold};
 
@@ -60,7 +61,8 @@ fn main() -> anyhow::Result<()> {
     };
     check_destination(&args.out)?;
     let mut bars = cli::Bars::default();
-    let (checkpoint, dense) = args.model.load()?;
+    let checkpoint = args.model.open()?;
+    let dense = cli::load(&checkpoint, DType::F32)?;
     cli::check_protected(&args.protect, &dense)?;
     let count = target.blocks(dense.architecture())?;
     if count == 0 {
@@ -74,14 +76,14 @@ fn main() -> anyhow::Result<()> {
     let held_out = args.window.cut(&tokenizer, held_out, Some(args.eval_windows)).context("the last 20 %")?;
 
     let method = args.method.build(count, &args.protect, args.seed);
-    let scores = method.score(&dense, &calibration, &mut bars)?;
+    let scores = method.score(&dense.to_dtype(args.model.dtype.dtype())?, &calibration, &mut bars)?;
     let plan = Plan::new(dense.architecture(), &scores, target, &args.protect)?;
     let plan = plan.for_model(checkpoint.sha256(&mut bars)?);
     let folded = fold(&dense, &plan)?;
     let saved = checkpoint.save(&folded, Some(&plan), &args.out, &SaveOptions::default(), &mut bars)?;
 
     let written = Checkpoint::open(&args.out)?;
-    let reloaded = cli::load(&written)?;
+    let reloaded = cli::load(&written, DType::F32)?;
     let rows = [
         table::Row::measure("dense", &checkpoint, &dense, &held_out, &mut bars)?,
         table::Row::measure("compressed", &written, &reloaded, &held_out, &mut bars)?,

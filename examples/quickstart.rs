@@ -14,6 +14,7 @@ mod table;
 use std::ops::ControlFlow;
 
 use clap::Parser;
+use foldgpt::candle::DType;
 use foldgpt::importance::BlockInfluence;
 use foldgpt::{Checkpoint, Decoder, Generate, Importance, Plan, SaveOptions, Target, Tokenizer, fold};
 
@@ -31,7 +32,7 @@ fn main() -> anyhow::Result<()> {
     Args::parse();
     let mut bars = cli::Bars::default();
     let checkpoint = Checkpoint::open(MODEL)?;
-    let dense = cli::load(&checkpoint)?;
+    let dense = cli::load(&checkpoint, DType::F32)?;
     let tokenizer = checkpoint.tokenizer()?;
 
     // Stories that the model was not trained on: some to calibrate with, others to evaluate on.
@@ -53,7 +54,7 @@ fn main() -> anyhow::Result<()> {
     checkpoint.save(&folded, Some(&plan), &directory, &SaveOptions::default(), &mut bars)?;
 
     let written = Checkpoint::open(&directory)?;
-    let reloaded = cli::load(&written)?;
+    let reloaded = cli::load(&written, DType::F32)?;
     let rows = [
         table::Row::measure("dense", &checkpoint, &dense, &held_out, &mut bars)?,
         table::Row::measure("compressed", &written, &reloaded, &held_out, &mut bars)?,

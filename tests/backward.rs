@@ -3,7 +3,7 @@
 
 mod support;
 
-use foldgpt::candle::{Tensor, Var};
+use foldgpt::candle::{DType, Tensor, Var};
 use foldgpt::model::{Unit, Walk};
 use support::{FAMILIES, input_ids, load};
 
@@ -44,6 +44,26 @@ fn gate_gradients_are_those_of_the_whole_graph() {
                     assert!(off < 1e-4, "{family} unit {unit}: {found}, expected {expected}");
                 }
             }
+        }
+    }
+}
+
+#[test]
+fn gate_gradients_with_matrices_in_bf16_are_those_in_f32_but_for_rounding() {
+    for family in FAMILIES {
+        let ids = input_ids(family).narrow(0, 0, 1).unwrap();
+        let targets = &ids.squeeze(0).unwrap().to_vec1::<u32>().unwrap()[1..];
+        let narrow = load(family).to_dtype(DType::BF16).unwrap();
+        let units = Unit::blocks(narrow.depth());
+        let gradients = |decoder: &foldgpt::Decoder| {
+            let walk = Walk::forward(decoder, &units, &[0.9, 1.0, 0.5, 0.7], &ids).unwrap();
+            let (_, upstream) = decoder.loss_vjp(walk.output(), targets).unwrap();
+            walk.gate_gradients(&upstream).unwrap()
+        };
+        let (found, expected) = (gradients(&narrow), gradients(&narrow.to_dtype(DType::F32).unwrap()));
+        let largest = expected.iter().fold(0.0f64, |m, g| m.max(g.abs()));
+        for (found, expected) in found.iter().zip(&expected) {
+            assert!((found - expected).abs() < 0.05 * largest, "{family}: {found}, expected {expected}");
         }
     }
 }

@@ -4,9 +4,9 @@
 mod support;
 
 use foldgpt::Windows;
-use foldgpt::candle::Tensor;
+use foldgpt::candle::{DType, Device, Tensor};
 use foldgpt::ops::Kernels;
-use support::{FAMILIES, distance, expected, fixture, input_ids, load};
+use support::{FAMILIES, distance, expected, fixture, input_ids, load, open};
 
 const TRANSFORMERS: f32 = 1e-4;
 const PATHS: f32 = 1e-5;
@@ -122,4 +122,24 @@ fn a_cache_that_refused_tokens_goes_on_as_before() {
     let rest = decoder.extend(&row(5..20), &mut cache).unwrap();
     let whole = decoder.hidden(&row(0..20)).unwrap().narrow(1, 5, 15).unwrap();
     assert!(distance(&rest, &whole) < PATHS);
+}
+
+/// bf16 keeps 8 bits of a value: each product is off by some thousandths, which four blocks add up.
+const BF16: f32 = 0.03;
+
+#[test]
+fn matrices_in_bf16_change_results_by_no_more_than_their_rounding() {
+    for family in FAMILIES {
+        let ids = input_ids(family);
+        let narrow = open(family).decoder(DType::BF16, &Device::Cpu).unwrap();
+        assert_eq!(narrow.dtype(), DType::BF16);
+        // The same rounded matrices, computed with in f32.
+        let wide = narrow.to_dtype(DType::F32).unwrap().forward(&ids).unwrap();
+        for kernels in [Kernels::Fused, Kernels::Primitive] {
+            let logits = narrow.clone().with_kernels(kernels).forward(&ids).unwrap();
+            assert_eq!(logits.dtype(), DType::F32);
+            let off = distance(&logits, &wide);
+            assert!(off < BF16, "{family} {kernels:?}: logits off by {off}");
+        }
+    }
 }

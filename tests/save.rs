@@ -264,7 +264,9 @@ fn values_that_a_type_cannot_hold_are_refused() {
     let source = changed_fixture("llama", |_| {});
     let path = source.path().join("model.safetensors");
     let mut tensors = foldgpt::candle::safetensors::load(&path, &Device::Cpu).unwrap();
-    tensors.insert("model.norm.weight".into(), Tensor::full(1e6f32, 48, &Device::Cpu).unwrap());
+    let name = "model.layers.0.mlp.down_proj.weight";
+    let large = Tensor::full(1e6f32, tensors[name].shape(), &Device::Cpu).unwrap();
+    tensors.insert(name.into(), large);
     foldgpt::candle::safetensors::save(&tensors, &path).unwrap();
     let open = || Checkpoint::open(source.path()).unwrap();
     assert!(open().decoder(DType::BF16, &Device::Cpu).is_ok());
@@ -273,7 +275,7 @@ fn values_that_a_type_cannot_hold_are_refused() {
         open().stored_as(DType::F16).decoder(DType::F32, &Device::Cpu),
     ] {
         let error = result.unwrap_err().to_string();
-        assert!(error.contains("model.norm.weight") && error.contains("F16"), "{error}");
+        assert!(error.contains(name) && error.contains("F16"), "{error}");
     }
     for result in [
         open().decoder(DType::U8, &Device::Cpu),

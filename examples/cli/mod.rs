@@ -20,6 +20,24 @@ pub struct ModelArgs {
     /// A directory in the Hugging Face layout, a GGUF file, or a hub id (`org/name`, feature `hub`)
     #[arg(long)]
     pub model: String,
+    /// How matrices are held in memory; bf16 takes half the room and, on CPUs with AVX-512 bf16, about half the time
+    #[arg(long, value_enum, default_value_t = DtypeArg::F32)]
+    pub dtype: DtypeArg,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DtypeArg {
+    F32,
+    Bf16,
+}
+
+impl DtypeArg {
+    pub fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+        }
+    }
 }
 
 impl ModelArgs {
@@ -29,14 +47,14 @@ impl ModelArgs {
 
     pub fn load(&self) -> Result<(Checkpoint, Decoder)> {
         let checkpoint = self.open()?;
-        let decoder = checkpoint.decoder_observed(DType::F32, &Device::Cpu, &mut Bars::default())?;
+        let decoder = load(&checkpoint, self.dtype.dtype())?;
         Ok((checkpoint, decoder))
     }
 }
 
-/// A checkpoint's weights in f32 on the CPU.
-pub fn load(checkpoint: &Checkpoint) -> Result<Decoder> {
-    Ok(checkpoint.decoder(DType::F32, &Device::Cpu)?)
+/// A checkpoint's weights on the CPU.
+pub fn load(checkpoint: &Checkpoint, dtype: DType) -> Result<Decoder> {
+    Ok(checkpoint.decoder_observed(dtype, &Device::Cpu, &mut Bars::default())?)
 }
 
 // How a text is cut into windows.

@@ -156,6 +156,10 @@ impl Checkpoint {
 
     /// Reads the weights, one tensor at a time: peak memory is the model and one tensor.
     ///
+    /// With `DType::BF16` on the CPU matrices are held in bf16 and computed with by the dot-product instructions of
+    /// AVX-512 where there are any: half the memory, and nearly twice the speed. Norms, biases and activations stay
+    /// in f32 there.
+    ///
     /// # Errors
     /// A file that cannot be read, or a weight that is NaN or infinite.
     pub fn decoder(&self, dtype: DType, device: &Device) -> Result<Decoder> {
@@ -188,6 +192,7 @@ impl Checkpoint {
                 let Some(stored) = holders.get(&param) else {
                     return Err(Error::tensor(&self.location, param.to_string(), "is stored nowhere"));
                 };
+                let dtype = param.dtype_in_memory(dtype, device);
                 let tensor = self.cast(stored, self.read(stored)?, dtype)?.to_device(device)?;
                 waiting.extend(stored.split(&tensor)?);
                 read += 1;

@@ -63,7 +63,7 @@ const STAGE: &str = "save";
 
 impl Checkpoint {
     /// Writes `decoder`, made from this checkpoint, as a Hugging Face directory that transformers loads: weights in
-    /// the types they had, the configuration cut to the blocks that are left, the tokenizer, and the plan.
+    /// the types they had (a decoder held in a narrower type has lost what that cannot hold), the configuration cut to the blocks that are left, the tokenizer, and the plan.
     ///
     /// Everything is written beside `directory`, synced, opened again and compared with the decoder tensor by
     /// tensor, and renamed only then: `directory` holds nothing or all of it. What a crash leaves beside it is a

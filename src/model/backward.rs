@@ -7,7 +7,7 @@ use candle_core::{Tensor, Var};
 
 use super::decoder::{Decoder, Pass};
 use super::params::BlockParam;
-use super::unit::Unit;
+use super::unit::{Part, Unit};
 use crate::error::{Error, Result};
 
 /// A forward pass through a chain of gated units that can be walked back.
@@ -68,14 +68,12 @@ impl<'a> Walk<'a> {
                 break;
             };
             // A removed unit passes the gradient on as it is, and only its own effect has to be known.
-            let (y, through) = if gate == 0.0 {
-                (self.decoder.run_unit(unit, &x, &self.pass)?, None)
+            if gate == 0.0 {
+                let y = self.decoder.run_unit(unit, &x, &self.pass)?;
+                *gradient = inner(&upstream, &(y - x)?)?;
             } else {
-                let (y, through) = self.decoder.unit_vjp(unit, &x, &upstream, &self.pass)?;
-                (y, Some(through))
-            };
-            *gradient = inner(&upstream, &(y - x)?)?;
-            if let Some(through) = through {
+                let (effect, through) = self.decoder.unit_vjp(unit, &x, &upstream, &self.pass)?;
+                *gradient = effect;
                 upstream = gated(&upstream, &through, gate)?;
             }
         }
@@ -108,7 +106,7 @@ impl<'a> Walk<'a> {
                 _ => Ok(value.clone()),
             })?;
             let y = block.forward_part(unit.part, x.as_tensor(), &self.pass, None)?;
-            let mut gradients = (y * &upstream)?.sum_all()?.backward()?;
+            let mut gradients = self.pass.kernels.inner(&y, &upstream)?.backward()?;
             let mut gradient = |tensor: &Tensor| {
                 let missing = || Error::NoGradient { tensor: format!("a matrix of block {}", unit.block) };
                 gradients.remove(tensor).ok_or_else(missing)
@@ -121,24 +119,37 @@ impl<'a> Walk<'a> {
 }
 
 impl Decoder {
-    /// A unit's output, and the product of `upstream` with its Jacobian with respect to its input; all
-    /// `(batch, seq, hidden)`.
+    /// `⟨upstream, u(x) − x⟩` of a unit `u`, and the product of `upstream` with the unit's Jacobian with respect to
+    /// its input, `(batch, seq, hidden)`.
     ///
-    /// # Errors
-    /// [`Error::NoSuchBlock`] for a block beyond the depth, or a failed computation.
-    pub fn unit_vjp(
-        &self,
-        unit: Unit,
-        x: &Tensor,
-        upstream: &Tensor,
-        pass: &Pass<'_>,
-    ) -> Result<(Tensor, Tensor)> {
+    /// Where the unit ends with a product, that product is never made: its part in both is known from what goes into
+    /// it and from `upstream` taken back through its matrix.
+    fn unit_vjp(&self, unit: Unit, x: &Tensor, upstream: &Tensor, pass: &Pass<'_>) -> Result<(f64, Tensor)> {
+        let block = self.block(unit.block)?;
         let x = Var::from_tensor(x)?;
-        let y = self.run_unit(unit, x.as_tensor(), pass)?;
-        let mut gradients = (&y * upstream)?.sum_all()?.backward()?;
-        let gradient = gradients.remove(x.as_tensor());
+        let kernels = pass.kernels;
+        let (effect, total) = match block.plain_ending(unit.part) {
+            Some(ending) => {
+                let (state, inside) = block.before(&ending, unit.part, x.as_tensor(), pass)?;
+                let into = kernels.linear_back(upstream, &ending.weight)?;
+                let mut effect = inner(&into, &inside.detach())?;
+                if !matches!(unit.part, Part::Attention | Part::Mlp) {
+                    effect += inner(upstream, &(state.detach() - x.as_tensor().detach())?)?;
+                }
+                if let Some(bias) = &ending.bias {
+                    effect += inner(upstream, &bias.broadcast_as(upstream.shape())?)?;
+                }
+                (effect, (kernels.inner(&state, upstream)? + kernels.inner(&inside, &into)?)?)
+            }
+            None => {
+                let y = block.forward_part(unit.part, x.as_tensor(), pass, None)?;
+                let effect = inner(upstream, &(y.detach() - x.as_tensor().detach())?)?;
+                (effect, kernels.inner(&y, upstream)?)
+            }
+        };
+        let gradient = total.backward()?.remove(x.as_tensor());
         Ok((
-            y.detach(),
+            effect,
             gradient.ok_or_else(|| Error::NoGradient { tensor: format!("the input of unit {unit}") })?,
         ))
     }

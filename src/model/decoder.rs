@@ -129,10 +129,20 @@ impl Decoder {
         self.embedding.device()
     }
 
-    /// The type of the weights in memory.
+    /// The type of the matrices in memory.
     #[must_use]
     pub fn dtype(&self) -> DType {
         self.embedding.dtype()
+    }
+
+    /// The same decoder with its weights in another type: matrices, and, unless that type is a half-precision one
+    /// and the device the CPU, all else too. There norms, biases and activations stay in f32, and products round
+    /// only their operands.
+    ///
+    /// # Errors
+    /// A conversion that the device does not have.
+    pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
+        self.map(|param, value| Ok(value.to_dtype(param.dtype_in_memory(dtype, value.device()))?))
     }
 
     /// The same decoder computed by other kernels.
@@ -369,12 +379,13 @@ impl Decoder {
             return Err(Error::argument("tokens", seq, format!("{} as the pass was made for", pass.seq)));
         }
         let x = self.embedding.index_select(&ids.flatten_all()?, 0)?;
-        let mut x = x.reshape((batch, seq, self.architecture.hidden_size))?;
+        let x = x.reshape((batch, seq, self.architecture.hidden_size))?;
+        let mut x = x.to_dtype(self.final_norm.gain.dtype())?;
         if let Some(scale) = self.architecture.embedding_scale {
             x = (x * scale)?;
         }
         if let Some(positions) = &self.positions {
-            x = x.broadcast_add(&positions.narrow(0, pass.offset, seq)?)?;
+            x = x.broadcast_add(&positions.narrow(0, pass.offset, seq)?.to_dtype(x.dtype())?)?;
         }
         Ok(x)
     }
@@ -434,7 +445,7 @@ impl Decoder {
         self.head.as_ref().unwrap_or(&self.embedding)
     }
 
-    fn block(&self, index: usize) -> Result<&Block> {
+    pub(super) fn block(&self, index: usize) -> Result<&Block> {
         self.blocks.get(index).ok_or(Error::NoSuchBlock { index, depth: self.depth() })
     }
 }

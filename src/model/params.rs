@@ -3,6 +3,8 @@
 use std::fmt;
 use std::ops::{Index, IndexMut};
 
+use candle_core::{DType, Device};
+
 use super::architecture::{Architecture, MlpKind, NormKind, NormPlacement, Positions, QkNorm};
 use super::unit::Part;
 
@@ -80,6 +82,21 @@ pub enum NormPart {
     Gain,
     /// The summand (LayerNorm only).
     Bias,
+}
+
+impl Param {
+    /// Whether this is a matrix, which products or lookups read row by row.
+    #[must_use]
+    pub fn is_matrix(self) -> bool {
+        !matches!(self, Self::FinalNorm(_) | Self::Block(_, BlockParam::Bias(_) | BlockParam::Norm(..)))
+    }
+
+    /// The type that a decoder with matrices of `dtype` holds this in: on the CPU vectors stay in f32 beside
+    /// matrices of half precision.
+    pub(crate) fn dtype_in_memory(self, dtype: DType, device: &Device) -> DType {
+        let half = matches!(dtype, DType::BF16 | DType::F16);
+        if half && device.is_cpu() && !self.is_matrix() { DType::F32 } else { dtype }
+    }
 }
 
 impl BlockParam {

@@ -11,6 +11,13 @@ use super::unit::Part;
 use crate::error::{Error, Result};
 use crate::ops::AttentionShape;
 
+/// The product that a block's half ends with.
+pub(super) struct Ending {
+    half: Part,
+    pub(super) weight: Tensor,
+    pub(super) bias: Option<Tensor>,
+}
+
 impl Block {
     /// `x + attention(x)`, then `+ mlp(·)`: `(batch, seq, hidden)` in and out. A removed half adds nothing.
     pub(super) fn forward(&self, x: &Tensor, pass: &Pass<'_>, slot: Option<&mut Slot>) -> Result<Tensor> {
@@ -29,12 +36,53 @@ impl Block {
         match part {
             Part::Whole => self.forward(x, pass, slot),
             _ if !self.has(part) => Ok(x.clone()),
-            Part::Attention => Ok((x + self.attention(x, pass, slot)?)?),
-            Part::Mlp => Ok((x + self.mlp(x, pass)?)?),
+            Part::Attention => {
+                let mixed = self.attention(x, pass, slot)?;
+                let out = self.linear(Projection::O, &mixed, pass)?;
+                Ok((x + self.norm(NormSite::AttentionOut, &out, pass)?)?)
+            }
+            Part::Mlp => {
+                let out = self.linear(Projection::Down, &self.mlp(x, pass)?, pass)?;
+                Ok((x + self.norm(NormSite::MlpOut, &out, pass)?)?)
+            }
         }
     }
 
-    /// What the attention adds to the residual stream.
+    /// The half that computes last in `part`, where its product is added to the residual stream as it is: without a
+    /// norm after it.
+    pub(super) fn plain_ending(&self, part: Part) -> Option<Ending> {
+        let (half, projection, norm) = match part {
+            Part::Whole | Part::Mlp if self.has(Part::Mlp) => (Part::Mlp, Projection::Down, NormSite::MlpOut),
+            Part::Whole | Part::Attention if self.has(Part::Attention) => {
+                (Part::Attention, Projection::O, NormSite::AttentionOut)
+            }
+            _ => return None,
+        };
+        let weight = self.weights.get(projection)?.clone();
+        let bias = self.own.biases[projection].clone();
+        self.own.norms[norm].is_none().then_some(Ending { half, weight, bias })
+    }
+
+    /// What `part` computes before its last product: the state that the product is added to, and what goes into it.
+    pub(super) fn before(
+        &self,
+        ending: &Ending,
+        part: Part,
+        x: &Tensor,
+        pass: &Pass<'_>,
+    ) -> Result<(Tensor, Tensor)> {
+        let state = match (part, ending.half) {
+            (Part::Whole, Part::Mlp) => self.forward_part(Part::Attention, x, pass, None)?,
+            _ => x.clone(),
+        };
+        let inner = match ending.half {
+            Part::Attention => self.attention(&state, pass, None)?,
+            Part::Whole | Part::Mlp => self.mlp(&state, pass)?,
+        };
+        Ok((state, inner))
+    }
+
+    /// What the attention gathers, before its output projection.
     fn attention(&self, x: &Tensor, pass: &Pass<'_>, slot: Option<&mut Slot>) -> Result<Tensor> {
         let arch = pass.architecture;
         let x = self.norm(NormSite::AttentionIn, x, pass)?;
@@ -60,23 +108,21 @@ impl Block {
             softcap: arch.attention_softcap,
             window: self.own.spec.window,
         };
-        let mixed = pass.kernels.attention(&q, &k, &v, shape)?;
-        self.norm(NormSite::AttentionOut, &self.linear(Projection::O, &mixed, pass)?, pass)
+        Ok(pass.kernels.attention(&q, &k, &v, shape)?)
     }
 
-    /// What the MLP adds to the residual stream.
+    /// What the MLP computes before its way down: `(batch, seq, intermediate)`.
     fn mlp(&self, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
         let arch = pass.architecture;
         let x = self.norm(NormSite::MlpIn, x, pass)?;
         let up = self.linear(Projection::Up, &x, pass)?; // (batch, seq, intermediate)
-        let inner = match arch.mlp {
+        Ok(match arch.mlp {
             MlpKind::Gated => {
                 let gate = self.linear(Projection::Gate, &x, pass)?;
                 pass.kernels.gated(arch.activation, &gate, &up)?
             }
             MlpKind::Plain => pass.kernels.activation(arch.activation, &up)?,
-        };
-        self.norm(NormSite::MlpOut, &self.linear(Projection::Down, &inner, pass)?, pass)
+        })
     }
 
     fn linear(&self, projection: Projection, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {

@@ -3,17 +3,21 @@
 use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Storage, Tensor, bail};
 use rayon::prelude::*;
 
+use super::Kernels;
+use super::frozen::Frozen;
 use super::simd::{exp, map_in_place, max, sum, tanh, vectorised};
-use super::{Kernels, gemm, view};
 
-/// Rows whose logits exist at once.
+/// Rows whose logits exist at once where the gradient is wanted.
 const CHUNK_ROWS: usize = 128;
+/// Rows, and entries of the vocabulary, whose logits exist at once where only the loss is.
+const LOSS_ROWS: usize = 512;
+const STRETCH: usize = 1536;
 
 impl Kernels {
     /// The negative log-likelihood, in nats, of `targets[i]` under `softcap(hidden[i] · headᵀ)`: `(rows)`.
     ///
-    /// `hidden` is `(rows, width)`, `head` is `(vocab, width)`. Logits are made for a chunk of rows at a time and
-    /// dropped; where `hidden` is differentiated its gradient is made from the same logits on the way.
+    /// `hidden` is `(rows, width)`, `head` is `(vocab, width)`. Logits are made for a part of rows and vocabulary at
+    /// a time and dropped; where `hidden` is differentiated its gradient is made from the same logits on the way.
     ///
     /// # Errors
     /// Shapes that do not fit, a target outside of the vocabulary, or a failed computation.
@@ -31,9 +35,15 @@ impl Kernels {
         if let Some(target) = targets.iter().find(|&&target| target as usize >= vocab) {
             bail!("target {target} is outside of the vocabulary of {vocab}");
         }
-        if self.fuses(&[hidden, head]) && !head.track_op() {
-            let op = Nll { head: head.clone(), targets: targets.to_vec(), softcap, width };
-            let (losses, grad) = op.run(&hidden.contiguous()?, hidden.track_op())?;
+        if let (Some(head), true) = (self.frozen(head), self.fuses(&[hidden])) {
+            let op = Nll { head, targets: targets.to_vec(), softcap, width };
+            let rows = hidden.contiguous()?;
+            let (losses, grad) = if hidden.track_op() {
+                let (losses, grad) = op.with_gradient(&rows)?;
+                (losses, Some(grad))
+            } else {
+                (op.losses(&rows)?, None)
+            };
             return hidden.apply_op1(Precomputed { losses, grad });
         }
         primitive(hidden, head, targets, softcap)
@@ -44,7 +54,8 @@ fn primitive(hidden: &Tensor, head: &Tensor, targets: &[u32], softcap: Option<f6
     let mut losses = Vec::new();
     for (chunk, targets) in targets.chunks(CHUNK_ROWS).enumerate() {
         let rows = hidden.narrow(0, chunk * CHUNK_ROWS, targets.len())?;
-        let mut logits = rows.matmul(&head.t()?)?.to_dtype(candle_core::DType::F32)?;
+        let mut logits =
+            rows.matmul(&head.to_dtype(hidden.dtype())?.t()?)?.to_dtype(candle_core::DType::F32)?;
         if let Some(cap) = softcap {
             logits = ((logits / cap)?.tanh()? * cap)?;
         }
@@ -56,69 +67,114 @@ fn primitive(hidden: &Tensor, head: &Tensor, targets: &[u32], softcap: Option<f6
 }
 
 struct Nll {
-    head: Tensor,
+    head: Frozen,
     targets: Vec<u32>,
     softcap: Option<f64>,
     width: usize,
 }
 
 impl Nll {
-    /// The losses, and the gradient of each with respect to its row.
-    fn run(&self, hidden: &Tensor, with_gradient: bool) -> Result<(Vec<f32>, Option<Tensor>)> {
-        let (hidden_storage, lh) = hidden.storage_and_layout();
-        let (head_storage, lw) = self.head.storage_and_layout();
-        let (Storage::Cpu(hidden_cpu), Storage::Cpu(head_cpu)) = (&*hidden_storage, &*head_storage) else {
-            bail!("operand is not on the cpu");
-        };
-        let (vocab, stride) = (self.head.dim(0)?, lw.stride());
-        let (row_stride, column_stride) = (stride[0], stride[1]);
-        let head_view = view((vocab, self.width), (row_stride, column_stride), lw.start_offset());
-        let transposed = view((self.width, vocab), (column_stride, row_stride), lw.start_offset());
+    /// The losses alone. Logits are made for a stretch of the vocabulary at a time, small enough to stay in cache,
+    /// and summed up as they come.
+    fn losses(&self, hidden: &Tensor) -> Result<Vec<f32>> {
+        let (storage, layout) = hidden.storage_and_layout();
+        let Storage::Cpu(storage) = &*storage else { bail!("operand is not on the cpu") };
+        let vocab = self.head.dims()?.0;
         let mut losses = Vec::with_capacity(self.targets.len());
-        let mut gradient = Vec::new();
-        for (chunk, targets) in self.targets.chunks(CHUNK_ROWS).enumerate() {
-            let offset = lh.start_offset() + chunk * CHUNK_ROWS * self.width;
-            let rows = view((targets.len(), self.width), (self.width, 1), offset);
-            let mut logits = gemm(&(hidden_cpu, rows), &(head_cpu, transposed.clone()))?;
-            losses.extend(self.reduce(&mut logits, targets, vocab, with_gradient));
-            if with_gradient {
-                let logits = (&CpuStorage::F32(logits), view((targets.len(), vocab), (vocab, 1), 0));
-                gradient.extend(gemm(&logits, &(head_cpu, head_view.clone()))?);
+        for (chunk, targets) in self.targets.chunks(LOSS_ROWS).enumerate() {
+            let offset = layout.start_offset() + chunk * LOSS_ROWS * self.width;
+            let mut sums = vec![LogSumExp::EMPTY; targets.len()];
+            let mut chosen = vec![0.0f32; targets.len()];
+            for first in (0..vocab).step_by(STRETCH) {
+                let stretch = self.head.outputs(first, STRETCH.min(vocab - first))?;
+                let mut logits = stretch.forward(storage, offset, targets.len())?;
+                let width = logits.len() / targets.len();
+                let rows = logits.par_chunks_exact_mut(width).zip(&mut sums).zip(&mut chosen).zip(targets);
+                rows.for_each(|(((row, sum), chosen), &target)| {
+                    vectorised(
+                        #[inline(always)]
+                        || cap(row, self.softcap),
+                    );
+                    if let Some(&logit) = (target as usize).checked_sub(first).and_then(|at| row.get(at)) {
+                        *chosen = logit;
+                    }
+                    vectorised(
+                        #[inline(always)]
+                        || sum.add(row),
+                    );
+                });
             }
+            losses.extend(sums.iter().zip(chosen).map(|(sum, chosen)| sum.value() - chosen));
         }
-        let gradient = with_gradient.then(|| Tensor::from_vec(gradient, hidden.shape(), hidden.device()));
-        Ok((losses, gradient.transpose()?))
+        Ok(losses)
     }
 
-    /// The loss of every row of logits; with `gradient` the logits are replaced by the loss's derivative.
-    fn reduce(&self, logits: &mut [f32], targets: &[u32], vocab: usize, gradient: bool) -> Vec<f32> {
-        let rows = logits.par_chunks_exact_mut(vocab).zip(targets);
-        rows.map(|(row, &target)| {
-            vectorised(
-                #[inline(always)]
-                || nll_row(row, target as usize, self.softcap, gradient),
-            )
-        })
-        .collect()
+    /// The losses, and the gradient of each with respect to its row.
+    fn with_gradient(&self, hidden: &Tensor) -> Result<(Vec<f32>, Tensor)> {
+        let (storage, layout) = hidden.storage_and_layout();
+        let Storage::Cpu(storage) = &*storage else { bail!("operand is not on the cpu") };
+        let vocab = self.head.dims()?.0;
+        let mut losses = Vec::with_capacity(self.targets.len());
+        let mut gradient = Vec::with_capacity(hidden.elem_count());
+        for (chunk, targets) in self.targets.chunks(CHUNK_ROWS).enumerate() {
+            let offset = layout.start_offset() + chunk * CHUNK_ROWS * self.width;
+            let mut logits = self.head.forward(storage, offset, targets.len())?;
+            losses.par_extend(logits.par_chunks_exact_mut(vocab).zip(targets).map(|(row, &target)| {
+                vectorised(
+                    #[inline(always)]
+                    || differentiate(row, target as usize, self.softcap),
+                )
+            }));
+            gradient.extend(self.head.backward(&CpuStorage::F32(logits), 0, targets.len())?);
+        }
+        Ok((losses, Tensor::from_vec(gradient, hidden.shape(), hidden.device())?))
+    }
+}
+
+/// `log Σ exp(x)` of numbers that come in stretches.
+#[derive(Clone, Copy)]
+struct LogSumExp {
+    highest: f32,
+    total: f32,
+}
+
+impl LogSumExp {
+    const EMPTY: Self = Self { highest: f32::NEG_INFINITY, total: 0.0 };
+
+    #[inline(always)]
+    fn add(&mut self, numbers: &[f32]) {
+        let highest = max(numbers);
+        if highest > self.highest {
+            self.total *= exp(self.highest - highest);
+            self.highest = highest;
+        }
+        self.total += sum(numbers, |x| exp(x - self.highest));
+    }
+
+    fn value(self) -> f32 {
+        self.highest + self.total.ln()
     }
 }
 
 #[inline(always)]
-fn nll_row(row: &mut [f32], target: usize, softcap: Option<f64>, gradient: bool) -> f32 {
+fn cap(row: &mut [f32], softcap: Option<f64>) {
     if let Some(cap) = softcap {
         let cap = cap as f32;
         map_in_place(row, |l| cap * tanh(l / cap));
     }
-    let highest = max(row);
-    let total = sum(row, |l| exp(l - highest));
-    let loss = highest + total.ln() - row[target];
-    if gradient {
-        let (inverse, chosen) = (1.0 / total, row[target]);
-        let slope = |l: f32| softcap.map_or(1.0, |cap| 1.0 - (l / cap as f32) * (l / cap as f32));
-        map_in_place(row, |l| exp(l - highest) * inverse * slope(l));
-        row[target] -= slope(chosen);
-    }
-    loss
+}
+
+/// The loss of a row of logits, which are replaced by its derivative.
+#[inline(always)]
+fn differentiate(row: &mut [f32], target: usize, softcap: Option<f64>) -> f32 {
+    cap(row, softcap);
+    let slope = |l: f32| softcap.map_or(1.0, |cap| 1.0 - (l / cap as f32) * (l / cap as f32));
+    let mut sum = LogSumExp::EMPTY;
+    sum.add(row);
+    let (inverse, chosen) = (1.0 / sum.total, row[target]);
+    map_in_place(row, |l| exp(l - sum.highest) * inverse * slope(l));
+    row[target] -= slope(chosen);
+    sum.value() - chosen
 }
 
 /// Binds losses that are already known, and their gradient, to the graph of `hidden`.

@@ -3,24 +3,25 @@
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Storage, Tensor, bail};
 use rayon::prelude::*;
 
+use super::frozen::Frozen;
 use super::simd::{add_scaled, vectorised};
-use super::{Kernels, gemm, task_rows, view};
+use super::{Kernels, task_rows};
 
 impl Kernels {
     /// `x · Wᵀ + bias`: `x` is `(…, in)`, `weight` is `(out, in)`, `bias` is `(out)`.
     ///
-    /// A weight that is not trained gets no gradient computed and none kept.
+    /// A weight that is not trained gets no gradient computed and none kept. It may be of a smaller type than `x`,
+    /// whose type the result has: with a weight in bf16, rows of f32 are rounded to bf16 and summed in f32.
     ///
     /// # Errors
     /// Shapes that do not fit, or a failed computation.
     pub fn linear(self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-        let frozen = !weight.track_op() && bias.is_none_or(|bias| !bias.track_op());
-        if frozen && self.fuses(&[x, weight]) && bias.is_none_or(|bias| self.fuses(&[bias])) {
-            let op = FrozenLinear { weight: weight.clone(), bias: bias.cloned() };
-            return x.contiguous()?.apply_op1(op);
+        let frozen_bias = bias.is_none_or(|bias| !bias.track_op() && self.fuses(&[bias]));
+        if let (Some(weight), true) = (self.frozen(weight), frozen_bias && self.fuses(&[x])) {
+            return x.contiguous()?.apply_op1(FrozenLinear { weight, bias: bias.cloned() });
         }
         let (mut shape, input) = (x.dims().to_vec(), weight.dim(1)?);
-        let mut y = x.reshape(((), input))?.matmul(&weight.t()?)?;
+        let mut y = x.reshape(((), input))?.matmul(&weight.to_dtype(x.dtype())?.t()?)?;
         if let Some(bias) = bias {
             y = y.broadcast_add(bias)?;
         }
@@ -29,10 +30,27 @@ impl Kernels {
         }
         y.reshape(shape)
     }
+
+    /// `grad · W`: the gradient of the input of [`linear`](Self::linear) from that of its output. `grad` is
+    /// `(…, out)`, `weight` is `(out, in)`. A step of a backward pass, itself not differentiated.
+    ///
+    /// # Errors
+    /// Shapes that do not fit, or a failed computation.
+    pub(crate) fn linear_back(self, grad: &Tensor, weight: &Tensor) -> Result<Tensor> {
+        let (mut shape, (output, input)) = (grad.dims().to_vec(), weight.dims2()?);
+        if let Some(last) = shape.last_mut() {
+            *last = input;
+        }
+        if let (Some(weight), true) = (self.frozen(weight), self.fuses(&[grad])) {
+            return weight.back(grad, shape);
+        }
+        let weight = weight.detach().to_dtype(grad.dtype())?;
+        grad.detach().reshape(((), output))?.matmul(&weight)?.reshape(shape)
+    }
 }
 
 struct FrozenLinear {
-    weight: Tensor,
+    weight: Frozen,
     bias: Option<Tensor>,
 }
 
@@ -42,16 +60,9 @@ impl CustomOp1 for FrozenLinear {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (output, input) = self.weight.dims2()?;
+        let (output, input) = self.weight.dims()?;
         super::checked_width(lx, input)?;
-        let rows = lx.shape().elem_count() / input;
-        let (weight, lw) = self.weight.storage_and_layout();
-        let Storage::Cpu(weight) = &*weight else { bail!("weight is not on the cpu") };
-        let strides = lw.stride();
-        let (out_stride, in_stride) = (strides[0], strides[1]);
-        let transposed = view((input, output), (in_stride, out_stride), lw.start_offset());
-        let x = (x, view((rows, input), (input, 1), lx.start_offset()));
-        let mut y = gemm(&x, &(weight, transposed))?;
+        let mut y = self.weight.forward(x, lx.start_offset(), lx.shape().elem_count() / input)?;
         if let Some(bias) = &self.bias {
             super::with_elements([&bias.contiguous()?], |[bias]| {
                 y.par_chunks_mut(task_rows(output) * output).for_each(|rows| {
@@ -71,8 +82,19 @@ impl CustomOp1 for FrozenLinear {
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let output = self.weight.dim(0)?;
-        let dx = grad.reshape(((), output))?.matmul(&self.weight)?;
-        Ok(Some(dx.reshape(x.shape())?))
+        Ok(Some(self.weight.back(grad, x.dims().to_vec())?))
+    }
+}
+
+impl Frozen {
+    /// `grad · W` as a tensor of this shape.
+    fn back(&self, grad: &Tensor, shape: Vec<usize>) -> Result<Tensor> {
+        let output = self.dims()?.0;
+        let grad = grad.contiguous()?;
+        let (storage, layout) = grad.storage_and_layout();
+        let Storage::Cpu(storage) = &*storage else { bail!("gradient is not on the cpu") };
+        super::checked_width(layout, output)?;
+        let dx = self.backward(storage, layout.start_offset(), grad.elem_count() / output)?;
+        Tensor::from_vec(dx, shape, grad.device())
     }
 }

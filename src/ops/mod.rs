@@ -6,7 +6,10 @@
 
 mod activation;
 mod attention;
+mod bf16;
 mod cross_entropy;
+mod frozen;
+mod inner;
 mod layer_norm;
 mod linear;
 mod rms_norm;

@@ -84,6 +84,21 @@ pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
     sum2(a, b, |a, b| a * b)
 }
 
+/// As [`dot`], with one side in bf16.
+#[inline(always)]
+pub(super) fn dot_bf16(a: &[f32], b: &[half::bf16]) -> f32 {
+    let mut lanes = [0.0f32; LANES];
+    let wide = |x: &half::bf16| f32::from_bits(u32::from(x.to_bits()) << 16);
+    let (chunks_a, chunks_b) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+    let rest: f32 = chunks_a.remainder().iter().zip(chunks_b.remainder()).map(|(&a, b)| a * wide(b)).sum();
+    for (a, b) in chunks_a.zip(chunks_b) {
+        for ((lane, &a), b) in lanes.iter_mut().zip(a).zip(b) {
+            *lane += a * wide(b);
+        }
+    }
+    fold(lanes) + rest
+}
+
 /// The largest element; NaNs are passed over, the functions of the result bring them back.
 #[inline(always)]
 pub(super) fn max(x: &[f32]) -> f32 {
