@@ -4,8 +4,8 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 use crate::model::{
-    Activation, Architecture, BlockSpec, MlpKind, NormKind, NormPlacement, Positions, QkNorm, RopeScaling,
-    RopeSpec,
+    Activation, Architecture, BlockSpec, FoldMap, MlpKind, NormKind, NormPlacement, Positions, QkNorm,
+    RopeScaling, RopeSpec,
 };
 
 /// The families that can be loaded, as `model_type` names them.
@@ -230,6 +230,7 @@ fn gpt2(fields: &Fields<'_>) -> Result<Architecture> {
         logit_softcap: None,
         tied: fields.flag("tie_word_embeddings", true)?,
         blocks: vec![BlockSpec { window: None, rope: unused }; depth],
+        fold: FoldMap::default(),
     })
 }
 
@@ -485,6 +486,7 @@ impl<'a> Fields<'a> {
             logit_softcap: None,
             tied: self.flag("tie_word_embeddings", defaults.tied)?,
             blocks: vec![block; self.depth("num_hidden_layers")?],
+            fold: FoldMap::default(),
         })
     }
 }

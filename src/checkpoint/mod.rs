@@ -202,6 +202,14 @@ impl Checkpoint {
                     .ok_or_else(|| Error::tensor(&self.location, &stored.name, "does not hold it"))
             })
         })
+        .map(|decoder| decoder.stored_as(self.narrowest_dtype()))
+    }
+
+    /// The narrowest type that a matrix has on disk, or will have.
+    fn narrowest_dtype(&self) -> DType {
+        let matrices = self.tensors.iter().filter(|stored| stored.shape.len() > 1);
+        let types = matrices.map(|stored| self.stored_dtype(&stored.name));
+        types.min_by_key(DType::size_in_bytes).unwrap_or(DType::BF16)
     }
 
     /// Weights are floats, in memory and on disk.

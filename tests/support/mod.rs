@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 
 use foldgpt::candle::{DType, Device, Tensor};
+use foldgpt::model::{Adapter, LowRank, Projection};
 use foldgpt::{Checkpoint, Decoder};
 
 /// The checkpoints in `tests/fixtures`, one a family.
@@ -41,6 +42,36 @@ pub fn expected(family: &str) -> HashMap<String, Tensor> {
 
 pub fn input_ids(family: &str) -> Tensor {
     expected(family).get("input_ids").unwrap().to_dtype(DType::U32).unwrap()
+}
+
+/// Deterministic values of about unit size.
+pub fn values(shape: &[usize], seed: u64) -> Tensor {
+    let count: usize = shape.iter().product();
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let draws = (0..count).map(|_| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    });
+    Tensor::from_vec(draws.collect::<Vec<f32>>(), shape, &Device::Cpu).unwrap()
+}
+
+/// The decoder with a scale and a residual of rank 2 on every projection that it has.
+pub fn adapted(decoder: &Decoder) -> Decoder {
+    let mut adapted = decoder.clone();
+    for depth in 0..decoder.depth() {
+        for (place, projection) in Projection::ALL.into_iter().enumerate() {
+            let Some((output, input)) = decoder.architecture().projection_shape(projection) else { continue };
+            let seed = (100 * depth + 3 * place) as u64 + 1;
+            let scale = ((values(&[output], seed) * 0.2).unwrap() + 1.0).unwrap();
+            let a = (values(&[2, input], seed + 1) * 0.3).unwrap();
+            let b = (values(&[output, 2], seed + 2) * 0.1).unwrap();
+            let adapter = Adapter::new(Some(scale), Some(LowRank { a, b }));
+            adapted = adapted.with_adapter(depth, projection, adapter).unwrap();
+        }
+    }
+    adapted
 }
 
 /// The largest distance of two tensors, as a share of the largest magnitude of `expected`.
