@@ -112,7 +112,7 @@ pub struct TrainedGates {
     pub stability: f64,
     /// The gates after every step, the two sets in turn.
     pub trajectory: Vec<Vec<f64>>,
-    /// Seconds spent.
+    /// Seconds spent, those of interrupted runs included.
     pub seconds: f64,
     /// Blocks computed on a window; a backward counts as two.
     pub block_runs: f64,
@@ -142,15 +142,16 @@ impl Gates {
         units: &[Unit],
         observer: &mut dyn Observer,
     ) -> Result<TrainedGates> {
-        let start = Instant::now();
         check_blocks(&self.protected, decoder)?;
         self.check(units)?;
         let gated = self.gated(decoder, units);
         let mut state = self.resume(decoder, windows, &gated)?;
-        let (first, total) = (state.step, self.steps as u64);
+        let total = self.steps as u64;
         progress::stage(STAGE, total, observer, |observer| {
             while state.step < self.steps && state.quiet < (self.steps / 10).max(1) {
+                let start = Instant::now();
                 self.step(&mut state, decoder, windows, &gated)?;
+                state.seconds += start.elapsed().as_secs_f64();
                 let due = state.step == self.steps || state.step.is_multiple_of(SAVE_EVERY);
                 if let Some(path) = self.state_file.as_deref().filter(|_| due) {
                     state.save(path)?;
@@ -164,9 +165,9 @@ impl Gates {
             units: units.to_vec(),
             gates: state.averaged(None),
             stability: spearman(&state.averaged(Some(0)), &state.averaged(Some(1))),
-            block_runs: ((state.step - first) * self.batch) as f64 * 3.0 * block_share,
+            block_runs: (state.step * self.batch) as f64 * 3.0 * block_share,
             trajectory: state.trajectory,
-            seconds: start.elapsed().as_secs_f64(),
+            seconds: state.seconds,
         })
     }
 
