@@ -155,7 +155,7 @@ fn estimated_coupling_is_the_change_of_gate_gradients() {
             let tensor = Tensor::from_slice(ids, (1, ids.len()), &Device::Cpu).unwrap();
             let walk = Walk::forward(&decoder, &units, &gates, &tensor).unwrap();
             let (_, upstream) = decoder.loss_vjp(walk.output(), &ids[1..]).unwrap();
-            for (sum, slope) in sum.iter_mut().zip(walk.gate_gradients(&upstream).unwrap()) {
+            for (sum, slope) in sum.iter_mut().zip(walk.gate_gradients(&upstream, |_| true).unwrap()) {
                 *sum += slope / (windows.len() * (ids.len() - 1)) as f64;
             }
         }

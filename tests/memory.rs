@@ -35,7 +35,7 @@ fn gate_step(depth: usize) -> usize {
     let step = || {
         let walk = Walk::forward(&decoder, &units, &vec![0.9; depth], &ids).unwrap();
         let (_, upstream) = decoder.loss_vjp(walk.output(), &tokens[1..]).unwrap();
-        walk.gate_gradients(&upstream).unwrap()
+        walk.gate_gradients(&upstream, |_| true).unwrap()
     };
     step(); // pools of threads and their buffers are there from now on
     let before = ALLOCATOR.current_usage();

@@ -19,8 +19,9 @@ pub(super) struct State {
     pub sets: [Adam; 2],
     pub trajectory: Vec<Vec<f64>>,
     pub quiet: usize,
-    /// Seconds spent so far.
+    /// Seconds and block runs spent so far.
     pub seconds: f64,
+    pub block_runs: f64,
 }
 
 /// Parameters with Adam's moments.
@@ -67,6 +68,7 @@ impl State {
             trajectory: Vec::new(),
             quiet: 0,
             seconds: 0.0,
+            block_runs: 0.0,
         }
     }
 
