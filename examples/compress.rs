@@ -1,4 +1,4 @@
-//! Makes a model shallower: scores its blocks, drops the least important, saves, reloads, evaluates.
+//! Makes a model shallower: chooses the blocks that matter least together, drops them, saves, reloads, evaluates.
 //!
 //! ```text
 //! cargo run --release --example compress -- --model M --text F --remove 0.2 --out DIR
@@ -31,7 +31,7 @@ struct Args {
     #[arg(long)]
     text: PathBuf,
     /// How blocks are scored and chosen
-    #[arg(long, value_enum, default_value_t = cli::Method::BlockInfluence)]
+    #[arg(long, value_enum, default_value_t = cli::Method::Coupling)]
     method: cli::Method,
     #[command(flatten)]
     target: cli::TargetArgs,

@@ -11,7 +11,7 @@ use std::path::Path;
 use foldgpt::candle::{DType, Device, Tensor};
 use foldgpt::importance::{
     AngularDistance, BlockInfluence, Coupling, GateKind, Gates, GatesWithCoupling, GreedyPerplexity,
-    MacroInfluence, PerplexityIncrease, Random, Taylor,
+    MacroInfluence, PerplexityIncrease, Random, Taylor, losses_without,
 };
 use foldgpt::model::{BlockParam, Param, Part, Unit, Walk};
 use foldgpt::{
@@ -142,6 +142,33 @@ fn coupling_is_that_of_separate_forwards_for_under_half_of_the_block_runs() {
     let share = coupling.block_runs / (separate * windows.len()) as f64;
     assert!(share <= 0.45, "{share} of the block runs of separate forwards");
     assert!(Coupling::heat_map(&coupling.matrix).lines().count() == depth + 1);
+}
+
+#[test]
+fn gates_with_coupling_choose_the_best_of_all_sets() {
+    let checkpoint =
+        Checkpoint::open(Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/tiny-stories")).unwrap();
+    let decoder = checkpoint.decoder(DType::F32, &Device::Cpu).unwrap();
+    let text = stories::corpus(5, 3_000);
+    let windows =
+        Windows::from_text(&checkpoint.tokenizer().unwrap(), &text, 48, Some(4), Bos::Auto).unwrap();
+    for remove in [3, 5] {
+        let all = sets_of(remove, decoder.depth());
+        let losses = losses_without(&decoder, &windows, &all, &mut ()).unwrap();
+        let best = losses.iter().copied().fold(f64::INFINITY, f64::min);
+        let scores = gates_with_coupling(remove).score(&decoder, &windows, &mut ()).unwrap();
+        let chosen = scores.chosen.unwrap();
+        let found = losses[all.iter().position(|set| *set == chosen).unwrap()];
+        assert!(found <= best, "{remove} of {}: {chosen:?} costs {found}, the best {best}", decoder.depth());
+        let measured = scores.block_runs / (windows.len() * decoder.depth()) as f64;
+        println!("{remove}: {measured:.0} forwards for {} sets", all.len());
+    }
+}
+
+/// Every set of `size` places below `depth`, ascending.
+fn sets_of(size: usize, depth: usize) -> Vec<Vec<usize>> {
+    let sets = (0u32..1 << depth).filter(|set| set.count_ones() as usize == size);
+    sets.map(|set| (0..depth).filter(|place| set >> place & 1 == 1).collect()).collect()
 }
 
 #[test]
