@@ -39,11 +39,11 @@ impl Block {
             Part::Attention => {
                 let mixed = self.attention(x, pass, slot)?;
                 let out = self.linear(Projection::O, &mixed, pass)?;
-                Ok((x + self.norm(NormSite::AttentionOut, &out, pass)?)?)
+                Ok(pass.kernels.add(x, &self.norm(NormSite::AttentionOut, &out, pass)?)?)
             }
             Part::Mlp => {
                 let out = self.linear(Projection::Down, &self.mlp(x, pass)?, pass)?;
-                Ok((x + self.norm(NormSite::MlpOut, &out, pass)?)?)
+                Ok(pass.kernels.add(x, &self.norm(NormSite::MlpOut, &out, pass)?)?)
             }
         }
     }
