@@ -31,7 +31,7 @@ fn gates(c: &mut Criterion) {
     let step = |decoder: &Decoder| {
         let walk = Walk::forward(decoder, &units, &soft, &ids).unwrap();
         let (_, upstream) = decoder.loss_vjp(walk.output(), targets).unwrap();
-        black_box(walk.gate_gradients(&upstream).unwrap());
+        black_box(walk.gate_gradients(&upstream, |_| true).unwrap());
     };
 
     let mut group = c.benchmark_group("gates, 512 tokens");

@@ -129,10 +129,16 @@ fn kept_or_scored(
     if let Some(scores) = read(&path)?.filter(same) {
         return Ok(scores);
     }
-    let scores = method.build(count, &[], args.seed).score(decoder, windows, &mut cli::Bars::default())?;
+    let state = path.with_extension("gates");
+    let gates = cli::GateArgs { gate_state: Some(state.clone()), ..cli::GateArgs::default() };
+    let method = method.build(count, &[], args.seed, &gates)?;
+    let scores = method.score(decoder, windows, &mut cli::Bars::default())?;
     let partial = path.with_extension("partial");
     std::fs::write(&partial, serde_json::to_string_pretty(&scores)?)?;
     std::fs::rename(&partial, &path)?;
+    if state.exists() {
+        std::fs::remove_file(&state)?;
+    }
     Ok(scores)
 }
 

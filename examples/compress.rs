@@ -1,4 +1,4 @@
-//! Makes a model shallower: scores its blocks, drops the least important, saves, reloads, evaluates.
+//! Makes a model shallower: chooses the blocks that matter least together, drops them, saves, reloads, evaluates.
 //!
 //! ```text
 //! cargo run --release --example compress -- --model M --text F --remove 0.2 --out DIR
@@ -31,10 +31,12 @@ struct Args {
     #[arg(long)]
     text: PathBuf,
     /// How blocks are scored and chosen
-    #[arg(long, value_enum, default_value_t = cli::Method::BlockInfluence)]
+    #[arg(long, value_enum, default_value_t = cli::Method::Coupling)]
     method: cli::Method,
     #[command(flatten)]
     target: cli::TargetArgs,
+    #[command(flatten)]
+    gates: cli::GateArgs,
     /// Blocks that have to stay, by index from 0
     #[arg(long, value_delimiter = ',')]
     protect: Vec<usize>,
@@ -75,7 +77,7 @@ fn main() -> anyhow::Result<()> {
         args.window.cut(&tokenizer, calibration, Some(args.windows)).context("the first 80 %")?;
     let held_out = args.window.cut(&tokenizer, held_out, Some(args.eval_windows)).context("the last 20 %")?;
 
-    let method = args.method.build(count, &args.protect, args.seed);
+    let method = args.method.build(count, &args.protect, args.seed, &args.gates)?;
     let scores = method.score(&dense.to_dtype(args.model.dtype.dtype())?, &calibration, &mut bars)?;
     let plan = Plan::new(dense.architecture(), &scores, target, &args.protect)?;
     let plan = plan.for_model(checkpoint.sha256(&mut bars)?);
@@ -89,7 +91,7 @@ fn main() -> anyhow::Result<()> {
         table::Row::measure("compressed", &written, &reloaded, &held_out, &mut bars)?,
     ];
     println!("importance by {} on {} windows of {}", scores.method, scores.windows, scores.seq_len);
-    print!("{}", chart::bars(&scores, plan.removed(), "removed"));
+    print!("{}", chart::bars(&scores, &plan.units(), "removed"));
     println!("\n{}", table::table(&rows));
     println!("nll in nats per token, {}", cli::protocol(&held_out));
     println!("saved to {} ({} bytes of tensors)", saved.directory.display(), saved.tensor_bytes);

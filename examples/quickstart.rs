@@ -46,7 +46,7 @@ fn main() -> anyhow::Result<()> {
     println!(
         "How much each block matters ({}):\n{}",
         scores.method,
-        chart::bars(&scores, plan.removed(), "removed")
+        chart::bars(&scores, &plan.units(), "removed")
     );
 
     let folded = fold(&dense, &plan)?;

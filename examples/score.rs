@@ -13,6 +13,7 @@ use std::path::PathBuf;
 
 use clap::Parser;
 use foldgpt::importance::Coupling;
+use foldgpt::model::{Part, Unit};
 use foldgpt::{Plan, Scores, Windows};
 
 #[global_allocator]
@@ -29,6 +30,8 @@ struct Args {
     /// How blocks are scored
     #[arg(long, value_enum, default_value_t = cli::Method::BlockInfluence)]
     method: cli::Method,
+    #[command(flatten)]
+    gates: cli::GateArgs,
     #[command(flatten)]
     target: cli::TargetArgs,
     /// Blocks that have to stay, by index from 0
@@ -56,32 +59,46 @@ fn main() -> anyhow::Result<()> {
 
     let target = args.target.target();
     let count = target.map_or(Ok(0), |target| target.blocks(decoder.architecture()))?;
-    let method = args.method.build(count, &args.protect, args.seed);
+    let method = args.method.build(count, &args.protect, args.seed, &args.gates)?;
     let mut scores = method.score(&decoder, &windows, &mut cli::Bars::default())?;
+    let mut would_go = Vec::new();
     if let Some(target) = target {
         let plan = Plan::new(decoder.architecture(), &scores, target, &args.protect)?;
         scores.chosen = Some(plan.removed().to_vec());
+        would_go = plan.units();
     }
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&scores)?);
+        println!("{}", json(&scores, &would_go, args.model.dtype)?);
     } else {
-        print_scores(&scores, &windows);
+        print_scores(&scores, &would_go, &windows);
     }
     Ok(())
 }
 
-fn print_scores(scores: &Scores, windows: &Windows) {
+/// The scores, with what they were computed in, and the halves that would go where halves were scored.
+fn json(scores: &Scores, would_go: &[Unit], dtype: cli::DtypeArg) -> serde_json::Result<String> {
+    let mut value = serde_json::to_value(scores)?;
+    value["dtype"] = dtype.to_string().into();
+    if scores.blocks.iter().any(|block| block.part != Part::Whole) {
+        let halves = would_go.iter().filter(|unit| unit.part != Part::Whole);
+        value["chosen_halves"] = halves.map(ToString::to_string).collect();
+    }
+    serde_json::to_string_pretty(&value)
+}
+
+fn print_scores(scores: &Scores, would_go: &[Unit], windows: &Windows) {
     println!("{} on {}", scores.method, cli::protocol(windows));
-    print!("{}", chart::bars(scores, scores.chosen.as_deref().unwrap_or_default(), "would go"));
+    print!("{}", chart::bars(scores, would_go, "would go"));
     let colours = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     match &scores.coupling {
         Some(matrix) if colours => println!("\ncoupling:\n{}", Coupling::heat_map(matrix)),
         Some(_) => println!("\ncoupling: a heat map in a terminal with colours, the numbers with --json"),
         None => {}
     }
-    if let Some(chosen) = &scores.chosen {
+    if scores.chosen.is_some() {
         let how = if scores.coupling.is_some() { " (chosen as a set, by true losses)" } else { "" };
-        println!("would go: {chosen:?}{how}");
+        let units: Vec<String> = would_go.iter().map(ToString::to_string).collect();
+        println!("would go: {}{how}", units.join(", "));
     }
     println!("{:.1} s, {:.0} block runs", scores.seconds, scores.block_runs);
     match scores.stability {

@@ -37,7 +37,7 @@ fn gate_gradients_are_those_of_the_whole_graph() {
                 let walk = Walk::forward(&decoder, &units, &gates, &ids).unwrap();
                 let (found, upstream) = decoder.loss_vjp(walk.output(), targets).unwrap();
                 assert!((found - loss).abs() < 1e-4 * loss, "{family}: loss {found}, expected {loss}");
-                let gradients = walk.gate_gradients(&upstream).unwrap();
+                let gradients = walk.gate_gradients(&upstream, |_| true).unwrap();
                 let largest = expected.iter().fold(0.0f64, |m, g| m.max(g.abs()));
                 for (unit, (found, expected)) in units.iter().zip(gradients.iter().zip(&expected)) {
                     let off = (found - expected).abs() / largest;
@@ -58,7 +58,7 @@ fn gate_gradients_with_matrices_in_bf16_are_those_in_f32_but_for_rounding() {
         let gradients = |decoder: &foldgpt::Decoder| {
             let walk = Walk::forward(decoder, &units, &[0.9, 1.0, 0.5, 0.7], &ids).unwrap();
             let (_, upstream) = decoder.loss_vjp(walk.output(), targets).unwrap();
-            walk.gate_gradients(&upstream).unwrap()
+            walk.gate_gradients(&upstream, |_| true).unwrap()
         };
         let (found, expected) = (gradients(&narrow), gradients(&narrow.to_dtype(DType::F32).unwrap()));
         let largest = expected.iter().fold(0.0f64, |m, g| m.max(g.abs()));

@@ -21,7 +21,7 @@ pub struct ModelArgs {
     #[arg(long)]
     pub model: String,
     /// How matrices are held in memory; bf16 takes half the room and, on CPUs with AVX-512 bf16, about half the time
-    #[arg(long, value_enum, default_value_t = DtypeArg::F32)]
+    #[arg(long, value_enum, default_value = "f32")]
     pub dtype: DtypeArg,
 }
 
@@ -29,6 +29,15 @@ pub struct ModelArgs {
 pub enum DtypeArg {
     F32,
     Bf16,
+}
+
+impl std::fmt::Display for DtypeArg {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+        })
+    }
 }
 
 impl DtypeArg {
@@ -129,20 +138,29 @@ impl Method {
     }
 
     /// The method, told to choose `remove` blocks outside of `protected`.
-    pub fn build(self, remove: usize, protected: &[usize], seed: u64) -> Box<dyn Importance> {
+    pub fn build(
+        self,
+        remove: usize,
+        protected: &[usize],
+        seed: u64,
+        gate_args: &GateArgs,
+    ) -> Result<Box<dyn Importance>> {
+        anyhow::ensure!(!gate_args.halves || self == Self::Gates, "--halves is for --method gates");
         let protected = protected.to_vec();
-        match self {
+        let configured = |mut gates: Gates| {
+            (gates.remove, gates.protected, gates.seed) = (remove, protected.clone(), seed);
+            gates.steps = gate_args.gate_steps.unwrap_or(gates.steps);
+            gates.state_file.clone_from(&gate_args.gate_state);
+            gates.halves = gate_args.halves;
+            gates
+        };
+        Ok(match self {
             Self::Coupling => {
                 let mut method = GatesWithCoupling::default();
-                let gates = &mut method.gates;
-                (gates.remove, gates.protected, gates.seed) = (remove, protected, seed);
+                method.gates = configured(method.gates);
                 Box::new(method)
             }
-            Self::Gates => {
-                let mut gates = Gates::default();
-                (gates.remove, gates.protected, gates.seed) = (remove, protected, seed);
-                Box::new(gates)
-            }
+            Self::Gates => Box::new(configured(Gates::default())),
             Self::BlockInfluence => Box::new(BlockInfluence::default()),
             Self::Angular => Box::new(AngularDistance { remove }),
             Self::Perplexity => Box::new(PerplexityIncrease::default()),
@@ -150,8 +168,22 @@ impl Method {
             Self::Taylor => Box::new(Taylor::default()),
             Self::MacroInfluence => Box::new(MacroInfluence { remove, protected }),
             Self::Random => Box::new(Random { seed }),
-        }
+        })
     }
+}
+
+// How gates are trained, by the methods that train any.
+#[derive(Debug, Default, Args)]
+pub struct GateArgs {
+    /// Train gates over the attention and the MLP of every block apart; removes halves of blocks (method gates)
+    #[arg(long)]
+    pub halves: bool,
+    /// Training steps of the gates
+    #[arg(long)]
+    pub gate_steps: Option<usize>,
+    /// Keep the gates' training in this file, and go on from it where it exists
+    #[arg(long)]
+    pub gate_state: Option<PathBuf>,
 }
 
 // How much goes.

@@ -1,5 +1,9 @@
 //! What a model is worth, by protocols that results state.
 
+mod choices;
 mod perplexity;
+mod task;
 
+pub use choices::{Accuracy, accuracy};
 pub use perplexity::{Perplexity, perplexity};
+pub use task::{Choice, Item, Task};

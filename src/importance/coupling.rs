@@ -107,7 +107,7 @@ impl Coupling {
             let walk = Walk::forward(decoder, units, &gates, &windows.tensor(window, decoder.device())?)?;
             let targets = windows.window(window)?.get(1..).unwrap_or_default();
             let (loss, upstream) = decoder.loss_vjp(walk.output(), targets)?;
-            let found = walk.gate_gradients(&upstream)?;
+            let found = walk.gate_gradients(&upstream, |_| true)?;
             if let (Some(sum), Some(row)) = (losses.get_mut(off), gradients.get_mut(off)) {
                 *sum += loss * share;
                 row.iter_mut().zip(found).for_each(|(sum, gradient)| *sum += gradient * share);

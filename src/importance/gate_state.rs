@@ -19,6 +19,9 @@ pub(super) struct State {
     pub sets: [Adam; 2],
     pub trajectory: Vec<Vec<f64>>,
     pub quiet: usize,
+    /// Seconds and block runs spent so far.
+    pub seconds: f64,
+    pub block_runs: f64,
 }
 
 /// Parameters with Adam's moments.
@@ -30,7 +33,7 @@ pub(super) struct Adam {
     pub updates: i32,
 }
 
-const STATE_VERSION: u32 = 1;
+const STATE_VERSION: u32 = 2;
 
 impl Adam {
     pub(super) fn update(&mut self, gradient: &[f64], open: &[bool], rate: f64) {
@@ -57,7 +60,16 @@ impl State {
         let zeros = vec![0.0; phi.len()];
         let set = Adam { phi, mean: zeros.clone(), variance: zeros, updates: 0 };
         let sets = [set.clone(), set];
-        Self { version: STATE_VERSION, identity, step: 0, sets, trajectory: Vec::new(), quiet: 0 }
+        Self {
+            version: STATE_VERSION,
+            identity,
+            step: 0,
+            sets,
+            trajectory: Vec::new(),
+            quiet: 0,
+            seconds: 0.0,
+            block_runs: 0.0,
+        }
     }
 
     /// The state in a file, which has to be one of this training.

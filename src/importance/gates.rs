@@ -112,9 +112,9 @@ pub struct TrainedGates {
     pub stability: f64,
     /// The gates after every step, the two sets in turn.
     pub trajectory: Vec<Vec<f64>>,
-    /// Seconds spent.
+    /// Seconds spent, those of interrupted runs included.
     pub seconds: f64,
-    /// Blocks computed on a window; a backward counts as two.
+    /// Blocks computed on a window; a backward counts as two, and a removed block as none.
     pub block_runs: f64,
 }
 
@@ -142,15 +142,16 @@ impl Gates {
         units: &[Unit],
         observer: &mut dyn Observer,
     ) -> Result<TrainedGates> {
-        let start = Instant::now();
         check_blocks(&self.protected, decoder)?;
         self.check(units)?;
         let gated = self.gated(decoder, units);
         let mut state = self.resume(decoder, windows, &gated)?;
-        let (first, total) = (state.step, self.steps as u64);
+        let total = self.steps as u64;
         progress::stage(STAGE, total, observer, |observer| {
             while state.step < self.steps && state.quiet < (self.steps / 10).max(1) {
+                let start = Instant::now();
                 self.step(&mut state, decoder, windows, &gated)?;
+                state.seconds += start.elapsed().as_secs_f64();
                 let due = state.step == self.steps || state.step.is_multiple_of(SAVE_EVERY);
                 if let Some(path) = self.state_file.as_deref().filter(|_| due) {
                     state.save(path)?;
@@ -159,14 +160,13 @@ impl Gates {
             }
             Ok(())
         })?;
-        let block_share = units.len().min(decoder.depth()) as f64;
         Ok(TrainedGates {
             units: units.to_vec(),
             gates: state.averaged(None),
             stability: spearman(&state.averaged(Some(0)), &state.averaged(Some(1))),
-            block_runs: ((state.step - first) * self.batch) as f64 * 3.0 * block_share,
+            block_runs: state.block_runs,
             trajectory: state.trajectory,
-            seconds: start.elapsed().as_secs_f64(),
+            seconds: state.seconds,
         })
     }
 
@@ -242,19 +242,13 @@ impl Gates {
             let range = if which == 0 && half > 0 { 0..half } else { half..windows.len() };
             let window = rng.random_range(range);
             let drawn = self.draw(&set.phi, gated, progress, &mut rng);
-            let walk =
-                Walk::forward(decoder, units, &drawn.gates, &windows.tensor(window, decoder.device())?)?;
-            let targets = windows.window(window)?.get(1..).unwrap_or_default();
-            let (loss, upstream) = decoder.loss_vjp(walk.output(), targets)?;
+            let (loss, gradients, runs) = walk(decoder, windows, window, units, &drawn)?;
             if !loss.is_finite() {
-                return Err(Error::NotFinite {
-                    what: format!("the loss of gate step {}", state.step),
-                    value: loss,
-                });
+                let what = format!("the loss of gate step {}", state.step);
+                return Err(Error::NotFinite { what, value: loss });
             }
-            for ((sum, gradient), slope) in
-                slopes.iter_mut().zip(walk.gate_gradients(&upstream)?).zip(&drawn.slopes)
-            {
+            state.block_runs += runs;
+            for ((sum, gradient), slope) in slopes.iter_mut().zip(gradients).zip(&drawn.slopes) {
                 *sum += gradient * slope / batch;
             }
         }
@@ -333,6 +327,29 @@ impl Gates {
             *slope += weight * cost * smoothed(phi, epsilon(progress)).1;
         }
     }
+}
+
+/// One window forward and back under the drawn gates: the loss, its gradient by every gate, and the blocks run.
+fn walk(
+    decoder: &Decoder,
+    windows: &Windows,
+    window: usize,
+    units: &[Unit],
+    drawn: &Drawn,
+) -> Result<(f64, Vec<f64>, f64)> {
+    // A gate drawn at exactly 0 or 1 does not follow its parameter.
+    let follows = |place: usize| drawn.slopes.get(place).is_some_and(|slope| *slope != 0.0);
+    let walk = Walk::forward(decoder, units, &drawn.gates, &windows.tensor(window, decoder.device())?)?;
+    let (loss, upstream) =
+        decoder.loss_vjp(walk.output(), windows.window(window)?.get(1..).unwrap_or_default())?;
+    let gradients = walk.gate_gradients(&upstream, follows)?;
+    let runs = drawn.gates.iter().enumerate().map(|(place, &gate)| match (gate == 0.0, follows(place)) {
+        (false, _) => 3.0,
+        (true, true) => 1.0,
+        (true, false) => 0.0,
+    });
+    let blocks_in_a_unit = decoder.depth().min(units.len()) as f64 / units.len() as f64;
+    Ok((loss, gradients, blocks_in_a_unit * runs.sum::<f64>()))
 }
 
 /// Gates of one forward pass, and their derivatives with respect to their parameters.

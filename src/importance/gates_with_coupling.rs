@@ -6,7 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use super::coupling::Coupling;
 use super::removals::{Removals, Removed};
-use super::select::{Set, Verified, membership, places};
+use super::search::Search;
+use super::select::{Set, membership, places};
 use super::{Gates, Importance, Scores, check_blocks, check_removal, statistics, whole_blocks};
 use crate::data::Windows;
 use crate::error::{Error, Result};
@@ -44,7 +45,7 @@ impl Default for GatesWithCoupling {
             search_windows: 4,
             budget_block_runs: 20_000.0,
             batch: 8,
-            patience: 4,
+            patience: 8,
             finalists: 6,
         }
     }
@@ -70,7 +71,10 @@ impl Importance for GatesWithCoupling {
         let (measured, coupling) = Coupling::measure(&mut removals, &search, units.len(), observer)?;
         let singles: Vec<f64> = (0..units.len()).map(|place| coupling.get(place, place)).collect();
         let gates = Gates { warm_start: Some(singles), ..self.gates.clone() };
+        let training = Instant::now();
         let trained = gates.train(decoder, windows, &units, observer)?;
+        // What an interrupted run spent on the gates counts too.
+        let spent_before = trained.seconds - training.elapsed().as_secs_f64();
 
         let chosen = if self.gates.remove == 0 {
             None
@@ -85,7 +89,9 @@ impl Importance for GatesWithCoupling {
         scores.trajectory = trained.trajectory;
         scores.chosen = chosen;
         scores.coupling = Some(coupling.matrix);
-        Ok(scores.costing(start, removals.block_runs() + trained.block_runs))
+        let mut scores = scores.costing(start, removals.block_runs() + trained.block_runs);
+        scores.seconds += spent_before;
+        Ok(scores)
     }
 }
 
@@ -115,24 +121,26 @@ impl GatesWithCoupling {
         const STAGE: &str = "search";
         let before = removals.block_runs();
         let budget = self.budget_block_runs;
-        let mut measure = |sets: &[Removed], observer: &mut dyn Observer| -> Result<Option<Vec<f64>>> {
-            let spent = removals.block_runs() - before;
-            if spent >= budget {
-                return Ok(None);
-            }
-            let rows =
-                (0..windows.len()).map(|window| removals.losses(window, sets)).collect::<Result<Vec<_>>>()?;
-            let spent = (removals.block_runs() - before).min(budget);
-            progress::advance(STAGE, spent as u64, budget as u64, observer)?;
-            Ok(Some(statistics::means(&rows)))
-        };
+        let mut measure =
+            |sets: &[Removed], share: f64, observer: &mut dyn Observer| -> Result<Option<Vec<f64>>> {
+                let spent = removals.block_runs() - before;
+                if spent >= share * budget {
+                    return Ok(None);
+                }
+                let rows = (0..windows.len())
+                    .map(|window| removals.losses(window, sets))
+                    .collect::<Result<Vec<_>>>()?;
+                let spent = (removals.block_runs() - before).min(budget);
+                progress::advance(STAGE, spent as u64, budget as u64, observer)?;
+                Ok(Some(statistics::means(&rows)))
+            };
         let unknown: Vec<Set> =
             starts.iter().filter(|set| measured.iter().all(|(known, _)| known != *set)).cloned().collect();
         let mut best = progress::stage(STAGE, budget as u64, observer, |observer| {
-            if let Some(losses) = measure(&unknown, observer)? {
+            if let Some(losses) = measure(&unknown, 1.0, observer)? {
                 measured.extend(unknown.into_iter().zip(losses));
             }
-            let mut search = Verified {
+            let mut search = Search {
                 measured,
                 dense_loss: coupling.dense_loss,
                 free,
@@ -140,7 +148,7 @@ impl GatesWithCoupling {
                 batch: self.batch,
                 patience: self.patience,
             };
-            search.run(starts, |sets| measure(sets, observer))
+            search.run(starts, |sets, share| measure(sets, share, observer))
         })?;
         best.truncate(self.finalists.max(1));
         Ok(best)

@@ -12,6 +12,7 @@ mod macro_influence;
 mod perplexity;
 mod random;
 mod removals;
+mod search;
 mod select;
 mod statistics;
 mod surrogate;

@@ -1,8 +1,7 @@
-//! Choosing the set to remove, from scores, from coupling, and from true losses.
+//! Choosing the set to remove, from scores and coupling.
 
 use super::coupling::Coupling;
-use super::surrogate::Surrogate;
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// A set of places, by membership.
 pub(super) type Set = Vec<bool>;
@@ -121,88 +120,6 @@ impl Exact<'_> {
     }
 }
 
-/// A search for the set of least true loss, led by a surrogate that learns from every loss measured.
-pub(super) struct Verified<'a> {
-    /// Sets measured so far, with their losses.
-    pub measured: Vec<(Set, f64)>,
-    pub dense_loss: f64,
-    /// Places that may be removed.
-    pub free: &'a [usize],
-    pub count: usize,
-    /// Sets measured in each round.
-    pub batch: usize,
-    /// Rounds without improvement before the search ends.
-    pub patience: usize,
-}
-
-impl Verified<'_> {
-    /// Measures, round by round, the sets that the surrogate expects to be best among the neighbours of the best
-    /// known, until `patience` rounds bring no better one or `measure` has no budget left (`None`). Returns the
-    /// measured sets of the right size, best first.
-    pub(super) fn run(
-        &mut self,
-        starts: &[Set],
-        mut measure: impl FnMut(&[Set]) -> Result<Option<Vec<f64>>>,
-    ) -> Result<Vec<(Set, f64)>> {
-        let mut stale = 0;
-        let mut best = self.best().map_or(f64::INFINITY, |(_, loss)| loss);
-        while stale < self.patience {
-            let batch = self.propose(starts);
-            if batch.is_empty() {
-                break;
-            }
-            let Some(losses) = measure(&batch)? else { break };
-            for (set, loss) in batch.into_iter().zip(losses) {
-                if !loss.is_finite() {
-                    return Err(Error::NotFinite {
-                        what: "the loss of a set of removals".into(),
-                        value: loss,
-                    });
-                }
-                self.measured.push((set, loss));
-            }
-            let now = self.best().map_or(f64::INFINITY, |(_, loss)| loss);
-            stale = if now < best { 0 } else { stale + 1 };
-            best = best.min(now);
-        }
-        let mut sets: Vec<_> = self.measured.iter().filter(|(set, _)| self.fits(set)).cloned().collect();
-        sets.sort_by(|a, b| a.1.total_cmp(&b.1));
-        Ok(sets)
-    }
-
-    fn fits(&self, set: &Set) -> bool {
-        set.iter().filter(|removed| **removed).count() == self.count
-            && set.iter().enumerate().all(|(place, removed)| !removed || self.free.contains(&place))
-    }
-
-    fn best(&self) -> Option<(Set, f64)> {
-        self.measured.iter().filter(|(set, _)| self.fits(set)).min_by(|a, b| a.1.total_cmp(&b.1)).cloned()
-    }
-
-    /// The sets not yet measured that the surrogate likes best: its own local optima, then their neighbours and
-    /// those of the best known set.
-    fn propose(&self, starts: &[Set]) -> Vec<Set> {
-        let surrogate = Surrogate::fit(&self.measured, self.dense_loss);
-        let predict = |set: &Set| surrogate.predict(set);
-        let known = self.best().map(|(set, _)| set);
-        let mut optima: Vec<Set> = starts
-            .iter()
-            .cloned()
-            .chain(known.clone())
-            .map(|set| swap_search(set, self.free, &predict))
-            .collect();
-        optima.extend(known);
-        let mut candidates: Vec<Set> =
-            optima.iter().flat_map(|set| swaps(set, self.free)).chain(optima.clone()).collect();
-        candidates.retain(|set| !self.measured.iter().any(|(measured, _)| measured == set));
-        candidates.sort();
-        candidates.dedup();
-        let mut ranked: Vec<(f64, Set)> = candidates.into_iter().map(|set| (predict(&set), set)).collect();
-        ranked.sort_by(|a, b| a.0.total_cmp(&b.0));
-        ranked.into_iter().take(self.batch).map(|(_, set)| set).collect()
-    }
-}
-
 pub(super) fn membership(n: usize, places: &[usize]) -> Set {
     (0..n).map(|place| places.contains(&place)).collect()
 }
@@ -273,40 +190,5 @@ mod tests {
         let found = swap_search(membership(12, &[0, 1, 2, 3]), &free, &cost);
         assert!(swaps(&found, &free).iter().all(|swapped| cost(swapped) >= cost(&found) - 1e-12));
         assert_eq!(swaps(&found, &free).len(), 4 * 8);
-    }
-
-    #[test]
-    fn the_verified_search_finds_a_minimum_that_pairs_cannot_see() {
-        // Pairs say that 0, 1 and 2 are the best; together they are far worse.
-        let coupling = Coupling {
-            matrix: (0..8)
-                .map(|i| (0..8).map(|j| if i == j { 0.1 + 0.02 * i as f64 } else { 0.0 }).collect())
-                .collect(),
-            dense_loss: 3.0,
-            block_runs: 0.0,
-        };
-        let truth = |set: &Set| {
-            3.0 + coupling.cost(&places(set)) + if set[0] && set[1] && set[2] { 1.0 } else { 0.0 }
-        };
-        let free: Vec<usize> = (0..8).collect();
-        let mut measured: Vec<(Set, f64)> = vec![(membership(8, &[]), 3.0)];
-        measured.extend((0..8).map(|i| membership(8, &[i])).map(|set| (set.clone(), truth(&set))));
-        measured.extend(
-            (0..8)
-                .flat_map(|i| (0..i).map(move |j| membership(8, &[i, j])))
-                .map(|set| (set.clone(), truth(&set))),
-        );
-        let mut search = Verified { measured, dense_loss: 3.0, free: &free, count: 3, batch: 4, patience: 2 };
-        let start = membership(8, &coupling.select(3, &[]).unwrap());
-        assert_eq!(places(&start), [0, 1, 2]);
-        let mut calls = 0;
-        let found = search
-            .run(&[start], |sets| {
-                calls += sets.len();
-                Ok(Some(sets.iter().map(truth).collect()))
-            })
-            .unwrap();
-        assert_eq!(places(&found[0].0), [0, 1, 3]);
-        assert!(calls < 30, "{calls} of 56 sets were measured");
     }
 }

@@ -54,11 +54,12 @@ impl<'a> Walk<'a> {
     }
 
     /// From the gradient of the loss with respect to the output to its gradient with respect to every gate:
-    /// `∂L/∂g = ⟨∂L/∂x_out, u(x) − x⟩`.
+    /// `∂L/∂g = ⟨∂L/∂x_out, u(x) − x⟩`. Gates whose place is not `wanted` get 0; where such a one removes its unit,
+    /// that unit never runs.
     ///
     /// # Errors
     /// A failed computation.
-    pub fn gate_gradients(mut self, upstream: &Tensor) -> Result<Vec<f64>> {
+    pub fn gate_gradients(mut self, upstream: &Tensor, wanted: impl Fn(usize) -> bool) -> Result<Vec<f64>> {
         let mut upstream = upstream.detach();
         let mut gradients = vec![0.0; self.units.len()];
         for (place, gradient) in gradients.iter_mut().enumerate().rev() {
@@ -68,12 +69,15 @@ impl<'a> Walk<'a> {
                 break;
             };
             // A removed unit passes the gradient on as it is, and only its own effect has to be known.
+            if gate == 0.0 && !wanted(place) {
+                continue;
+            }
             if gate == 0.0 {
                 let y = self.decoder.run_unit(unit, &x, &self.pass)?;
                 *gradient = inner(&upstream, &(y - x)?)?;
             } else {
                 let (effect, through) = self.decoder.unit_vjp(unit, &x, &upstream, &self.pass)?;
-                *gradient = effect;
+                *gradient = if wanted(place) { effect } else { 0.0 };
                 upstream = gated(&upstream, &through, gate)?;
             }
         }

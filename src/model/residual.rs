@@ -40,7 +40,7 @@ impl Block {
             Part::Attention => self.attended(x, &self.attention(x, pass, slot)?, pass),
             Part::Mlp => {
                 let out = self.linear(Projection::Down, &self.mlp(x, pass)?, pass)?;
-                Ok((x + self.norm(NormSite::MlpOut, &out, pass)?)?)
+                Ok(pass.kernels.add(x, &self.norm(NormSite::MlpOut, &out, pass)?)?)
             }
         }
     }
@@ -86,7 +86,7 @@ impl Block {
     /// `x` and what the attention makes of what it has gathered.
     fn attended(&self, x: &Tensor, gathered: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
         let out = self.linear(Projection::O, gathered, pass)?;
-        Ok((x + self.norm(NormSite::AttentionOut, &out, pass)?)?)
+        Ok(pass.kernels.add(x, &self.norm(NormSite::AttentionOut, &out, pass)?)?)
     }
 
     /// What goes into each of the block's projections for an input `x`, `(batch, seq, hidden)`; projections with one
@@ -170,7 +170,7 @@ impl Block {
         }
         match (&adapter.low_rank, bias) {
             (Some(LowRank { a, b }), _) => {
-                y = (y + kernels.linear(&kernels.linear(x, a, None)?, b, bias)?)?;
+                y = kernels.add(&y, &kernels.linear(&kernels.linear(x, a, None)?, b, bias)?)?;
             }
             (None, Some(bias)) => y = y.broadcast_add(bias)?,
             (None, None) => {}

@@ -3,8 +3,9 @@
 use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Storage, Tensor, bail};
 use rayon::prelude::*;
 
+use super::Kernels;
+use super::gemm::{Threads, gemm, view};
 use super::simd::{add_scaled, dot, exp, map_in_place, max, sum, tanh, vectorised};
-use super::{Kernels, gemm, view};
 
 /// Heads, scale and visibility of an attention.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -182,7 +183,7 @@ impl Attention {
     fn probabilities(&self, extent: &Extent, tile: &Tile, operands: &Operands<'_>) -> Result<Vec<f32>> {
         let q = (operands.q.0, self.query_view(extent, tile, operands.q.1));
         let k = (operands.k.0, self.key_view(extent, tile, operands.k.1, true));
-        let mut scores = gemm(&q, &k)?; // (rows, keys)
+        let mut scores = gemm(&q, &k, Threads::One)?; // (rows, keys)
         vectorised(
             #[inline(always)]
             || self.softmax(extent, tile, &mut scores),
@@ -211,6 +212,7 @@ impl Attention {
                 gemm(
                     &(&probabilities, weights),
                     &(operands.v.0, self.key_view(extent, tile, operands.v.1, false)),
+                    Threads::One,
                 )
             })
             .collect::<Result<Vec<_>>>()?;
@@ -377,7 +379,7 @@ impl Backward<'_> {
         let probabilities = op.probabilities(extent, tile, &self.operands)?;
         let grad_view = op.query_view(extent, tile, self.grad.1);
         let values = (self.operands.v.0, op.key_view(extent, tile, self.operands.v.1, true));
-        let mut d_scores = gemm(&(self.grad.0, grad_view.clone()), &values)?; // (rows, keys)
+        let mut d_scores = gemm(&(self.grad.0, grad_view.clone()), &values, Threads::One)?; // (rows, keys)
         let slopes = self.softcap_slopes(tile)?;
         let (out, grad) = (self.out.0.as_slice::<f32>()?, self.grad.0.as_slice::<f32>()?);
         let row_start = (tile.batch * extent.seq + tile.first_row) * width + tile.head * dim;
@@ -403,9 +405,9 @@ impl Backward<'_> {
         let (probabilities, d_scores) = (CpuStorage::F32(probabilities), CpuStorage::F32(d_scores));
         let keys = (self.operands.k.0, op.key_view(extent, tile, self.operands.k.1, false));
         let queries = (self.operands.q.0, op.query_view(extent, tile, self.operands.q.1));
-        let dq = gemm(&(&d_scores, by_row), &keys)?;
-        let dk = gemm(&(&d_scores, by_key.clone()), &queries)?;
-        let dv = gemm(&(&probabilities, by_key), &(self.grad.0, grad_view))?;
+        let dq = gemm(&(&d_scores, by_row), &keys, Threads::One)?;
+        let dk = gemm(&(&d_scores, by_key.clone()), &queries, Threads::One)?;
+        let dv = gemm(&(&probabilities, by_key), &(self.grad.0, grad_view), Threads::One)?;
         sums.q[tile.first_row * dim..][..dq.len()].copy_from_slice(&dq);
         add_scaled(&mut sums.k[tile.first_key * dim..][..dk.len()], 1.0, &dk);
         add_scaled(&mut sums.v[tile.first_key * dim..][..dv.len()], 1.0, &dv);
@@ -417,7 +419,7 @@ impl Backward<'_> {
         let Some(cap) = self.op.0.softcap else { return Ok(Vec::new()) };
         let q = (self.operands.q.0, self.op.query_view(&self.extent, tile, self.operands.q.1));
         let k = (self.operands.k.0, self.op.key_view(&self.extent, tile, self.operands.k.1, true));
-        let mut scores = gemm(&q, &k)?;
+        let mut scores = gemm(&q, &k, Threads::One)?;
         let factor = (self.op.0.scale / cap) as f32;
         vectorised(
             #[inline(always)]

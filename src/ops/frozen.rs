@@ -2,8 +2,9 @@
 
 use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, bail};
 
+use super::Kernels;
 use super::bf16::Matrix;
-use super::{Kernels, gemm, view};
+use super::gemm::{Threads, gemm, view};
 
 /// A frozen matrix `(outputs, inputs)` on the CPU, in f32 or bf16.
 #[derive(Clone)]
@@ -64,6 +65,6 @@ impl Frozen {
         }
         let strides = layout.stride();
         let right = right((strides[0], strides[1]), layout.start_offset());
-        gemm(&(x, view((rows, width), (width, 1), offset)), &(storage, right))
+        gemm(&(x, view((rows, width), (width, 1), offset)), &(storage, right), Threads::All)
     }
 }

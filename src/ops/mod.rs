@@ -5,10 +5,13 @@
 //! [`Kernels::Primitive`] asks for everywhere. Callers never branch, and either way gradients flow.
 
 mod activation;
+mod add;
 mod attention;
 mod bf16;
 mod cross_entropy;
 mod frozen;
+mod gemm;
+
 mod inner;
 mod layer_norm;
 mod linear;
@@ -89,25 +92,6 @@ fn with_elements<const N: usize, R>(
         *slice = elements(storage, layout)?;
     }
     f(slices)
-}
-
-/// The product of two strided matrices inside of f32 storages: `(rows, inner) · (inner, columns)`.
-fn gemm(left: &(&CpuStorage, Layout), right: &(&CpuStorage, Layout)) -> Result<Vec<f32>> {
-    use candle_core::backend::BackendStorage;
-    let (m, k) = left.1.shape().dims2()?;
-    let (inner, n) = right.1.shape().dims2()?;
-    if k != inner {
-        bail!("matrices of shapes ({m}, {k}) and ({inner}, {n}) cannot be multiplied");
-    }
-    match left.0.matmul(right.0, (1, m, n, k), &left.1, &right.1)? {
-        CpuStorage::F32(product) => Ok(product),
-        other => bail!("product is {:?}, expected f32", other.dtype()),
-    }
-}
-
-/// A matrix view: `rows` × `columns`, elements `(row_stride, column_stride)` apart, from `offset` on.
-fn view(shape: (usize, usize), strides: (usize, usize), offset: usize) -> Layout {
-    Layout::new(shape.into(), vec![strides.0, strides.1], offset)
 }
 
 /// The last dimension of `layout`, which has to be `width`.

@@ -1,6 +1,6 @@
 //! The innermost loops of a product in bf16: one tile of the result.
 //!
-//! The only unsafe code of the crate. Its safety rests on two facts, and on no property of the data: the function
+//! Its safety rests on two facts, and on no property of the data: the function
 //! compiled for AVX-512 runs only after the instructions were found on this machine, and every transmutation is
 //! between arrays of plain numbers and vector registers of the same size, for which all bit patterns are valid.
 #![allow(unsafe_code)]

@@ -1,0 +1,64 @@
+//! Measures how blocks cover for each other, exactly and by gate gradients, and how far the two agree.
+//!
+//! ```text
+//! cargo run --release --example coupling -- --model M --text F --windows 4
+//! ```
+#![allow(clippy::print_stdout)]
+
+mod cli;
+
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use clap::Parser;
+use foldgpt::importance::{Coupling, spearman};
+use foldgpt::model::Unit;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Measures how blocks cover for each other, exactly and by gate gradients, and how far the two agree
+#[derive(Parser)]
+struct Args {
+    #[command(flatten)]
+    model: cli::ModelArgs,
+    /// Calibration text: its first 80 % are used
+    #[arg(long)]
+    text: PathBuf,
+    /// Use this many windows, spread over the text
+    #[arg(long, default_value_t = 4)]
+    windows: usize,
+    #[command(flatten)]
+    window: cli::WindowArgs,
+}
+
+fn main() -> anyhow::Result<()> {
+    let args = Args::parse();
+    let (checkpoint, decoder) = args.model.load()?;
+    let text = cli::read_text(&args.text)?;
+    let all = args.window.cut(&checkpoint.tokenizer()?, cli::split_text(&text).0, None)?;
+    let windows = all.spread(args.windows)?;
+    let units = Unit::blocks(decoder.depth());
+
+    let start = Instant::now();
+    let exact = Coupling::exact(&decoder, &windows, &units, &mut cli::Bars::default())?;
+    let exact_seconds = start.elapsed().as_secs_f64();
+    let start = Instant::now();
+    let estimate = Coupling::from_gate_gradients(&decoder, &windows, &units, &mut cli::Bars::default())?;
+    let estimate_seconds = start.elapsed().as_secs_f64();
+
+    if std::io::stdout().is_terminal() {
+        println!("exact:\n{}", Coupling::heat_map(&exact.matrix));
+        println!("by gate gradients:\n{}", Coupling::heat_map(&estimate.matrix));
+    }
+    println!("| coupling | block runs | seconds |\n|---|---:|---:|");
+    println!("| exact | {:.0} | {exact_seconds:.0} |", exact.block_runs);
+    println!("| by gate gradients | {:.0} | {estimate_seconds:.0} |", estimate.block_runs);
+    println!(
+        "\nSpearman's rank correlation of their pairs: {:.3}",
+        spearman(&exact.pairs(), &estimate.pairs())
+    );
+    println!("in {}, {}", args.model.dtype, cli::protocol(&windows));
+    Ok(())
+}

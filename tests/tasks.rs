@@ -1,0 +1,76 @@
+//! Tasks answered by likelihood, against whole forwards of the same texts.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::path::Path;
+
+use foldgpt::candle::{D, DType, Device, Tensor};
+use foldgpt::eval::{Choice, Task, accuracy};
+use foldgpt::{Checkpoint, Decoder, Tokenizer};
+
+fn model() -> (Decoder, Tokenizer) {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/tiny-stories");
+    let checkpoint = Checkpoint::open(directory).unwrap();
+    (checkpoint.decoder(DType::F32, &Device::Cpu).unwrap(), checkpoint.tokenizer().unwrap())
+}
+
+/// The log-likelihood of a continuation by one forward over the whole text, and whether it is the likeliest.
+fn plain(decoder: &Decoder, tokenizer: &Tokenizer, choice: &Choice) -> (f64, bool) {
+    let text = format!("{}{}", choice.context, choice.continuation);
+    let begin = tokenizer.bos().filter(|_| tokenizer.adds_bos());
+    let encode =
+        |text: &str| -> Vec<u32> { begin.into_iter().chain(tokenizer.encode(text).unwrap()).collect() };
+    let (ids, first) = (encode(&text), encode(&choice.context).len());
+    let logits = decoder.forward(&Tensor::from_slice(&ids, (1, ids.len()), &Device::Cpu).unwrap()).unwrap();
+    let logits = logits.squeeze(0).unwrap();
+    let likely = candle_nn::ops::log_softmax(&logits, D::Minus1).unwrap().to_vec2::<f32>().unwrap();
+    let best = logits.argmax(D::Minus1).unwrap().to_vec1::<u32>().unwrap();
+    let places = first..ids.len();
+    let total = places.clone().map(|place| f64::from(likely[place - 1][ids[place] as usize])).sum();
+    (total, places.clone().all(|place| best[place - 1] == ids[place]))
+}
+
+#[test]
+fn answers_are_those_of_whole_forwards() {
+    let (decoder, tokenizer) = model();
+    let lines = concat!(
+        r#"{"query": "Anna lost her red", "choices": ["kite near the old bridge.", "and", "kite"], "gold": 2}"#,
+        "\n",
+        r#"{"query": "Anna lost her ", "choices": ["kite.", "lost her and the the"], "gold": 0}"#,
+        "\n",
+        r#"{"context_options": ["Tom found a blue ball. Tom", "Tom found a"], "continuation": "was happy.", "gold": 1}"#,
+        "\n",
+        r#"{"goal": "Find the kite", "sol1": "look near the bridge", "sol2": "red red red", "label": 0}"#,
+    );
+    let task = Task::from_json_lines("stories", lines, None).unwrap();
+    let (mut right, mut right_by_length) = (0, 0);
+    for item in &task.items {
+        let scores: Vec<f64> =
+            item.choices.iter().map(|choice| plain(&decoder, &tokenizer, choice).0).collect();
+        let by_length: Vec<f64> =
+            scores.iter().zip(&item.choices).map(|(score, choice)| score / choice.length as f64).collect();
+        let wins = |scores: &[f64]| scores.iter().all(|score| *score <= scores[item.gold]);
+        right += usize::from(wins(&scores));
+        right_by_length += usize::from(wins(&by_length));
+    }
+    let found = accuracy(&decoder, &tokenizer, &task, &mut ()).unwrap();
+    assert_eq!(found.items, 4);
+    assert!((found.acc - right as f64 / 4.0).abs() < 1e-12, "{found:?}, {right} right");
+    assert!((found.acc_norm.unwrap() - right_by_length as f64 / 4.0).abs() < 1e-12);
+}
+
+#[test]
+fn a_last_word_is_right_where_the_model_would_say_it() {
+    let (decoder, tokenizer) = model();
+    let texts = ["Anna lost her red kite", "Anna lost her red zebra", "Once there was a"];
+    let lines: Vec<String> =
+        texts.iter().map(|text| serde_json::json!({ "text": text }).to_string()).collect();
+    let task = Task::from_json_lines("lambada", &lines.join("\n"), None).unwrap();
+    let plain: Vec<(f64, bool)> =
+        task.items.iter().map(|item| plain(&decoder, &tokenizer, &item.choices[0])).collect();
+    let found = accuracy(&decoder, &tokenizer, &task, &mut ()).unwrap();
+    let expected = plain.iter().filter(|(_, greedy)| *greedy).count() as f64 / 3.0;
+    assert!((found.acc - expected).abs() < 1e-12);
+    let mean = plain.iter().map(|(score, _)| -score).sum::<f64>() / 3.0;
+    assert!((found.perplexity.unwrap() / mean.exp() - 1.0).abs() < 1e-4);
+    assert!(found.acc_norm.is_none());
+}
