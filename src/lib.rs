@@ -6,6 +6,7 @@ pub mod error;
 pub mod eval;
 mod fold;
 mod generate;
+pub mod heal;
 pub mod importance;
 pub mod model;
 pub mod ops;

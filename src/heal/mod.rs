@@ -1,0 +1,5 @@
+//! Healing.
+mod adamw;
+mod schedule;
+pub use adamw::AdamW;
+pub use schedule::{Decay, Schedule};
