@@ -8,7 +8,7 @@ use super::frozen::Frozen;
 use super::simd::{exp, map_in_place, max, sum, tanh, vectorised};
 
 /// Rows whose logits exist at once where the gradient is wanted.
-const CHUNK_ROWS: usize = 128;
+pub(super) const CHUNK_ROWS: usize = 128;
 /// Rows, and entries of the vocabulary, whose logits exist at once where only the loss is.
 const LOSS_ROWS: usize = 512;
 const STRETCH: usize = 1536;
@@ -133,16 +133,16 @@ impl Nll {
 
 /// `log Σ exp(x)` of numbers that come in stretches.
 #[derive(Clone, Copy)]
-struct LogSumExp {
+pub(super) struct LogSumExp {
     highest: f32,
     total: f32,
 }
 
 impl LogSumExp {
-    const EMPTY: Self = Self { highest: f32::NEG_INFINITY, total: 0.0 };
+    pub(super) const EMPTY: Self = Self { highest: f32::NEG_INFINITY, total: 0.0 };
 
     #[inline(always)]
-    fn add(&mut self, numbers: &[f32]) {
+    pub(super) fn add(&mut self, numbers: &[f32]) {
         let highest = max(numbers);
         if highest > self.highest {
             self.total *= exp(self.highest - highest);
@@ -151,13 +151,13 @@ impl LogSumExp {
         self.total += sum(numbers, |x| exp(x - self.highest));
     }
 
-    fn value(self) -> f32 {
+    pub(super) fn value(self) -> f32 {
         self.highest + self.total.ln()
     }
 }
 
 #[inline(always)]
-fn cap(row: &mut [f32], softcap: Option<f64>) {
+pub(super) fn cap(row: &mut [f32], softcap: Option<f64>) {
     if let Some(cap) = softcap {
         let cap = cap as f32;
         map_in_place(row, |l| cap * tanh(l / cap));

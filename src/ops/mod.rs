@@ -9,6 +9,7 @@ mod add;
 mod attention;
 mod bf16;
 mod cross_entropy;
+mod distillation;
 mod frozen;
 mod gemm;
 
@@ -21,6 +22,7 @@ mod scale;
 mod simd;
 
 pub use attention::AttentionShape;
+pub use distillation::{Head, HeadLoss, HeadWeights, Soft, TopTokens};
 
 use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, bail};
 use rayon::prelude::*;
