@@ -340,7 +340,8 @@ impl Decoder {
         Ok(self.kernels.nll(&self.normalised(hidden)?, self.head_weight(), targets, softcap)?)
     }
 
-    fn normalised(&self, hidden: &Tensor) -> Result<Tensor> {
+    /// States after the last block as the head sees them.
+    pub(crate) fn normalised(&self, hidden: &Tensor) -> Result<Tensor> {
         let pass = Pass {
             architecture: &self.architecture,
             kernels: self.kernels,
@@ -351,7 +352,7 @@ impl Decoder {
         self.final_norm.apply(hidden, &pass)
     }
 
-    fn head_weight(&self) -> &Tensor {
+    pub(super) fn head_weight(&self) -> &Tensor {
         self.head.as_ref().unwrap_or(&self.embedding)
     }
 

@@ -7,6 +7,8 @@ mod block;
 mod cache;
 mod decoder;
 mod fold_map;
+mod head;
+mod merge;
 mod params;
 mod residual;
 mod rope;
