@@ -21,6 +21,7 @@ pub use error::{Error, Result};
 pub use eval::{Perplexity, perplexity};
 pub use fold::fold;
 pub use generate::Generate;
+pub use heal::Heal;
 pub use importance::{Importance, Scores};
 pub use model::{Architecture, Decoder, KvCache};
 pub use plan::{PLAN_VERSION, Plan, Target};

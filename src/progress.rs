@@ -6,8 +6,8 @@ use crate::error::{Error, Result};
 
 /// Watches long work, and may stop it.
 ///
-/// Stages are `load`, `hash`, `save`, `verify`, `perplexity`, `losses`, and for scoring the method's own name, in
-/// part with `gates`, `coupling`, `search` and `finalists`.
+/// Stages are `load`, `hash`, `save`, `verify`, `perplexity`, `losses`, `heal`, `teacher`, and for scoring
+/// the method's own name, in part with `gates`, `coupling`, `search` and `finalists`.
 ///
 /// Every method has a default that does nothing, so that an implementation says only what it cares about;
 /// `()` is the observer that watches nothing.
@@ -36,6 +36,11 @@ pub trait Observer {
     fn advanced(&mut self, stage: &'static str, done: u64, total: u64) -> ControlFlow<()> {
         let _ = (stage, done, total);
         ControlFlow::Continue(())
+    }
+
+    /// The stage has measured something on its way: `loss`, `held-out loss` and `seconds left` of a healing.
+    fn measured(&mut self, stage: &'static str, what: &'static str, value: f64) {
+        let _ = (stage, what, value);
     }
 
     /// The stage is over: done, failed or cancelled.

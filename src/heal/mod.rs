@@ -1,5 +1,49 @@
-//! Healing.
+//! Healing: a small fine-tune that gives a cut and folded model back most of what it lost, on one ordinary machine.
+//!
+//! [`Heal`] says what is trained ([`Trainable`]), on which losses ([`Losses`]), how fast and how long; the original
+//! model may teach, from memory or from a file ([`Teacher`]). The way back goes block by block, so that memory beyond
+//! the weights is the optimiser's state of what is trained, one input a block, and one block's activations.
+//!
+//! ```
+//! use foldgpt::candle::{DType, Device};
+//! use foldgpt::heal::{Budget, Heal, Losses, Teacher};
+//! use foldgpt::{Bos, Checkpoint, Windows};
+//!
+//! let checkpoint = Checkpoint::open("examples/tiny-stories")?;
+//! let dense = checkpoint.decoder(DType::F32, &Device::Cpu)?;
+//! let cut = dense.with_blocks(&[0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11])?;
+//! let text = "Anna lost her red kite near the old bridge. ".repeat(60);
+//! let windows = Windows::from_text(&checkpoint.tokenizer()?, &text, 64, Some(4), Bos::Auto)?;
+//!
+//! let mut heal = Heal::default();
+//! (heal.budget, heal.batch, heal.losses) = (Budget::Steps(3), 2, Losses::tail());
+//! let healed = heal.run(&cut, &windows, Some(&windows), Some(Teacher::Model(&dense)), &mut ())?;
+//! assert_eq!(healed.report.steps, 3);
+//! # Ok::<(), foldgpt::Error>(())
+//! ```
+
 mod adamw;
+mod backward;
+mod cache;
+mod file;
+#[cfg(test)]
+mod gradient_tests;
+mod log;
+mod losses;
+mod options;
+mod order;
 mod schedule;
+mod state;
+mod teacher;
+mod trainable;
+mod trainer;
+
 pub use adamw::AdamW;
+pub use cache::{CacheOptions, TeacherCache};
+pub use log::Record;
+pub use losses::{Losses, Terms};
+pub use options::{Budget, Heal};
 pub use schedule::{Decay, Schedule};
+pub use teacher::Teacher;
+pub use trainable::{Lora, ParamGroup, Trainable};
+pub use trainer::{HealReport, Healed};

@@ -1,6 +1,7 @@
 //! Adapters that become part of their matrices.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
 use candle_core::{Tensor, TensorId};
@@ -30,13 +31,15 @@ impl Decoder {
         let mut blocks = self.blocks().to_vec();
         for (depth, block) in blocks.iter_mut().enumerate() {
             let known = Arc::as_ptr(&block.weights);
-            if !merged.contains_key(&known) {
-                let depths = users.get(&known).map(Vec::as_slice).unwrap_or_default();
-                merged.insert(known, self.merge_matrices(depth, block, depths)?);
-            }
-            let Some((weights, projections)) = merged.get(&known) else { continue };
+            let (weights, projections) = match merged.entry(known) {
+                Entry::Occupied(done) => done.into_mut(),
+                Entry::Vacant(place) => {
+                    let depths = users.get(&known).map(Vec::as_slice).unwrap_or_default();
+                    place.insert(self.merge_matrices(depth, block, depths)?)
+                }
+            };
             block.weights = Arc::clone(weights);
-            for &projection in projections {
+            for &mut projection in projections {
                 block.own.adapters[projection] = Adapter::default();
             }
         }

@@ -51,6 +51,14 @@ pub struct HeadWeights {
     pub temperature: f64,
 }
 
+impl HeadWeights {
+    /// Both weights times `factor`.
+    pub(crate) fn scaled(self, factor: f64) -> Self {
+        let Self { cross_entropy, divergence, temperature } = self;
+        Self { cross_entropy: cross_entropy * factor, divergence: divergence * factor, temperature }
+    }
+}
+
 /// Losses summed over rows, in nats, and the gradient of their weighted sum.
 #[derive(Debug)]
 pub struct HeadLoss {

@@ -1,0 +1,123 @@
+//! What a healing is told.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::adamw::AdamW;
+use super::losses::Losses;
+use super::schedule::Schedule;
+use super::trainable::{Lora, ParamGroup, Trainable};
+use crate::error::{Error, Result};
+
+/// A small fine-tune that gives a cut and folded model back what it lost, as a `FoldGPT` ends (arXiv 2407.00928): on
+/// the text, the teacher's logits and the teacher's last hidden states.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+#[non_exhaustive]
+pub struct Heal {
+    /// How long it takes.
+    pub budget: Budget,
+    /// Windows in each step.
+    pub batch: usize,
+    /// Windows that are computed at once: more need more memory, and give the same but for rounding.
+    pub micro_batch: usize,
+    /// What is trained, and how fast.
+    pub groups: Vec<ParamGroup>,
+    /// What is minimised.
+    pub losses: Losses,
+    /// The optimiser.
+    pub adamw: AdamW,
+    /// How learning rates go up and down.
+    pub schedule: Schedule,
+    /// The gradient of all that is trained is made no longer than this.
+    pub max_grad_norm: Option<f64>,
+    /// Seed of the order of windows and of first values.
+    pub seed: u64,
+    /// Steps between measurements on the held-out windows; the first and the last are always measured.
+    pub evaluate_every: usize,
+    /// Stops after this many measurements without a lowest loss; never where absent.
+    pub patience: Option<usize>,
+    /// Steps between states.
+    pub save_every: usize,
+    /// Where the state is kept, and gone on from where it exists and fits.
+    #[serde(skip)]
+    pub state_file: Option<PathBuf>,
+    /// Where every step is logged, as JSON Lines of [`Record`](super::Record).
+    #[serde(skip)]
+    pub log_file: Option<PathBuf>,
+}
+
+/// How long a healing takes. The learning rate's schedule stretches over it.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Budget {
+    /// This many optimiser steps.
+    Steps(usize),
+    /// As many steps as read this many predicted tokens, rounded up.
+    Tokens(usize),
+    /// As many steps as fit into this many minutes, those of interrupted runs included. The one budget under which a
+    /// result depends on the speed of the machine.
+    Minutes(f64),
+}
+
+impl Default for Heal {
+    fn default() -> Self {
+        Self {
+            budget: Budget::Steps(200),
+            batch: 4,
+            micro_batch: 1,
+            groups: vec![
+                ParamGroup::new(Trainable::Norms, 1e-3),
+                ParamGroup::new(Trainable::Scales, 1e-3),
+                ParamGroup::new(Trainable::Lora(Lora::default()), 1e-3),
+            ],
+            losses: Losses::default(),
+            adamw: AdamW::default(),
+            schedule: Schedule::default(),
+            max_grad_norm: Some(1.0),
+            seed: 0,
+            evaluate_every: 50,
+            patience: None,
+            save_every: 20,
+            state_file: None,
+            log_file: None,
+        }
+    }
+}
+
+impl Heal {
+    pub(super) fn check(&self) -> Result<()> {
+        let counts = [
+            ("batch", self.batch),
+            ("micro_batch", self.micro_batch),
+            ("evaluate_every", self.evaluate_every),
+            ("save_every", self.save_every),
+        ];
+        if let Some((name, _)) = counts.into_iter().find(|(_, count)| *count == 0) {
+            return Err(Error::argument(name, 0, "at least 1"));
+        }
+        match self.budget {
+            Budget::Steps(0) | Budget::Tokens(0) => return Err(Error::argument("budget", 0, "at least 1")),
+            Budget::Minutes(minutes) if !(minutes.is_finite() && minutes > 0.0) => {
+                return Err(Error::argument("budget in minutes", minutes, "a positive number"));
+            }
+            _ => {}
+        }
+        if let Some(limit) = self.max_grad_norm.filter(|limit| limit.is_nan() || *limit <= 0.0) {
+            return Err(Error::argument("max_grad_norm", limit, "a positive number"));
+        }
+        self.adamw.check()?;
+        self.schedule.check()
+    }
+
+    /// The steps that the budget allows, where it does not depend on time, for windows of `seq_len` tokens.
+    pub(super) fn steps(&self, seq_len: usize) -> Option<usize> {
+        match self.budget {
+            Budget::Steps(steps) => Some(steps),
+            Budget::Tokens(tokens) => Some(tokens.div_ceil(self.batch * (seq_len - 1))),
+            Budget::Minutes(_) => None,
+        }
+    }
+}

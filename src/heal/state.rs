@@ -1,0 +1,174 @@
+//! A healing between two steps, and its file.
+//!
+//! The file is in the safetensors format: `value`, `mean` and `variance` of every trained tensor, `best` where the best
+//! ones are kept, all in f32, and in the metadata the rest as JSON. Which windows come next follows from the seed and
+//! the number of steps; so does everything else that is drawn.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::io::Write;
+use std::path::Path;
+
+use candle_core::Tensor;
+use safetensors::{Dtype, SafeTensors};
+use serde::{Deserialize, Serialize};
+
+use super::adamw::Moments;
+use super::file;
+use super::trainable::{Student, Trained};
+use crate::error::{Error, Result};
+
+const VERSION: u32 = 1;
+const METADATA: &str = "heal";
+
+/// Where a healing stands.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct Position {
+    version: u32,
+    /// What the state belongs to: options, text, model and teacher.
+    identity: String,
+    /// Steps that are done.
+    pub step: usize,
+    /// Seconds spent on them.
+    pub seconds: f64,
+    /// The losses on the held-out windows, with the steps they were measured after.
+    pub held_out: Vec<(usize, f64)>,
+    /// Whether it is over before its budget, for want of progress.
+    pub stopped: bool,
+}
+
+/// A healing between two steps: where it stands, the optimiser's moments, and the best values so far. The values
+/// themselves are the student's variables.
+#[derive(Debug)]
+pub(super) struct State {
+    pub position: Position,
+    pub moments: Vec<Moments>,
+    pub best: Option<Vec<Vec<f32>>>,
+}
+
+impl Position {
+    /// The step after which the held-out loss was lowest, and that loss.
+    pub(super) fn best(&self) -> Option<(usize, f64)> {
+        self.held_out.iter().copied().min_by(|a, b| a.1.total_cmp(&b.1))
+    }
+}
+
+impl State {
+    pub(super) fn new(identity: String, student: &Student) -> Self {
+        let position = Position {
+            version: VERSION,
+            identity,
+            step: 0,
+            seconds: 0.0,
+            held_out: Vec::new(),
+            stopped: false,
+        };
+        let moments =
+            student.trained.iter().map(|trained| Moments::zeros(trained.var.elem_count())).collect();
+        Self { position, moments, best: None }
+    }
+
+    /// Keeps the student's values as the best ones.
+    pub(super) fn keep_best(&mut self, student: &Student) -> Result<()> {
+        self.best = Some(student.trained.iter().map(values).collect::<Result<_>>()?);
+        Ok(())
+    }
+
+    /// Gives the student the best values, where there are any.
+    pub(super) fn restore_best(&self, student: &Student) -> Result<()> {
+        let best = self.best.iter().flatten();
+        student.trained.iter().zip(best).try_for_each(|(trained, values)| set(trained, values))
+    }
+
+    /// Writes it with the student's values: complete, or not at all.
+    pub(super) fn save(&self, path: &Path, student: &Student) -> Result<()> {
+        let unwritten = |reason: String| Error::format(path, reason);
+        let json = serde_json::to_string(&self.position).map_err(|error| unwritten(error.to_string()))?;
+        let mut tensors = Vec::new();
+        for (place, (trained, moments)) in student.trained.iter().zip(&self.moments).enumerate() {
+            let mut add = |kind: &str, values| tensors.push((name(kind, trained), View(trained, values)));
+            add("value", Cow::Owned(values(trained)?));
+            add("mean", Cow::Borrowed(&moments.mean));
+            add("variance", Cow::Borrowed(&moments.variance));
+            if let Some(best) = self.best.as_ref().and_then(|best| best.get(place)) {
+                add("best", Cow::Borrowed(best));
+            }
+        }
+        let metadata = HashMap::from([(METADATA.to_string(), json)]);
+        let bytes =
+            safetensors::serialize(tensors, Some(metadata)).map_err(|error| unwritten(error.to_string()))?;
+        file::replace(path, |file| file.write_all(&bytes).map_err(Error::io("write", path)))
+    }
+
+    /// The state in a file, which has to be one of this healing; the student gets its values.
+    pub(super) fn read(path: &Path, identity: &str, student: &Student) -> Result<Self> {
+        let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
+        let unreadable = |reason: String| Error::format(path, format!("is no state of a healing: {reason}"));
+        let (_, header) =
+            SafeTensors::read_metadata(&bytes).map_err(|error| unreadable(error.to_string()))?;
+        let json = header.metadata().as_ref().and_then(|metadata| metadata.get(METADATA));
+        let json = json.ok_or_else(|| unreadable(format!("it has no metadata `{METADATA}`")))?;
+        let position: Position = serde_json::from_str(json).map_err(|error| unreadable(error.to_string()))?;
+        if position.version != VERSION || position.identity != identity {
+            let reason = "is the state of another healing: of other options, text, model or teacher";
+            return Err(Error::format(path, reason));
+        }
+        let stored = SafeTensors::deserialize(&bytes).map_err(|error| unreadable(error.to_string()))?;
+        let get = |kind, trained: &Trained| read(path, &stored, &name(kind, trained), trained);
+        let mut moments = Vec::new();
+        for trained in &student.trained {
+            set(trained, &get("value", trained)?)?;
+            moments.push(Moments { mean: get("mean", trained)?, variance: get("variance", trained)? });
+        }
+        let best =
+            position.best().map(|_| student.trained.iter().map(|trained| get("best", trained)).collect());
+        Ok(Self { position, moments, best: best.transpose()? })
+    }
+}
+
+/// The values of a trained tensor, in order.
+pub(super) fn values(trained: &Trained) -> Result<Vec<f32>> {
+    Ok(trained.var.flatten_all()?.to_vec1::<f32>()?)
+}
+
+/// Gives a trained tensor these values.
+pub(super) fn set(trained: &Trained, values: &[f32]) -> Result<()> {
+    Ok(trained.var.set(&Tensor::from_slice(values, trained.var.shape(), trained.var.device())?)?)
+}
+
+fn name(kind: &str, trained: &Trained) -> String {
+    format!("{kind} of {}", trained.param)
+}
+
+fn read(path: &Path, stored: &SafeTensors<'_>, name: &str, trained: &Trained) -> Result<Vec<f32>> {
+    let damaged = |reason: String| Error::tensor(path, name, reason);
+    let view = stored.tensor(name).map_err(|error| damaged(error.to_string()))?;
+    if view.dtype() != Dtype::F32 || view.shape() != trained.var.dims() {
+        let found = format!("{:?} of shape {:?}", view.dtype(), view.shape());
+        return Err(damaged(format!("is {found}, expected f32 of shape {:?}", trained.var.dims())));
+    }
+    let numbers =
+        view.data().chunks_exact(4).filter_map(|bytes| Some(f32::from_le_bytes(bytes.try_into().ok()?)));
+    Ok(numbers.collect())
+}
+
+/// Numbers in the shape of a trained tensor, turned into bytes when they are written.
+struct View<'a>(&'a Trained, Cow<'a, [f32]>);
+
+impl safetensors::View for View<'_> {
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
+    }
+
+    fn shape(&self) -> &[usize] {
+        self.0.var.dims()
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        Cow::Owned(self.1.iter().flat_map(|value| value.to_le_bytes()).collect())
+    }
+
+    fn data_len(&self) -> usize {
+        self.1.len() * size_of::<f32>()
+    }
+}
