@@ -1,0 +1,364 @@
+//! Healing as its users see it: what it trains, what it keeps, how it ends.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::ops::ControlFlow;
+use std::path::Path;
+
+use foldgpt::candle::{DType, Device, Tensor};
+use foldgpt::heal::{
+    Budget, CacheOptions, Decay, Heal, Lora, Losses, ParamGroup, Record, Teacher, TeacherCache, Trainable,
+};
+use foldgpt::{Decoder, Error, Observer, Windows, perplexity};
+use support::{distance, input_ids, load};
+
+/// Windows of a text in which tokens follow each other by a rule.
+fn windows(count: usize, seed: u32, decoder: &Decoder) -> Windows {
+    let vocab = decoder.architecture().vocab_size as u32;
+    let window = |index: u32| (0..24).map(|i| ((index + seed) * 5 + i * 3) % vocab).collect();
+    Windows::from_ids((0..count as u32).map(window).collect()).unwrap()
+}
+
+/// The fixture without one of its blocks.
+fn cut(decoder: &Decoder) -> Decoder {
+    decoder.with_blocks(&[0, 1, 3]).unwrap()
+}
+
+fn heal(steps: usize) -> Heal {
+    let mut heal = Heal::default();
+    (heal.budget, heal.batch, heal.micro_batch) = (Budget::Steps(steps), 4, 2);
+    (heal.evaluate_every, heal.save_every) = (5, 4);
+    heal.schedule.decay = Decay::Constant;
+    heal
+}
+
+fn nll(decoder: &Decoder, windows: &Windows) -> f64 {
+    perplexity(decoder, windows, &mut ()).unwrap().mean_nll
+}
+
+fn same(a: &Decoder, b: &Decoder) -> bool {
+    let values = |decoder: &Decoder| -> Vec<Vec<u32>> {
+        let bits = |tensor: &Tensor| {
+            let values =
+                tensor.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            values.into_iter().map(f32::to_bits).collect()
+        };
+        decoder.tensors().map(bits).collect()
+    };
+    values(a) == values(b)
+}
+
+#[test]
+fn every_loss_brings_the_student_closer() {
+    let dense = load("llama");
+    let cut = cut(&dense);
+    let (train, held_out) = (windows(16, 0, &dense), windows(4, 100, &dense));
+    for (losses, teaches) in [(Losses::default(), false), (Losses::logits(), true), (Losses::tail(), true)] {
+        let mut heal = heal(12);
+        heal.losses = losses;
+        let teacher = teaches.then_some(Teacher::Model(&dense));
+        let healed = heal.run(&cut, &train, Some(&held_out), teacher, &mut ()).unwrap();
+        let report = &healed.report;
+        let (before, after) = (report.held_out[0].1, report.held_out.last().unwrap().1);
+        assert!(after < before - 0.02, "{losses:?}: {before} to {after}");
+        assert_eq!((report.steps, report.tokens), (12, 12 * 4 * 23));
+        // Adapters of matrices that no other depth uses are part of them.
+        assert!(healed.decoder.architecture().fold.is_plain());
+        assert!((nll(&healed.decoder, &held_out) - after).abs() < 0.02, "rounding costs too much");
+    }
+}
+
+#[test]
+fn the_weights_of_the_lowest_held_out_loss_are_kept() {
+    let dense = load("llama");
+    let train = windows(8, 0, &dense);
+    // A text of another rule: what is learnt of the one is wrong of the other, sooner or later.
+    let other = |index: u32| (0..24).map(|i| (index * 3 + i * i * 7) % 64).collect();
+    let held_out = Windows::from_ids((0..4).map(other).collect()).unwrap();
+    let mut heal = heal(60);
+    heal.groups = vec![ParamGroup::new(Trainable::Matrices, 0.01)];
+    (heal.evaluate_every, heal.patience, heal.max_grad_norm) = (1, Some(3), None);
+    let healed = heal.run(&dense, &train, Some(&held_out), None, &mut ()).unwrap();
+    let report = &healed.report;
+    assert!(report.stopped_early && report.steps == report.kept + 3 && report.steps < 60, "{report:?}");
+    let (_, best) = report.held_out.iter().copied().find(|(step, _)| *step == report.kept).unwrap();
+    assert!(report.held_out.iter().all(|(_, loss)| *loss >= best));
+    let found = nll(&healed.decoder, &held_out);
+    assert!((found - best).abs() < 1e-5, "{found}, expected {best}");
+}
+
+#[test]
+fn micro_batches_change_nothing_but_rounding() {
+    let dense = load("qwen3");
+    let train = windows(8, 0, &dense);
+    let run = |micro_batch| {
+        let mut heal = heal(3);
+        heal.micro_batch = micro_batch;
+        heal.run(&dense, &train, None, None, &mut ()).unwrap().decoder
+    };
+    let ids = input_ids("qwen3");
+    let logits = |decoder: &Decoder| decoder.forward(&ids).unwrap();
+    let (one, four) = (logits(&run(1)), logits(&run(4)));
+    assert!(distance(&one, &four) < 1e-3);
+    assert!(distance(&one, &logits(&dense)) > 1e-3);
+    assert!(same(&run(2), &run(2)));
+}
+
+#[test]
+fn matrices_in_bf16_are_healed_by_f32_adapters() {
+    let dense = load("llama").to_dtype(DType::BF16).unwrap();
+    let (train, held_out) = (windows(8, 0, &dense), windows(4, 100, &dense));
+    let healed = heal(8).run(&dense, &train, Some(&held_out), None, &mut ()).unwrap();
+    assert_eq!(healed.decoder.dtype(), DType::BF16);
+    let blocks = healed.decoder.blocks();
+    assert!(blocks.iter().flat_map(|block| block.matrices()).all(|matrix| matrix.dtype() == DType::BF16));
+    assert!(healed.report.held_out.last().unwrap().1 < healed.report.held_out[0].1);
+}
+
+#[test]
+fn untouched_tensors_are_those_of_the_original() {
+    let dense = load("llama");
+    let mut heal = heal(2);
+    heal.groups = vec![ParamGroup::new(Trainable::Norms, 1e-3)];
+    let healed = heal.run(&dense, &windows(4, 0, &dense), None, None, &mut ()).unwrap().decoder;
+    for (before, after) in dense.blocks().iter().zip(healed.blocks()) {
+        for (before, after) in before.matrices().zip(after.matrices()) {
+            assert_eq!(before.id(), after.id());
+        }
+    }
+    assert!(!same(&dense, &healed));
+}
+
+#[test]
+fn adapters_that_are_not_merged_stay() {
+    let dense = load("llama");
+    let mut lora = Lora::default();
+    (lora.rank, lora.merge) = (2, false);
+    let mut heal = heal(3);
+    heal.groups = vec![ParamGroup::new(Trainable::Lora(lora), 1e-2)];
+    let healed = heal.run(&dense, &windows(4, 0, &dense), None, None, &mut ()).unwrap().decoder;
+    assert!(!healed.architecture().fold.is_plain());
+    let merged = healed.merge_adapters().unwrap();
+    assert!(merged.architecture().fold.is_plain());
+    let ids = input_ids("llama");
+    assert!(distance(&merged.forward(&ids).unwrap(), &healed.forward(&ids).unwrap()) < 1e-5);
+    // They are trained further where they are.
+    heal.groups = vec![ParamGroup::new(Trainable::Residuals, 1e-2)];
+    let further = heal.run(&healed, &windows(4, 0, &dense), None, None, &mut ()).unwrap();
+    assert_eq!(further.decoder.architecture(), healed.architecture());
+}
+
+#[test]
+fn a_loss_that_is_not_finite_stops_with_its_step_and_leaves_a_good_state() {
+    let dense = load("llama");
+    let directory = tempfile::tempdir().unwrap();
+    let state = directory.path().join("state");
+    let mut heal = heal(40);
+    heal.groups = vec![ParamGroup::new(Trainable::Matrices, 1e30)];
+    (heal.save_every, heal.max_grad_norm) = (1, None);
+    heal.state_file = Some(state.clone());
+    let error = heal.run(&dense, &windows(4, 0, &dense), None, None, &mut ()).unwrap_err();
+    let Error::NotFinite { what, .. } = &error else { panic!("{error}") };
+    assert!(what.contains("of healing step 2"), "{error}");
+    let kept = foldgpt::candle::safetensors::load(&state, &Device::Cpu).unwrap();
+    let finite = |tensor: &Tensor| {
+        tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().all(|value| value.is_finite())
+    };
+    assert!(!kept.is_empty() && kept.values().all(finite));
+}
+
+#[test]
+fn what_nothing_depends_on_is_named() {
+    let dense = load("llama");
+    let mut heal = heal(1);
+    heal.losses = Losses::tail();
+    (heal.losses.cross_entropy, heal.losses.divergence) = (0.0, 0.0);
+    let teacher = Some(Teacher::Model(&dense));
+    let error = heal.run(&dense, &windows(4, 0, &dense), None, teacher, &mut ()).unwrap_err();
+    assert_eq!(error.to_string(), "no gradient reaches final norm gain");
+}
+
+#[test]
+fn options_outside_of_their_range_are_refused() {
+    let dense = load("llama");
+    let train = windows(4, 0, &dense);
+    let refused = |change: fn(&mut Heal), expected: &str| {
+        let mut heal = heal(1);
+        change(&mut heal);
+        let error = heal.run(&dense, &train, None, None, &mut ()).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}, expected {expected}");
+    };
+    refused(|heal| heal.budget = Budget::Steps(0), "budget");
+    refused(|heal| heal.budget = Budget::Minutes(f64::NAN), "budget");
+    refused(|heal| heal.batch = 0, "batch");
+    refused(|heal| heal.adamw.beta2 = 1.0, "beta2");
+    refused(|heal| heal.schedule.warmup = -0.1, "warmup");
+    refused(|heal| heal.max_grad_norm = Some(0.0), "max_grad_norm");
+    refused(|heal| heal.losses = Losses::tail(), "teacher");
+    refused(|heal| heal.losses.cross_entropy = f64::NAN, "cross_entropy");
+    refused(|heal| heal.groups.clear(), "parameter groups");
+    refused(|heal| heal.groups = vec![ParamGroup::new(Trainable::Norms, -1.0)], "learning_rate");
+    let mut lora = Lora::default();
+    lora.rank = 10_000;
+    let mut heal = heal(1);
+    heal.groups = vec![ParamGroup::new(Trainable::Lora(lora), 1e-3)];
+    let error = heal.run(&dense, &train, None, None, &mut ()).unwrap_err().to_string();
+    assert!(error.contains("lora rank is 10000"), "{error}");
+}
+
+/// Stops when a number of steps are done.
+struct StopAt(u64);
+
+impl Observer for StopAt {
+    fn advanced(&mut self, stage: &'static str, done: u64, _: u64) -> ControlFlow<()> {
+        if stage == "heal" && done >= self.0 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    }
+}
+
+fn records(path: &Path) -> Vec<Record> {
+    let text = std::fs::read_to_string(path).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+#[test]
+fn a_cancelled_run_goes_on_to_the_same_weights_and_the_same_log() {
+    let dense = load("llama");
+    let (train, held_out) = (windows(7, 0, &dense), windows(4, 100, &dense));
+    let directory = tempfile::tempdir().unwrap();
+    let run = |name: &str, observer: &mut dyn Observer| {
+        let mut heal = heal(13);
+        heal.losses = Losses::tail();
+        heal.state_file = Some(directory.path().join(format!("{name}.state")));
+        heal.log_file = Some(directory.path().join(format!("{name}.jsonl")));
+        heal.run(&dense, &train, Some(&held_out), Some(Teacher::Model(&dense)), observer)
+    };
+    let whole = run("whole", &mut ()).unwrap();
+    for stop in [3, 6, 11] {
+        let error = run("cut", &mut StopAt(stop)).unwrap_err();
+        assert!(matches!(error, Error::Cancelled { stage: "heal" }), "{error}");
+    }
+    let resumed = run("cut", &mut ()).unwrap();
+    assert!(same(&whole.decoder, &resumed.decoder));
+    assert_eq!(whole.report.held_out, resumed.report.held_out);
+    let without_time = |name: &str| -> Vec<String> {
+        let text = records(&directory.path().join(name)).into_iter().map(|record| match record {
+            Record::Step { step, tokens, loss, terms, gradient_norm, learning_rate, .. } => {
+                format!("{step} {tokens} {loss} {terms:?} {gradient_norm} {learning_rate}")
+            }
+            other => format!("{other:?}"),
+        });
+        text.collect()
+    };
+    assert_eq!(without_time("whole.jsonl"), without_time("cut.jsonl"));
+    assert_eq!(without_time("whole.jsonl").len(), 13 + 4);
+    // A finished run is only read.
+    assert!(same(&run("cut", &mut ()).unwrap().decoder, &whole.decoder));
+}
+
+#[test]
+fn the_state_of_another_healing_is_refused() {
+    let dense = load("llama");
+    let train = windows(7, 0, &dense);
+    let directory = tempfile::tempdir().unwrap();
+    let mut heal = heal(2);
+    heal.state_file = Some(directory.path().join("state"));
+    heal.run(&dense, &train, None, None, &mut ()).unwrap();
+    let refused = |heal: &Heal, decoder: &Decoder, train: &Windows| {
+        let error = heal.run(decoder, train, None, None, &mut ()).unwrap_err().to_string();
+        assert!(error.contains("another healing"), "{error}");
+    };
+    refused(&heal, &dense, &windows(7, 1, &dense));
+    refused(&heal, &dense.with_blocks(&[0, 1]).unwrap(), &train);
+    heal.seed = 1;
+    refused(&heal, &dense, &train);
+    std::fs::write(directory.path().join("state"), b"nothing").unwrap();
+    let error = heal.run(&dense, &train, None, None, &mut ()).unwrap_err().to_string();
+    assert!(error.contains("no state of a healing"), "{error}");
+}
+
+#[test]
+fn a_budget_of_time_ends_and_one_of_tokens_counts() {
+    let dense = load("llama");
+    let train = windows(7, 0, &dense);
+    let mut heal = heal(1);
+    heal.budget = Budget::Minutes(0.002);
+    let report = heal.run(&dense, &train, None, None, &mut ()).unwrap().report;
+    assert!(report.steps > 0 && report.seconds >= 0.12, "{report:?}");
+    heal.budget = Budget::Tokens(4 * 23 + 1);
+    assert_eq!(heal.run(&dense, &train, None, None, &mut ()).unwrap().report.steps, 2);
+}
+
+#[test]
+fn a_teacher_in_a_file_teaches_as_one_in_memory() {
+    let dense = load("llama");
+    let vocab = dense.architecture().vocab_size;
+    let cut = cut(&dense);
+    let train = windows(7, 0, &dense);
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("teacher");
+    let mut options = CacheOptions::default();
+    (options.tail_blocks, options.top_tokens) = (2, vocab);
+    TeacherCache::write(&path, &dense, "the model", &train, &options, &mut ()).unwrap();
+    let cache = TeacherCache::open(&path, "the model", &train).unwrap();
+    let log = directory.path().join("log");
+    let first = |teacher| {
+        let mut heal = heal(2);
+        heal.losses = Losses::tail();
+        heal.losses.tail_blocks = 2;
+        heal.log_file = Some(log.clone());
+        let decoder = heal.run(&cut, &train, None, Some(teacher), &mut ()).unwrap().decoder;
+        match &records(&log)[0] {
+            Record::Step { terms, .. } => (*terms, decoder),
+            other => panic!("{other:?}"),
+        }
+    };
+    let ((found, from_file), (expected, from_memory)) =
+        (first(Teacher::Cache(&cache)), first(Teacher::Model(&dense)));
+    // bf16 has 8 bits.
+    let close = |a: f64, b: f64| (a - b).abs() < 0.02 * b.abs().max(0.1);
+    assert!((found.cross_entropy - expected.cross_entropy).abs() < 1e-9);
+    assert!(close(found.divergence, expected.divergence), "{found:?}, expected {expected:?}");
+    assert!(close(found.tail, expected.tail), "{found:?}, expected {expected:?}");
+    let ids = input_ids("llama");
+    let (found, expected) = (from_file.forward(&ids).unwrap(), from_memory.forward(&ids).unwrap());
+    assert!(distance(&found, &expected) < 0.02);
+}
+
+#[test]
+fn a_teacher_in_a_file_is_refused_for_another_model_or_text_and_where_it_is_damaged() {
+    let dense = load("llama");
+    let train = windows(7, 0, &dense);
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("teacher");
+    let mut options = CacheOptions::default();
+    options.top_tokens = 5;
+    TeacherCache::write(&path, &dense, "the model", &train, &options, &mut ()).unwrap();
+    let refused = |model: &str, windows: &Windows, expected: &str| {
+        let error = TeacherCache::open(&path, model, windows).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}, expected {expected}");
+    };
+    refused("another", &train, "sha256 the model, expected another");
+    refused("the model", &windows(7, 1, &dense), "is of windows with");
+    let cache = TeacherCache::open(&path, "the model", &train).unwrap();
+    let run = |losses: Losses| {
+        let mut heal = heal(2);
+        heal.losses = losses;
+        heal.run(&dense, &train, None, Some(Teacher::Cache(&cache)), &mut ()).map(|_| ())
+    };
+    let (mut deeper, mut warmer) = (Losses::tail(), Losses::tail());
+    (deeper.tail_blocks, warmer.temperature) = (2, 3.0);
+    assert!(run(deeper).unwrap_err().to_string().contains("tail_blocks is 2"));
+    assert!(run(warmer).unwrap_err().to_string().contains("temperature is 3"));
+    run(Losses::tail()).unwrap();
+    let mut bytes = std::fs::read(&path).unwrap();
+    let last = bytes.len() - 40;
+    bytes[last] ^= 1;
+    std::fs::write(&path, &bytes).unwrap();
+    let error = run(Losses::tail()).unwrap_err().to_string();
+    assert!(error.contains("window 6 is damaged"), "{error}");
+    std::fs::write(&path, &bytes[..bytes.len() - 1]).unwrap();
+    refused("the model", &train, "bytes, expected");
+    std::fs::write(&path, b"foldtch1").unwrap();
+    refused("the model", &train, "too short");
+}
