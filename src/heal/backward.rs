@@ -9,7 +9,7 @@ use super::losses::{Losses, Terms, relative_distance};
 use super::teacher::Lesson;
 use super::trainable::Student;
 use crate::error::{Error, Result};
-use crate::model::{Decoder, Param, Pass};
+use crate::model::{Param, Pass};
 
 /// The gradients of a step, summed over its micro-batches.
 pub(super) struct Gradients(Vec<Option<Tensor>>);
@@ -112,9 +112,7 @@ impl Backward<'_> {
             if index >= uses.first {
                 let places = uses.blocks.get(index).map(Vec::as_slice).unwrap_or_default();
                 let wanted = self.variables(places);
-                let (through, found) = student
-                    .tracked
-                    .vjp(&x, &upstream, wanted, |decoder, x| decoder.run_block(index, x, &pass))?;
+                let (through, found) = student.tracked.block_vjp(index, &x, &upstream, wanted, &pass)?;
                 gradients.add(places, found)?;
                 upstream = through;
             }
@@ -164,7 +162,7 @@ impl Backward<'_> {
         terms.divergence += loss.divergence;
         gradients.add(uses.head.as_slice(), [loss.weight])?;
         let wanted = self.variables(&uses.final_norm);
-        let (through, found) = student.tracked.vjp(&rows, &loss.hidden, wanted, Decoder::normalised)?;
+        let (through, found) = student.tracked.final_norm_vjp(&rows, &loss.hidden, wanted)?;
         gradients.add(&uses.final_norm, found)?;
         Ok(through.reshape(output.shape())?)
     }

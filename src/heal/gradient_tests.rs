@@ -108,6 +108,15 @@ fn assert_close(name: &str, student: &Student, found: &[Tensor], expected: &[Ten
     }
 }
 
+/// A `B` of zeros would hide the gradient of its `A`.
+fn move_values(student: &Student) {
+    for (place, trained) in student.trained.iter().enumerate() {
+        let moved = (0..trained.var.elem_count()).map(|i| ((i * 7 + place) % 11) as f32 * 1e-2 - 0.05);
+        let moved = Tensor::from_iter(moved, &Device::Cpu).unwrap().reshape(trained.var.shape()).unwrap();
+        trained.var.set(&(trained.var.as_tensor() + moved).unwrap()).unwrap();
+    }
+}
+
 #[test]
 fn gradients_of_everything_are_those_of_the_whole_graph() {
     for family in FAMILIES {
@@ -119,14 +128,7 @@ fn gradients_of_everything_are_those_of_the_whole_graph() {
         let cut = dense.with_blocks(&[0, 2, 3]).unwrap();
         for student in [&dense, &folded(&dense), &cut] {
             let student = Student::new(student, &groups, 1).unwrap();
-            // A `B` of zeros would hide the gradient of its `A`.
-            for (place, trained) in student.trained.iter().enumerate() {
-                let moved =
-                    (0..trained.var.elem_count()).map(|i| ((i * 7 + place) % 11) as f32 * 1e-2 - 0.05);
-                let moved =
-                    Tensor::from_iter(moved, &Device::Cpu).unwrap().reshape(trained.var.shape()).unwrap();
-                trained.var.set(&(trained.var.as_tensor() + moved).unwrap()).unwrap();
-            }
+            move_values(&student);
             let (terms, found) = walked(&student, &dense, &losses()).unwrap();
             let (loss, expected) = whole_graph(&student, &dense, &losses());
             let total = losses().total(terms);
@@ -138,21 +140,27 @@ fn gradients_of_everything_are_those_of_the_whole_graph() {
 
 #[test]
 fn gradients_of_parts_are_those_of_the_whole_graph() {
-    let dense = load("gemma2");
-    let folded = folded(&dense);
-    let parts = [
-        Trainable::Norms,
-        Trainable::Scales,
-        Trainable::SharedMatrices,
-        Trainable::Matrices,
-        Trainable::LastBlocks(1),
-        Trainable::Head,
-    ];
-    for part in parts {
-        let student = Student::new(&folded, &[ParamGroup::new(part.clone(), 1e-3)], 1).unwrap();
-        let (_, found) = walked(&student, &dense, &losses()).unwrap();
-        let (_, expected) = whole_graph(&student, &dense, &losses());
-        assert_close(&format!("{part:?}"), &student, &found, &expected);
+    // With a norm after the MLP, without, and with biases.
+    for family in ["gemma2", "llama", "gpt2"] {
+        let dense = load(family);
+        let folded = folded(&dense);
+        let parts = [
+            Trainable::Norms,
+            Trainable::Scales,
+            Trainable::Lora(Lora { rank: 2, shared: true, ..Lora::default() }),
+            Trainable::Lora(Lora { rank: 2, shared: false, ..Lora::default() }),
+            Trainable::SharedMatrices,
+            Trainable::Matrices,
+            Trainable::LastBlocks(1),
+            Trainable::Head,
+        ];
+        for part in parts {
+            let student = Student::new(&folded, &[ParamGroup::new(part.clone(), 1e-3)], 1).unwrap();
+            move_values(&student);
+            let (_, found) = walked(&student, &dense, &losses()).unwrap();
+            let (_, expected) = whole_graph(&student, &dense, &losses());
+            assert_close(&format!("{family}, {part:?}"), &student, &found, &expected);
+        }
     }
 }
 

@@ -142,6 +142,7 @@ pub(super) fn relative_distance(student: &Tensor, teacher: &Tensor) -> Result<(f
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use candle_core::Device;
 

@@ -232,9 +232,9 @@ impl Student {
         if self.merge {
             decoder = decoder.merge_adapters()?;
         }
-        decoder.map(|param, value| match unrounded.contains(&value.id()) {
-            true => self.original.rounded(param, value),
-            false => Ok(value.clone()),
+        decoder.map(|param, value| {
+            let unrounded = unrounded.contains(&value.id());
+            if unrounded { self.original.rounded(param, value) } else { Ok(value.clone()) }
         })
     }
 }

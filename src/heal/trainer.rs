@@ -144,7 +144,7 @@ impl<'a> Run<'a> {
             self.tell_time_left(first, observer);
             self.evaluate(total, observer)?;
         }
-        self.save(true)
+        self.save()
     }
 
     /// How much of the budget is spent, from 0 on, when this much more of a step is done.
@@ -188,7 +188,7 @@ impl<'a> Run<'a> {
         }
         // Only now it is known that the weights are good: a state that was due is written.
         if self.state.position.step.is_multiple_of(self.heal.save_every) {
-            self.save(false)?;
+            self.save()?;
         }
         let norm = self.update(&gradients, rate, step)?;
         let position = &mut self.state.position;
@@ -282,14 +282,11 @@ impl<'a> Run<'a> {
         self.log.add(&Record::HeldOut { step, held_out: loss })
     }
 
-    /// Writes the state; one that is not the last is followed by more training.
-    fn save(&mut self, last: bool) -> Result<()> {
+    fn save(&mut self) -> Result<()> {
         self.state.position.seconds = self.seconds();
         match self.heal.state_file.as_deref() {
-            Some(path) if last || self.state.position.step < self.steps => {
-                self.state.save(path, &self.student)
-            }
-            _ => Ok(()),
+            Some(path) => self.state.save(path, &self.student),
+            None => Ok(()),
         }
     }
 

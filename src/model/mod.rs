@@ -12,6 +12,7 @@ mod merge;
 mod params;
 mod residual;
 mod rope;
+mod share;
 mod structure;
 mod unit;
 

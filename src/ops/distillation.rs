@@ -152,13 +152,11 @@ impl Kernels {
         Ok(top)
     }
 
-    /// The logits of all rows, one after the other.
+    /// The logits of all rows, one after the other, capped where the head caps them.
     fn capped(self, hidden: &Tensor, head: Head<'_>) -> Result<Vec<f32>> {
-        let logits = self.linear(&hidden.detach(), &head.weight.detach(), None)?.to_dtype(DType::F32)?;
-        let vocab = logits.dim(1)?;
-        let mut logits = logits.flatten_all()?.to_vec1::<f32>()?;
+        let mut logits = self.logits(hidden, head.weight)?;
         if head.softcap.is_some() {
-            logits.par_chunks_exact_mut(vocab).for_each(|row| {
+            logits.par_chunks_exact_mut(head.weight.dim(0)?).for_each(|row| {
                 vectorised(
                     #[inline(always)]
                     || cap(row, head.softcap),
@@ -166,6 +164,16 @@ impl Kernels {
             });
         }
         Ok(logits)
+    }
+
+    fn logits(self, hidden: &Tensor, weight: &Tensor) -> Result<Vec<f32>> {
+        let (hidden, weight) = (hidden.detach().contiguous()?, weight.detach());
+        let Some(frozen) = self.frozen(&weight).filter(|_| self.fuses(&[&hidden])) else {
+            return self.linear(&hidden, &weight, None)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1();
+        };
+        let (storage, layout) = hidden.storage_and_layout();
+        let Storage::Cpu(storage) = &*storage else { bail!("operand is not on the cpu") };
+        frozen.forward(storage, layout.start_offset(), hidden.dim(0)?)
     }
 }
 
@@ -226,11 +234,7 @@ impl Chunk<'_> {
     fn fused(&self, kernels: Kernels, wants_weight: bool) -> Result<HeadLoss> {
         let Some(head) = kernels.frozen(self.head.weight) else { bail!("head is not of a fused type") };
         let (rows, vocab) = (self.targets.len(), head.dims()?.0);
-        let mut logits = {
-            let (storage, layout) = self.hidden.storage_and_layout();
-            let Storage::Cpu(storage) = &*storage else { bail!("operand is not on the cpu") };
-            head.forward(storage, layout.start_offset(), rows)?
-        };
+        let mut logits = kernels.logits(&self.hidden, self.head.weight)?;
         let terms = Terms { softcap: self.head.softcap, weights: self.weights };
         let row_losses: Vec<(f32, f32)> = match self.soft {
             Some(Soft::States(states, teacher)) => {
