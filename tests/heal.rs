@@ -10,6 +10,7 @@ use foldgpt::candle::{DType, Device, Tensor};
 use foldgpt::heal::{
     Budget, CacheOptions, Decay, Heal, Lora, Losses, ParamGroup, Record, Teacher, TeacherCache, Trainable,
 };
+use foldgpt::model::Block;
 use foldgpt::{Decoder, Error, Observer, Windows, perplexity};
 use support::{distance, input_ids, load};
 
@@ -112,7 +113,7 @@ fn matrices_in_bf16_are_healed_by_f32_adapters() {
     let healed = heal(8).run(&dense, &train, Some(&held_out), None, &mut ()).unwrap();
     assert_eq!(healed.decoder.dtype(), DType::BF16);
     let blocks = healed.decoder.blocks();
-    assert!(blocks.iter().flat_map(|block| block.matrices()).all(|matrix| matrix.dtype() == DType::BF16));
+    assert!(blocks.iter().flat_map(Block::matrices).all(|matrix| matrix.dtype() == DType::BF16));
     assert!(healed.report.held_out.last().unwrap().1 < healed.report.held_out[0].1);
 }
 
@@ -361,4 +362,33 @@ fn a_teacher_in_a_file_is_refused_for_another_model_or_text_and_where_it_is_dama
     refused("the model", &train, "bytes, expected");
     std::fs::write(&path, b"foldtch1").unwrap();
     refused("the model", &train, "too short");
+}
+
+#[test]
+fn models_of_one_origin_share_what_they_have_in_common() {
+    let dense = load("llama");
+    // As it is when it was read from another file.
+    let copy = dense.with_blocks(&[0, 1, 3]).unwrap().map(|_, value| Ok(value.copy()?)).unwrap();
+    let shared = copy.sharing(&dense).unwrap();
+    let ids = |decoder: &Decoder| decoder.tensors().map(Tensor::id).collect::<Vec<_>>();
+    let (known, found) = (ids(&dense), ids(&shared));
+    assert!(found.iter().all(|id| known.contains(id)));
+    assert!(same(&shared, &copy) && shared.parameter_count() == copy.parameter_count());
+    let mut heal = heal(2);
+    heal.groups = vec![ParamGroup::new(Trainable::Matrices, 1e-3)];
+    let before = dense.map(|_, value| Ok(value.copy()?)).unwrap();
+    heal.run(&shared, &windows(4, 0, &dense), None, Some(Teacher::Model(&dense)), &mut ()).unwrap();
+    assert!(same(&dense, &before), "the teacher was trained");
+}
+
+#[test]
+fn windows_are_parted_in_order_and_none_is_lost() {
+    let whole = windows(5, 0, &load("llama"));
+    let (first, rest) = whole.split_at(3).unwrap();
+    assert_eq!((first.len(), rest.len()), (3, 2));
+    assert!(first.iter().chain(rest.iter()).eq(whole.iter()));
+    for count in [0, 5, 6] {
+        let error = whole.split_at(count).unwrap_err().to_string();
+        assert_eq!(error, format!("windows is {count}, expected from 1 to 4, to part 5 windows"));
+    }
 }

@@ -1,8 +1,10 @@
 //! Text to tokens to windows.
 
+mod json_lines;
 mod tokenizer;
 mod windows;
 
+pub use json_lines::json_lines;
 pub use tokenizer::Tokenizer;
 pub use windows::{Bos, Windows};
 

@@ -123,6 +123,23 @@ impl Windows {
         Ok(Self { ids, ..self.clone() })
     }
 
+    /// The first `count` windows, and the rest.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] where one of the two would be empty.
+    pub fn split_at(&self, count: usize) -> Result<(Self, Self)> {
+        match self.ids.split_at_checked(count) {
+            Some((first, rest)) if !first.is_empty() && !rest.is_empty() => {
+                let of = |ids: &[Vec<u32>]| Self { ids: ids.to_vec(), ..self.clone() };
+                Ok((of(first), of(rest)))
+            }
+            _ => {
+                let expected = format!("from 1 to {}, to part {} windows", self.len() - 1, self.len());
+                Err(Error::argument("windows", count, expected))
+            }
+        }
+    }
+
     /// Tokens in each window.
     #[must_use]
     pub fn seq_len(&self) -> usize {
