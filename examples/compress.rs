@@ -1,10 +1,11 @@
-//! Makes a model shallower: chooses the blocks that matter least together, drops them, saves, reloads, evaluates.
+//! Makes a model shallower: chooses the blocks that matter least together, drops them, heals what is left where that is
+//! asked for, saves, reloads, evaluates.
 //!
 //! ```text
 //! cargo run --release --example compress -- --model M --text F --remove 0.2 --out DIR
 //! ```
 //!
-//! The first 80 % of the text calibrates, the last 20 % evaluates, in f32 whatever the blocks were scored in.
+//! The first 80 % of the text calibrates and heals, the last 20 % evaluates, in f32 whatever the blocks were scored in.
 #![allow(clippy::print_stdout)]
 
 mod chart;
@@ -17,6 +18,7 @@ use anyhow::Context;
 use clap::Parser;
 use foldgpt::candle::DType;
 use foldgpt::checkpoint::check_destination;
+use foldgpt::heal::Teacher;
 use foldgpt::{Checkpoint, Plan, SaveOptions, fold};
 
 #[global_allocator]
@@ -54,6 +56,8 @@ struct Args {
     eval_windows: usize,
     #[command(flatten)]
     window: cli::WindowArgs,
+    #[command(flatten)]
+    heal: cli::heal::HealArgs,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -72,28 +76,41 @@ fn main() -> anyhow::Result<()> {
     }
     let tokenizer = checkpoint.tokenizer()?;
     let text = cli::read_text(&args.text)?;
-    let (calibration, held_out) = cli::split_text(&text);
-    let calibration =
-        args.window.cut(&tokenizer, calibration, Some(args.windows)).context("the first 80 %")?;
+    let (first, held_out) = cli::split_text(&text);
+    let calibration = args.window.cut(&tokenizer, first, Some(args.windows)).context("the first 80 %")?;
     let held_out = args.window.cut(&tokenizer, held_out, Some(args.eval_windows)).context("the last 20 %")?;
 
     let method = args.method.build(count, &args.protect, args.seed, &args.gates)?;
     let scores = method.score(&dense.to_dtype(args.model.dtype.dtype())?, &calibration, &mut bars)?;
     let plan = Plan::new(dense.architecture(), &scores, target, &args.protect)?;
     let plan = plan.for_model(checkpoint.sha256(&mut bars)?);
-    let folded = fold(&dense, &plan)?;
+    let mut folded = fold(&dense, &plan)?;
+    let cut = folded.clone();
+    let mut report = None;
+    if let Some(heal) = args.heal.heal(args.seed)? {
+        let (train, choosing) = cli::heal::split(&args.window.cut(&tokenizer, first, None)?)?;
+        let teacher = heal.losses.need_teacher().then_some(Teacher::Model(&dense));
+        let healed = heal.run(&folded, &train, Some(&choosing), teacher, &mut bars)?;
+        folded = healed.decoder;
+        report = Some(healed.report);
+    }
     let saved = checkpoint.save(&folded, Some(&plan), &args.out, &SaveOptions::default(), &mut bars)?;
 
     let written = Checkpoint::open(&args.out)?;
     let reloaded = cli::load(&written, DType::F32)?;
-    let rows = [
-        table::Row::measure("dense", &checkpoint, &dense, &held_out, &mut bars)?,
-        table::Row::measure("compressed", &written, &reloaded, &held_out, &mut bars)?,
-    ];
+    let mut rows = vec![table::Row::measure("dense", &checkpoint, &dense, &held_out, &mut bars)?];
+    if report.is_some() {
+        rows.push(table::Row::measure("cut", &written, &cut, &held_out, &mut bars)?);
+    }
+    let name = if report.is_some() { "healed" } else { "compressed" };
+    rows.push(table::Row::measure(name, &written, &reloaded, &held_out, &mut bars)?);
     println!("importance by {} on {} windows of {}", scores.method, scores.windows, scores.seq_len);
     print!("{}", chart::bars(&scores, &plan.units(), "removed"));
     println!("\n{}", table::table(&rows));
     println!("nll in nats per token, {}", cli::protocol(&held_out));
+    if let Some(report) = report {
+        println!("{}", cli::heal::summary(&report));
+    }
     println!("saved to {} ({} bytes of tensors)", saved.directory.display(), saved.tensor_bytes);
     Ok(())
 }

@@ -8,27 +8,27 @@
 //! variable is set, candle reads `/proc/cpuinfo` before every product to choose a number.
 //!
 //! 1. Stories come from a seeded grammar (`examples/stories`), and a byte-level BPE tokenizer is trained on them.
-//! 2. A random [`Decoder`] learns them with [`AdamW`]; every step sees stories that no step before has seen.
+//! 2. A random [`Decoder`] learns them with the trainer that heals ([`Heal`]), everything being trained; every step sees
+//!    stories that no step before has seen.
 //! 3. The weights are rounded to bf16 and measured on held-out stories: beside tables of n-grams, without each
 //!    block in turn, and by a story of its own.
 //! 4. It is saved as a Hugging Face directory that [`Checkpoint::open`] and transformers load.
 //!
-//! The same flags give the same bytes on the same machine; the defaults are those of the committed model.
-#![allow(clippy::print_stdout, clippy::print_stderr)]
+//! The same flags give the same bytes on the same machine; the defaults are those of the committed model, which a loop of
+//! the same options made before there was this trainer.
+#![allow(clippy::print_stdout)]
 
+mod cli;
 mod stories;
 
 use std::ops::ControlFlow;
 use std::path::PathBuf;
-use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
-use candle_core::{DType, Device, Tensor, Var, backprop::GradStore};
-use candle_nn::{AdamW, Optimizer, ParamsAdamW};
+use anyhow::{Result, ensure};
+use candle_core::{DType, Device, Tensor};
 use clap::Parser;
-use foldgpt::model::{BlockParam, Param};
-use foldgpt::{Bos, Checkpoint, Decoder, Generate, SaveOptions, Tokenizer, Windows, perplexity};
-use indicatif::{ProgressBar, ProgressStyle};
+use foldgpt::heal::{Budget, ParamGroup, Trainable};
+use foldgpt::{Bos, Checkpoint, Decoder, Generate, Heal, SaveOptions, Tokenizer, Windows, perplexity};
 use rand::{SeedableRng, rngs::StdRng};
 use serde_json::{Value, json};
 
@@ -38,7 +38,6 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 const VOCAB: usize = 1536;
 const WINDOW: usize = 256;
-const MAX_GRADIENT_NORM: f64 = 1.0;
 
 /// Trains a small Llama on generated stories and saves it.
 #[derive(Parser)]
@@ -55,6 +54,12 @@ struct Args {
     /// Highest learning rate
     #[arg(long, default_value_t = 3e-3)]
     lr: f64,
+    /// Keep the training's state in this file, and go on from it where it exists
+    #[arg(long)]
+    state: Option<PathBuf>,
+    /// Log every step to this file, as JSON Lines
+    #[arg(long)]
+    log: Option<PathBuf>,
     /// Seed of the stories and of the first weights; the held-out stories have the next one
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -116,106 +121,34 @@ fn story_tokens(tokenizer: &Tokenizer, seed: u64, count: usize) -> Result<Vec<u3
     Ok(tokens)
 }
 
-/// A decoder trained on `tokens` from first to last, its weights rounded to what will be saved.
+/// A decoder trained on windows of `tokens`, its weights rounded to what will be saved.
 fn train(checkpoint: &Checkpoint, tokens: &[u32], args: &Args) -> Result<Decoder> {
-    let mut trainer = Trainer::new(checkpoint, args.seed)?;
-    let batch = args.batch * WINDOW;
-    let style = "{bar:30} {pos}/{len} steps, {msg}, {eta} left";
-    let bar = ProgressBar::new(args.steps as u64).with_style(ProgressStyle::with_template(style)?);
-    let (start, mut smooth, mut speed) = (Instant::now(), None, 0.0);
-    for step in 0..args.steps {
-        // The last token of a batch is only a target, and the first one of the next batch.
-        let loss = trainer.step(&tokens[step * batch..=(step + 1) * batch], learning_rate(step, args))?;
-        ensure!(loss.is_finite(), "the loss of step {step} is {loss}: try a lower --lr");
-        let loss = smooth.map_or(loss, |before| 0.95 * before + 0.05 * loss);
-        smooth = Some(loss);
-        speed = ((step + 1) * batch) as f64 / start.elapsed().as_secs_f64();
-        bar.set_message(format!("loss {loss:.3}, {speed:.0} tokens/s"));
-        bar.inc(1);
-    }
-    bar.finish();
-    let (count, minutes) = (trainer.decoder.parameter_count(), start.elapsed().as_secs_f64() / 60.0);
-    println!("{count} parameters, {} steps, {minutes:.1} minutes, {speed:.0} tokens/s", args.steps);
-    trainer.rounded()
-}
-
-/// A short linear warm-up, then half a cosine down to nothing.
-fn learning_rate(step: usize, args: &Args) -> f64 {
-    let warm_up = (args.steps / 20).max(1);
-    if step < warm_up {
-        return args.lr * (step + 1) as f64 / warm_up as f64;
-    }
-    let done = (step - warm_up) as f64 / (args.steps - warm_up).max(1) as f64;
-    args.lr * 0.5 * (1.0 + (std::f64::consts::PI * done).cos())
-}
-
-/// A decoder whose tensors are variables, and what moves them.
-struct Trainer {
-    decoder: Decoder,
-    vars: Vec<(Param, Var)>,
-    optimizers: [AdamW; 2],
-}
-
-impl Trainer {
-    fn new(checkpoint: &Checkpoint, seed: u64) -> Result<Self> {
-        let frozen = Decoder::random(checkpoint.architecture().clone(), seed, DType::F32, &Device::Cpu)?;
-        let mut vars = Vec::new();
-        let decoder = frozen.map(|param, value| {
-            let var = Var::from_tensor(value)?;
-            let tensor = var.as_tensor().clone();
-            vars.push((param, var));
-            Ok(tensor)
-        })?;
-        let optimizer = |matrices: bool, weight_decay| {
-            let of_group = |(param, _): &&(Param, Var)| is_matrix(*param) == matrices;
-            let group = vars.iter().filter(of_group).map(|(_, var)| var.clone()).collect();
-            AdamW::new(group, ParamsAdamW { beta2: 0.95, weight_decay, ..ParamsAdamW::default() })
-        };
-        let optimizers = [optimizer(true, 0.1)?, optimizer(false, 0.0)?];
-        Ok(Self { decoder, vars, optimizers })
-    }
-
-    /// Learns from windows that follow each other; their mean loss before that.
-    fn step(&mut self, tokens: &[u32], learning_rate: f64) -> Result<f32> {
-        let (inputs, targets) = (&tokens[..tokens.len() - 1], &tokens[1..]);
-        let ids = Tensor::from_slice(inputs, (inputs.len() / WINDOW, WINDOW), self.decoder.device())?;
-        let hidden = self.decoder.hidden(&ids)?; // (windows, 256, 128)
-        let loss = self.decoder.nll(&hidden.flatten_to(1)?, targets)?.mean_all()?;
-        let mut gradients = loss.backward()?;
-        clip(&self.vars, &mut gradients)?;
-        for optimizer in &mut self.optimizers {
-            optimizer.set_learning_rate(learning_rate);
-            optimizer.step(&gradients)?;
-        }
-        Ok(loss.to_scalar()?)
-    }
-
-    /// The decoder as it will be read back from bf16.
-    fn rounded(&self) -> Result<Decoder> {
-        let round = |value: &Tensor| value.detach().to_dtype(DType::BF16)?.to_dtype(DType::F32);
-        Ok(self.decoder.map(|_, value| Ok(round(value)?))?)
-    }
-}
-
-/// Weight decay pulls at these only: embeddings and norms have no size that is too large.
-fn is_matrix(param: Param) -> bool {
-    matches!(param, Param::Block(_, BlockParam::Weight(_)))
-}
-
-/// Scales all gradients together, so that their norm is at most [`MAX_GRADIENT_NORM`].
-fn clip(vars: &[(Param, Var)], gradients: &mut GradStore) -> Result<()> {
-    let mut squares = 0.0;
-    for (param, var) in vars {
-        let gradient = gradients.get(var).with_context(|| format!("{param} gets no gradient"))?;
-        squares += f64::from(gradient.sqr()?.sum_all()?.to_scalar::<f32>()?);
-    }
-    let scale = (MAX_GRADIENT_NORM / squares.sqrt()).min(1.0);
-    for (_, var) in vars {
-        if let Some(gradient) = gradients.remove(var) {
-            gradients.insert(var, (gradient * scale)?);
-        }
-    }
-    Ok(())
+    let random = Decoder::random(checkpoint.architecture().clone(), args.seed, DType::F32, &Device::Cpu)?;
+    // The last token of a window is only a target, and the first one of the next window.
+    let window = |index: usize| tokens[index * WINDOW..=(index + 1) * WINDOW].to_vec();
+    let windows = Windows::from_ids((0..args.steps * args.batch).map(window).collect())?;
+    let mut training = Heal::default();
+    (training.budget, training.seed) = (Budget::Steps(args.steps), args.seed);
+    (training.batch, training.micro_batch) = (args.batch, args.batch);
+    // Decay pulls at matrices only: embeddings and norms have no size that is too large.
+    training.groups = vec![
+        ParamGroup::new(Trainable::Matrices, args.lr).with_decay(0.1),
+        ParamGroup::new(Trainable::Everything, args.lr),
+    ];
+    training.adamw.beta2 = 0.95;
+    (training.state_file, training.save_every) = (args.state.clone(), 50);
+    training.log_file.clone_from(&args.log);
+    let trained = training.run(&random, &windows, None, None, &mut cli::Bars::default())?;
+    let report = trained.report;
+    println!(
+        "{} parameters, {} steps, {:.1} minutes, {:.0} tokens/s",
+        report.trained,
+        report.steps,
+        report.seconds / 60.0,
+        report.tokens as f64 / report.seconds
+    );
+    let round = |value: &Tensor| value.to_dtype(DType::BF16)?.to_dtype(DType::F32);
+    Ok(trained.decoder.map(|_, value| Ok(round(value)?))?)
 }
 
 /// Prints what the model is worth on stories that it has not seen.

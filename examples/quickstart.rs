@@ -1,5 +1,5 @@
 //! The whole job in a minute, on a tiny story-telling model that comes with the crate: score its blocks, drop those
-//! that matter least, save, reload, and compare.
+//! that matter least, heal the rest, save, reload, and compare.
 //!
 //! ```text
 //! cargo run --release --example quickstart
@@ -15,16 +15,19 @@ use std::ops::ControlFlow;
 
 use clap::Parser;
 use foldgpt::candle::DType;
+use foldgpt::heal::{Budget, Losses, Teacher};
 use foldgpt::importance::BlockInfluence;
-use foldgpt::{Checkpoint, Decoder, Generate, Importance, Plan, SaveOptions, Target, Tokenizer, fold};
+use foldgpt::{Checkpoint, Decoder, Generate, Heal, Importance, Plan, SaveOptions, Target, Tokenizer, fold};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/tiny-stories");
+/// Steps of healing: a few seconds' worth.
+const HEALING: usize = 60;
 const PROMPT: &str = "A boy named Ben lived in";
 
-/// The whole job on a tiny model that comes with the crate: score, drop, save, reload, compare
+/// The whole job on a tiny model that comes with the crate: score, drop, heal, save, reload, compare
 #[derive(Parser)]
 struct Args {}
 
@@ -49,17 +52,24 @@ fn main() -> anyhow::Result<()> {
         chart::bars(&scores, &plan.units(), "removed")
     );
 
-    let folded = fold(&dense, &plan)?;
+    let cut = fold(&dense, &plan)?;
+    let train = window.cut(&tokenizer, &stories::corpus(13, 400_000), None)?;
+    let (train, choosing) = cli::heal::split(&train)?;
+    let mut heal = Heal::default();
+    (heal.budget, heal.micro_batch, heal.losses) = (Budget::Steps(HEALING), 4, Losses::tail());
+    let healed = heal.run(&cut, &train, Some(&choosing), Some(Teacher::Model(&dense)), &mut bars)?;
     let directory = std::env::temp_dir().join(format!("foldgpt-quickstart-{}", std::process::id()));
-    checkpoint.save(&folded, Some(&plan), &directory, &SaveOptions::default(), &mut bars)?;
+    checkpoint.save(&healed.decoder, Some(&plan), &directory, &SaveOptions::default(), &mut bars)?;
 
     let written = Checkpoint::open(&directory)?;
     let reloaded = cli::load(&written, DType::F32)?;
     let rows = [
         table::Row::measure("dense", &checkpoint, &dense, &held_out, &mut bars)?,
-        table::Row::measure("compressed", &written, &reloaded, &held_out, &mut bars)?,
+        table::Row::measure("cut", &written, &cut, &held_out, &mut bars)?,
+        table::Row::measure("healed", &written, &reloaded, &held_out, &mut bars)?,
     ];
     println!("{}\nnll in nats per token, {}\n", table::table(&rows), cli::protocol(&held_out));
+    println!("{}\n", cli::heal::summary(&healed.report));
     println!("before: {}\n", sample(&dense, &tokenizer)?);
     println!("after:  {}\n", sample(&reloaded, &tokenizer)?);
     println!("The compressed model is in {}; transformers loads it too.", directory.display());

@@ -1,8 +1,10 @@
 //! What the examples have in common: flags that mean the same everywhere, and bars for progress.
 #![allow(dead_code, unreachable_pub, clippy::print_stdout, clippy::print_stderr)]
 
+pub mod heal;
+
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
@@ -212,6 +214,22 @@ pub fn read_text(path: &PathBuf) -> Result<String> {
     std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
 }
 
+/// A plain text, or the documents of JSON Lines (`*.jsonl`).
+pub fn read_documents(path: &PathBuf, field: &str) -> Result<String> {
+    let text = read_text(path)?;
+    if path.extension().is_none_or(|extension| extension != "jsonl") {
+        return Ok(text);
+    }
+    foldgpt::data::json_lines(&text, field).with_context(|| path.display().to_string())
+}
+
+/// Writes JSON beside its place and renames it: what is there is whole.
+pub fn keep(path: &Path, value: &impl serde::Serialize) -> Result<()> {
+    let partial = path.with_extension("partial");
+    std::fs::write(&partial, serde_json::to_string_pretty(value)?)?;
+    Ok(std::fs::rename(&partial, path)?)
+}
+
 /// The first 80 % of a text, for calibration, and the rest, for evaluation; parted at the end of a line, else of a
 /// word, else of a character.
 pub fn split_text(text: &str) -> (&str, &str) {
@@ -240,25 +258,41 @@ pub fn check_protected(protected: &[usize], decoder: &Decoder) -> Result<()> {
 
 /// A bar on standard error for every stage; nothing where standard error is no terminal.
 #[derive(Debug, Default)]
-pub struct Bars(Option<ProgressBar>);
+pub struct Bars {
+    bar: Option<ProgressBar>,
+    /// What a healing has measured last.
+    measured: Vec<(&'static str, f64)>,
+}
 
 impl Observer for Bars {
     fn started(&mut self, stage: &'static str, total: u64) {
         let style = ProgressStyle::with_template("{msg:18} {wide_bar} {pos}/{len} {eta} left");
         let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr());
-        self.0 =
+        self.bar =
             Some(bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar())).with_message(stage));
+        self.measured.clear();
     }
 
     fn advanced(&mut self, _: &'static str, done: u64, _: u64) -> ControlFlow<()> {
-        if let Some(bar) = &self.0 {
+        if let Some(bar) = &self.bar {
             bar.set_position(done);
         }
         ControlFlow::Continue(())
     }
 
+    fn measured(&mut self, stage: &'static str, what: &'static str, value: f64) {
+        // The bar knows the time that is left by itself.
+        let Some(bar) = self.bar.as_ref().filter(|_| what != "seconds left") else { return };
+        match self.measured.iter_mut().find(|(known, _)| *known == what) {
+            Some((_, last)) => *last = value,
+            None => self.measured.push((what, value)),
+        }
+        let measured = self.measured.iter().map(|(what, value)| format!(", {what} {value:.3}"));
+        bar.set_message(stage.to_string() + &measured.collect::<String>());
+    }
+
     fn finished(&mut self, _: &'static str) {
-        if let Some(bar) = self.0.take() {
+        if let Some(bar) = self.bar.take() {
             bar.finish_and_clear();
         }
     }

@@ -1,0 +1,130 @@
+//! Heals a model that lost blocks, or whose blocks share matrices: a small fine-tune, held to the original model.
+//!
+//! ```text
+//! cargo run --release --example heal -- --model CUT --teacher M --text F --heal-steps 200 --out DIR
+//! ```
+//!
+//! The first 80 % of the text train, but for a few windows that choose the weights that are kept; the last 20 %
+//! evaluate. Killed and started again with
+//! the same flags and a --heal-state, it goes on where it was.
+#![allow(clippy::print_stdout)]
+
+mod cli;
+mod table;
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::Parser;
+use foldgpt::candle::DType;
+use foldgpt::checkpoint::check_destination;
+use foldgpt::heal::{CacheOptions, Teacher, TeacherCache};
+use foldgpt::{Checkpoint, SaveOptions, Windows};
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Heals a cut or folded model with a small fine-tune, held to the original one
+#[derive(Parser)]
+struct Args {
+    #[command(flatten)]
+    model: cli::ModelArgs,
+    /// The original model, as --model; not needed with --distill none
+    #[arg(long)]
+    teacher: Option<String>,
+    /// Keep the teacher's last states and likeliest tokens in this file, made where it does not exist: the teacher is
+    /// then in memory while that is done, and not while the model is healed
+    #[arg(long, requires = "teacher")]
+    teacher_cache: Option<PathBuf>,
+    /// Text, or JSON Lines (*.jsonl): its first 80 % train, its last 20 % evaluate
+    #[arg(long)]
+    text: PathBuf,
+    /// The field of JSON Lines that holds the text
+    #[arg(long, default_value = "text")]
+    field: String,
+    #[command(flatten)]
+    heal: cli::heal::HealArgs,
+    /// The directory to write, new or empty
+    #[arg(long)]
+    out: PathBuf,
+    /// Seed of the order of windows and of the adapters
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Train on at most this many windows (all by default)
+    #[arg(long)]
+    windows: Option<usize>,
+    /// Evaluate on at most this many windows
+    #[arg(long, default_value_t = 32)]
+    eval_windows: usize,
+    #[command(flatten)]
+    window: cli::WindowArgs,
+}
+
+fn main() -> anyhow::Result<()> {
+    let args = Args::parse();
+    let Some(heal) = args.heal.heal(args.seed)? else {
+        anyhow::bail!("one of --heal-steps, --heal-tokens and --heal-minutes is needed");
+    };
+    check_destination(&args.out)?;
+    let mut bars = cli::Bars::default();
+    let (checkpoint, decoder) = args.model.load()?;
+    let tokenizer = checkpoint.tokenizer()?;
+    let text = cli::read_documents(&args.text, &args.field)?;
+    let (train, held_out) = cli::split_text(&text);
+    let train = args.window.cut(&tokenizer, train, args.windows).context("the first 80 %")?;
+    let (train, choosing) = cli::heal::split(&train)?;
+    let held_out = args.window.cut(&tokenizer, held_out, Some(args.eval_windows)).context("the last 20 %")?;
+
+    let needed = heal.losses.need_teacher();
+    let name = args.teacher.as_ref().filter(|_| needed);
+    anyhow::ensure!(name.is_some() || !needed, "--teacher is needed, or --distill none");
+    let original = name.map(Checkpoint::open).transpose()?;
+    let cache = match (&original, &args.teacher_cache) {
+        (Some(original), Some(path)) => Some(cached(&args, original, path, &train)?),
+        _ => None,
+    };
+    let dense = match (&original, &cache) {
+        (Some(original), None) => Some(cli::load(original, args.model.dtype.dtype())?),
+        _ => None,
+    };
+    // What is not trained is in memory once.
+    let decoder = dense.as_ref().map_or(Ok(decoder.clone()), |dense| decoder.sharing(dense))?;
+    let teacher = cache.as_ref().map(Teacher::Cache).or(dense.as_ref().map(Teacher::Model));
+    let healed = heal.run(&decoder, &train, Some(&choosing), teacher, &mut bars)?;
+
+    let saved = checkpoint.save(&healed.decoder, None, &args.out, &SaveOptions::default(), &mut bars)?;
+    let written = Checkpoint::open(&args.out)?;
+    let rows = [
+        table::Row::measure(
+            "before",
+            &checkpoint,
+            &cli::load(&checkpoint, DType::F32)?,
+            &held_out,
+            &mut bars,
+        )?,
+        table::Row::measure("healed", &written, &cli::load(&written, DType::F32)?, &held_out, &mut bars)?,
+    ];
+    println!("{}", table::table(&rows));
+    println!("nll in nats per token, {}", cli::protocol(&held_out));
+    println!("{}", cli::heal::summary(&healed.report));
+    println!("saved to {} ({} bytes of tensors)", saved.directory.display(), saved.tensor_bytes);
+    Ok(())
+}
+
+/// What the teacher has to say, from the file or into it.
+fn cached(
+    args: &Args,
+    original: &Checkpoint,
+    path: &PathBuf,
+    train: &Windows,
+) -> anyhow::Result<TeacherCache> {
+    let mut bars = cli::Bars::default();
+    let sha256 = original.sha256(&mut bars)?;
+    if path.exists() {
+        return Ok(TeacherCache::open(path, &sha256, train)?);
+    }
+    let mut options = CacheOptions::default();
+    options.tail_blocks = args.heal.tail_blocks;
+    let dense = cli::load(original, args.model.dtype.dtype())?;
+    Ok(TeacherCache::write(path, &dense, &sha256, train, &options, &mut bars)?)
+}
