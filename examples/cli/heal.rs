@@ -127,7 +127,6 @@ impl HealArgs {
         let budget =
             steps.or(self.heal_tokens.map(Budget::Tokens)).or(self.heal_minutes.map(Budget::Minutes));
         let Some(budget) = budget else { return Ok(None) };
-        anyhow::ensure!(!self.train.is_empty(), "--train: nothing is to be trained");
         let mut heal = Heal::default();
         (heal.budget, heal.seed, heal.patience) = (budget, seed, self.patience);
         (heal.batch, heal.micro_batch) = (self.batch, self.micro_batch);
