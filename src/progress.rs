@@ -81,3 +81,13 @@ pub(crate) fn steps(
         })
     })
 }
+
+/// Runs `work` as a stage whose steps `work` counts itself: it hands the number done to what it is given.
+pub(crate) fn counted<T>(
+    name: &'static str,
+    total: u64,
+    observer: &mut dyn Observer,
+    work: impl FnOnce(&mut dyn FnMut(u64) -> Result<()>) -> Result<T>,
+) -> Result<T> {
+    stage(name, total, observer, |observer| work(&mut |done| advance(name, done, total, observer)))
+}

@@ -5,10 +5,10 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 
 use super::coupling::Coupling;
-use super::removals::{Removals, Removed};
+use super::removals::Removals;
 use super::search::Search;
 use super::select::{Set, membership, places};
-use super::{Gates, Importance, Scores, check_blocks, check_removal, statistics, whole_blocks};
+use super::{Gates, Importance, Scores, check_blocks, check_removal, whole_blocks};
 use crate::data::Windows;
 use crate::error::{Error, Result};
 use crate::model::Decoder;
@@ -46,7 +46,7 @@ impl Default for GatesWithCoupling {
             budget_block_runs: 20_000.0,
             batch: 8,
             patience: 8,
-            finalists: 6,
+            finalists: 10,
         }
     }
 }
@@ -80,8 +80,15 @@ impl Importance for GatesWithCoupling {
             None
         } else {
             let starts = self.starts(&coupling, &trained.gates, &free)?;
-            let finalists =
-                self.search(&mut removals, &search, measured, &coupling, &free, &starts, observer)?;
+            let search = Search {
+                measured,
+                dense_loss: coupling.dense_loss,
+                free: &free,
+                count: self.gates.remove,
+                batch: self.batch,
+                patience: self.patience,
+            };
+            let finalists = self.search(search, &starts, &mut removals, observer)?;
             Some(decide(decoder, windows, &units, finalists, &mut removals, observer)?)
         };
         let mut scores = Scores::new(METHOD, windows, trained.gates)?;
@@ -107,48 +114,29 @@ impl GatesWithCoupling {
         Ok(vec![membership(n, &by_pairs), membership(n, &by_gates)])
     }
 
-    #[allow(clippy::too_many_arguments)] // what the search needs, each once
+    /// The best sets that the search finds within its budget, on its windows.
     fn search(
         &self,
-        removals: &mut Removals<'_>,
-        windows: &Windows,
-        mut measured: Vec<(Set, f64)>,
-        coupling: &Coupling,
-        free: &[usize],
+        mut search: Search<'_>,
         starts: &[Set],
+        removals: &mut Removals<'_>,
         observer: &mut dyn Observer,
     ) -> Result<Vec<(Set, f64)>> {
         const STAGE: &str = "search";
-        let before = removals.block_runs();
-        let budget = self.budget_block_runs;
-        let mut measure =
-            |sets: &[Removed], share: f64, observer: &mut dyn Observer| -> Result<Option<Vec<f64>>> {
-                let spent = removals.block_runs() - before;
-                if spent >= share * budget {
+        let (before, budget) = (removals.block_runs(), self.budget_block_runs);
+        let mut best = progress::stage(STAGE, budget as u64, observer, |observer| {
+            search.run(starts, |sets, share| {
+                if removals.block_runs() - before >= share * budget {
                     return Ok(None);
                 }
-                let rows = (0..windows.len())
-                    .map(|window| removals.losses(window, sets))
-                    .collect::<Result<Vec<_>>>()?;
+                let spent = (removals.block_runs() - before).min(budget);
+                let losses = removals.mean_losses(sets, &mut |_| {
+                    progress::advance(STAGE, spent as u64, budget as u64, observer)
+                })?;
                 let spent = (removals.block_runs() - before).min(budget);
                 progress::advance(STAGE, spent as u64, budget as u64, observer)?;
-                Ok(Some(statistics::means(&rows)))
-            };
-        let unknown: Vec<Set> =
-            starts.iter().filter(|set| measured.iter().all(|(known, _)| known != *set)).cloned().collect();
-        let mut best = progress::stage(STAGE, budget as u64, observer, |observer| {
-            if let Some(losses) = measure(&unknown, 1.0, observer)? {
-                measured.extend(unknown.into_iter().zip(losses));
-            }
-            let mut search = Search {
-                measured,
-                dense_loss: coupling.dense_loss,
-                free,
-                count: self.gates.remove,
-                batch: self.batch,
-                patience: self.patience,
-            };
-            search.run(starts, |sets, share| measure(sets, share, observer))
+                Ok(Some(losses))
+            })
         })?;
         best.truncate(self.finalists.max(1));
         Ok(best)
@@ -166,13 +154,10 @@ fn decide(
 ) -> Result<Vec<usize>> {
     let sets: Vec<Set> = finalists.into_iter().map(|(set, _)| set).collect();
     let mut removals = Removals::new(decoder, windows, units)?;
-    let mut rows = Vec::with_capacity(windows.len());
-    progress::steps("finalists", windows.len(), observer, |window| {
-        rows.push(removals.losses(window, &sets)?);
-        Ok(())
-    })?;
+    let total = (windows.len() * sets.len()) as u64;
+    let losses =
+        progress::counted("finalists", total, observer, |report| removals.mean_losses(&sets, report))?;
     spent.charge(removals.block_runs());
-    let losses = statistics::means(&rows);
     let best = sets.iter().zip(losses).min_by(|a, b| a.1.total_cmp(&b.1));
     best.map(|(set, _)| places(set)).ok_or_else(|| Error::Plan("the search measured no set".into()))
 }

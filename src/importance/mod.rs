@@ -250,12 +250,8 @@ pub fn losses_without(
     let units = whole_blocks(decoder);
     let mut removals = Removals::new(decoder, windows, &units)?;
     let sets: Vec<_> = sets.iter().map(|set| removals.set(set)).collect();
-    let mut by_window = Vec::with_capacity(windows.len());
-    progress::steps("losses", windows.len(), observer, |window| {
-        by_window.push(removals.losses(window, &sets)?);
-        Ok(())
-    })?;
-    Ok(statistics::means(&by_window))
+    let total = (windows.len() * sets.len()) as u64;
+    progress::counted("losses", total, observer, |report| removals.mean_losses(&sets, report))
 }
 
 /// Fails where a block that a method is told to keep does not exist.
