@@ -36,7 +36,7 @@ struct Args {
     #[command(flatten)]
     target: cli::TargetArgs,
     #[command(flatten)]
-    gates: cli::GateArgs,
+    scoring: cli::ScoringArgs,
     /// Blocks that have to stay, by index from 0
     #[arg(long, value_delimiter = ',')]
     protect: Vec<usize>,
@@ -77,7 +77,7 @@ fn main() -> anyhow::Result<()> {
         args.window.cut(&tokenizer, calibration, Some(args.windows)).context("the first 80 %")?;
     let held_out = args.window.cut(&tokenizer, held_out, Some(args.eval_windows)).context("the last 20 %")?;
 
-    let method = args.method.build(count, &args.protect, args.seed, &args.gates)?;
+    let method = args.method.build(count, &args.protect, args.seed, &args.scoring)?;
     let scores = method.score(&dense.to_dtype(args.model.dtype.dtype())?, &calibration, &mut bars)?;
     let plan = Plan::new(dense.architecture(), &scores, target, &args.protect)?;
     let plan = plan.for_model(checkpoint.sha256(&mut bars)?);

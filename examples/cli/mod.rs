@@ -132,6 +132,11 @@ impl Method {
         Self::Random,
     ];
 
+    /// What the method is called on the command line.
+    pub fn name(self) -> String {
+        self.to_possible_value().map(|value| value.get_name().to_string()).unwrap_or_default()
+    }
+
     /// Whether the method has to know how many blocks it is to choose.
     pub fn depends_on_count(self) -> bool {
         matches!(self, Self::Coupling | Self::Gates | Self::Angular)
@@ -143,47 +148,60 @@ impl Method {
         remove: usize,
         protected: &[usize],
         seed: u64,
-        gate_args: &GateArgs,
+        scoring: &ScoringArgs,
     ) -> Result<Box<dyn Importance>> {
-        anyhow::ensure!(!gate_args.halves || self == Self::Gates, "--halves is for --method gates");
+        anyhow::ensure!(!scoring.halves || self == Self::Gates, "--halves is for --method gates");
         let protected = protected.to_vec();
+        let state_file = scoring.file("gates.json")?;
+        let values = scoring.file(&format!("{}.jsonl", self.name()))?;
         let configured = |mut gates: Gates| {
             (gates.remove, gates.protected, gates.seed) = (remove, protected.clone(), seed);
-            gates.steps = gate_args.gate_steps.unwrap_or(gates.steps);
-            gates.state_file.clone_from(&gate_args.gate_state);
-            gates.halves = gate_args.halves;
+            gates.steps = scoring.gate_steps.unwrap_or(gates.steps);
+            gates.state_file.clone_from(&state_file);
+            gates.halves = scoring.halves;
             gates
         };
         Ok(match self {
             Self::Coupling => {
                 let mut method = GatesWithCoupling::default();
                 method.gates = configured(method.gates);
+                method.losses_file = values;
                 Box::new(method)
             }
             Self::Gates => Box::new(configured(Gates::default())),
             Self::BlockInfluence => Box::new(BlockInfluence::default()),
             Self::Angular => Box::new(AngularDistance { remove }),
             Self::Perplexity => Box::new(PerplexityIncrease::default()),
-            Self::GreedyPerplexity => Box::new(GreedyPerplexity { remove, protected }),
+            Self::GreedyPerplexity => Box::new(GreedyPerplexity { remove, protected, losses_file: values }),
             Self::Taylor => Box::new(Taylor::default()),
-            Self::MacroInfluence => Box::new(MacroInfluence { remove, protected }),
+            Self::MacroInfluence => Box::new(MacroInfluence { remove, protected, values_file: values }),
             Self::Random => Box::new(Random { seed }),
         })
     }
 }
 
-// How gates are trained, by the methods that train any.
+// How gates are trained, and where long scoring keeps its state.
 #[derive(Debug, Default, Args)]
-pub struct GateArgs {
+pub struct ScoringArgs {
     /// Train gates over the attention and the MLP of every block apart; removes halves of blocks (method gates)
     #[arg(long)]
     pub halves: bool,
     /// Training steps of the gates
     #[arg(long)]
     pub gate_steps: Option<usize>,
-    /// Keep the gates' training in this file, and go on from it where it exists
+    /// Keep what was trained and measured in this directory, and go on from it
     #[arg(long)]
-    pub gate_state: Option<PathBuf>,
+    pub state: Option<PathBuf>,
+}
+
+impl ScoringArgs {
+    /// A file in the directory where state is kept, which is made where it is missing.
+    fn file(&self, name: &str) -> Result<Option<PathBuf>> {
+        let Some(directory) = &self.state else { return Ok(None) };
+        std::fs::create_dir_all(directory)
+            .with_context(|| format!("cannot create {}", directory.display()))?;
+        Ok(Some(directory.join(name)))
+    }
 }
 
 // How much goes.

@@ -1,10 +1,12 @@
 //! Gates, coupling and true losses together: the crate's own method.
 
+use std::path::PathBuf;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
 use super::coupling::Coupling;
+use super::memo::Memo;
 use super::removals::Removals;
 use super::search::Search;
 use super::select::{Set, membership, places};
@@ -35,6 +37,9 @@ pub struct GatesWithCoupling {
     pub patience: usize,
     /// The best sets that are compared on all windows at the end.
     pub finalists: usize,
+    /// Where measured losses are kept, and gone on from; the gates have a file of their own.
+    #[serde(skip)]
+    pub losses_file: Option<PathBuf>,
 }
 
 impl Default for GatesWithCoupling {
@@ -47,6 +52,7 @@ impl Default for GatesWithCoupling {
             batch: 8,
             patience: 8,
             finalists: 10,
+            losses_file: None,
         }
     }
 }
@@ -66,7 +72,8 @@ impl Importance for GatesWithCoupling {
             (0..units.len()).filter(|place| !self.gates.protected.contains(place)).collect();
         check_removal(self.gates.remove, free.len())?;
         let search = windows.spread(self.search_windows)?;
-        let mut removals = Removals::new(decoder, &search, &units)?;
+        let memo = Memo::open(self.losses_file.as_deref(), METHOD, decoder, &units)?;
+        let mut removals = Removals::new(decoder, &search, &units)?.remembering(memo.as_ref());
 
         let (measured, coupling) = Coupling::measure(&mut removals, &search, units.len(), observer)?;
         let singles: Vec<f64> = (0..units.len()).map(|place| coupling.get(place, place)).collect();
@@ -89,7 +96,8 @@ impl Importance for GatesWithCoupling {
                 patience: self.patience,
             };
             let finalists = self.search(search, &starts, &mut removals, observer)?;
-            Some(decide(decoder, windows, &units, finalists, &mut removals, observer)?)
+            let on_all = Removals::new(decoder, windows, &units)?.remembering(memo.as_ref());
+            Some(decide(on_all, finalists, &mut removals, observer)?)
         };
         let mut scores = Scores::new(METHOD, windows, trained.gates)?;
         scores = scores.with_stability(trained.stability).with_options(self)?;
@@ -98,6 +106,7 @@ impl Importance for GatesWithCoupling {
         scores.coupling = Some(coupling.matrix);
         let mut scores = scores.costing(start, removals.block_runs() + trained.block_runs);
         scores.seconds += spent_before;
+        scores = scores.costing_before(memo.as_ref());
         Ok(scores)
     }
 }
@@ -145,16 +154,13 @@ impl GatesWithCoupling {
 
 /// The best of the finalists on all windows.
 fn decide(
-    decoder: &Decoder,
-    windows: &Windows,
-    units: &[crate::model::Unit],
+    mut removals: Removals<'_>,
     finalists: Vec<(Set, f64)>,
     spent: &mut Removals<'_>,
     observer: &mut dyn Observer,
 ) -> Result<Vec<usize>> {
     let sets: Vec<Set> = finalists.into_iter().map(|(set, _)| set).collect();
-    let mut removals = Removals::new(decoder, windows, units)?;
-    let total = (windows.len() * sets.len()) as u64;
+    let total = (removals.windows() * sets.len()) as u64;
     let losses =
         progress::counted("finalists", total, observer, |report| removals.mean_losses(&sets, report))?;
     spent.charge(removals.block_runs());

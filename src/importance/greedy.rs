@@ -1,11 +1,13 @@
 //! Removing block after block, measuring anew each time.
 
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use candle_core::Tensor;
 
 use serde::Serialize;
 
+use super::memo::Memo;
 use super::removals::{Removals, Removed, Report};
 use super::{Importance, Scores, check_blocks, check_removal, statistics, whole_blocks};
 use crate::data::Windows;
@@ -23,6 +25,9 @@ pub struct GreedyPerplexity {
     pub remove: usize,
     /// Blocks that stay, besides the first and the last.
     pub protected: Vec<usize>,
+    /// Where measured losses are kept, and gone on from.
+    #[serde(skip)]
+    pub losses_file: Option<PathBuf>,
 }
 
 impl Importance for GreedyPerplexity {
@@ -33,7 +38,12 @@ impl Importance for GreedyPerplexity {
     fn score(&self, decoder: &Decoder, windows: &Windows, observer: &mut dyn Observer) -> Result<Scores> {
         let ends = [0, decoder.depth().saturating_sub(1)];
         let kept: Vec<usize> = self.protected.iter().copied().chain(ends).collect();
-        let greedy = Greedy { method: self.method(), remove: self.remove, kept: &kept };
+        let greedy = Greedy {
+            method: self.method(),
+            remove: self.remove,
+            kept: &kept,
+            file: self.losses_file.as_deref(),
+        };
         #[allow(clippy::redundant_closure_for_method_calls)] // the method itself is for one lifetime only
         greedy
             .run(decoder, windows, observer, |removals, sets, report| removals.losses(sets, report))?
@@ -46,6 +56,7 @@ pub(super) struct Greedy<'a> {
     pub method: &'static str,
     pub remove: usize,
     pub kept: &'a [usize],
+    pub file: Option<&'a Path>,
 }
 
 impl Greedy<'_> {
@@ -61,7 +72,8 @@ impl Greedy<'_> {
         check_blocks(self.kept, decoder)?;
         let free = (0..units.len()).filter(|place| !self.kept.contains(place)).count();
         check_removal(self.remove, free)?;
-        let mut removals = Removals::new(decoder, windows, &units)?.keep_base();
+        let memo = Memo::open(self.file, self.method, decoder, &units)?;
+        let mut removals = Removals::new(decoder, windows, &units)?.keep_base().remembering(memo.as_ref());
         let (mut chosen, mut importance) = (Vec::new(), vec![0.0; units.len()]);
         let mut stability = None;
         let rounds = self.remove.max(1);
@@ -101,6 +113,7 @@ impl Greedy<'_> {
             Ok(())
         })?;
         let mut scores = Scores::new(self.method, windows, importance)?.costing(start, removals.block_runs());
+        scores = scores.costing_before(memo.as_ref());
         if let Some(stability) = stability {
             scores = scores.with_stability(stability);
         }

@@ -1,5 +1,7 @@
 //! Macro Influence.
 
+use std::path::PathBuf;
+
 use candle_core::Tensor;
 use serde::Serialize;
 
@@ -21,6 +23,9 @@ pub struct MacroInfluence {
     pub remove: usize,
     /// Blocks that stay.
     pub protected: Vec<usize>,
+    /// Where measured values are kept, and gone on from.
+    #[serde(skip)]
+    pub values_file: Option<PathBuf>,
 }
 
 impl Importance for MacroInfluence {
@@ -30,7 +35,12 @@ impl Importance for MacroInfluence {
 
     fn score(&self, decoder: &Decoder, windows: &Windows, observer: &mut dyn Observer) -> Result<Scores> {
         let wholes = final_states(decoder, windows)?;
-        let greedy = Greedy { method: self.method(), remove: self.remove, kept: &self.protected };
+        let greedy = Greedy {
+            method: self.method(),
+            remove: self.remove,
+            kept: &self.protected,
+            file: self.values_file.as_deref(),
+        };
         let mut scores = greedy.run(decoder, windows, observer, |removals, sets, report| {
             let leaf = |window: usize, state: &Tensor| {
                 let Some(whole) = wholes.get(window) else { return Ok(0.0) };

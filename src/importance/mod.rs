@@ -9,6 +9,7 @@ mod gates;
 mod gates_with_coupling;
 mod greedy;
 mod macro_influence;
+mod memo;
 mod perplexity;
 mod random;
 mod removals;
@@ -39,6 +40,7 @@ use crate::data::Windows;
 use crate::error::{Error, Result};
 use crate::model::{Decoder, Part, Unit};
 use crate::progress::{self, Observer};
+use memo::Memo;
 use removals::Removals;
 
 /// A method that scores the blocks of a decoder on calibration windows.
@@ -231,6 +233,15 @@ impl Scores {
     fn costing(mut self, start: Instant, block_runs: f64) -> Self {
         self.seconds = start.elapsed().as_secs_f64();
         self.block_runs = block_runs;
+        self
+    }
+
+    /// And what earlier runs, whose values were kept, cost.
+    fn costing_before(mut self, memo: Option<&Memo>) -> Self {
+        if let Some(memo) = memo {
+            self.seconds += memo.seconds;
+            self.block_runs += memo.block_runs;
+        }
         self
     }
 }

@@ -10,6 +10,7 @@ use std::time::Duration;
 use candle_core::Tensor;
 use rayon::prelude::*;
 
+use super::memo::Memo;
 use super::statistics;
 use crate::data::Windows;
 use crate::error::{Error, Result};
@@ -28,12 +29,14 @@ struct Shared<'a> {
     units: &'a [Unit],
     pass: Pass<'a>,
     base: Removed,
+    memo: Option<&'a Memo>,
 }
 
 /// One window, and what is known of it.
 struct Window {
     ids: Tensor,
     targets: Vec<u32>,
+    sha256: String,
     /// The input of every unit on the path of the base, as far as it is known; empty where it is not kept.
     trunk: Vec<Option<Tensor>>,
     half_runs: u64,
@@ -56,12 +59,19 @@ impl<'a> Removals<'a> {
         let window = |index: usize| {
             let targets = windows.window(index)?.get(1..).unwrap_or_default().to_vec();
             let ids = windows.tensor(index, decoder.device())?;
-            Ok(Window { ids, targets, trunk: Vec::new(), half_runs: 0 })
+            let sha256 = windows.window_sha256(index)?;
+            Ok(Window { ids, targets, sha256, trunk: Vec::new(), half_runs: 0 })
         };
         let pass = decoder.pass(0, windows.seq_len())?;
-        let shared = Shared { decoder, units, pass, base: vec![false; units.len()] };
+        let shared = Shared { decoder, units, pass, base: vec![false; units.len()], memo: None };
         let windows = (0..windows.len()).map(window).collect::<Result<_>>()?;
         Ok(Self { shared, windows, charged: 0.0 })
+    }
+
+    /// Keeps every value in a memo, and takes from there what was measured before.
+    pub(super) fn remembering(mut self, memo: Option<&'a Memo>) -> Self {
+        self.shared.memo = memo;
+        self
     }
 
     /// Adds block runs that were spent elsewhere for the same purpose.
@@ -72,6 +82,11 @@ impl<'a> Removals<'a> {
     /// Blocks computed on a window so far; half a block counts half.
     pub(super) fn block_runs(&self) -> f64 {
         self.windows.iter().map(|window| window.half_runs).sum::<u64>() as f64 / 2.0 + self.charged
+    }
+
+    /// How many windows there are.
+    pub(super) fn windows(&self) -> usize {
+        self.windows.len()
     }
 
     /// The set of these places.
@@ -192,8 +207,27 @@ struct Walk<'w, 'a> {
 impl Walk<'_, '_> {
     fn run(&mut self) -> Result<()> {
         let start = self.shared.decoder.embed(&self.window.ids, &self.shared.pass)?;
-        let all: Vec<usize> = (0..self.sets.len()).collect();
-        self.descend(0, start, &all, true)
+        let Some(memo) = self.shared.memo else {
+            let all: Vec<usize> = (0..self.sets.len()).collect();
+            return self.descend(0, start, &all, true);
+        };
+        let mut unknown = Vec::new();
+        for (index, (set, slot)) in self.sets.iter().zip(&mut self.values).enumerate() {
+            match memo.value(&self.window.sha256, set) {
+                Some(value) => *slot = value,
+                None => unknown.push(index),
+            }
+        }
+        self.done.fetch_add((self.sets.len() - unknown.len()) as u64, Ordering::Relaxed);
+        if unknown.is_empty() {
+            return Ok(());
+        }
+        let before = self.window.half_runs;
+        self.descend(0, start, &unknown, true)?;
+        let measured: Vec<(&[bool], f64)> = (unknown.iter())
+            .filter_map(|&index| Some((self.sets.get(index)?.as_slice(), *self.values.get(index)?)))
+            .collect();
+        memo.add(&self.window.sha256, &measured, (self.window.half_runs - before) as f64 / 2.0)
     }
 
     /// Takes a group of sets that agree before `place` from there to the end.
