@@ -1,5 +1,6 @@
 #![doc = include_str!("../README.md")]
 
+mod account;
 pub mod checkpoint;
 pub mod data;
 pub mod error;
@@ -14,6 +15,7 @@ mod progress;
 
 pub use candle_core as candle;
 
+pub use account::{Account, Held};
 pub use checkpoint::{Checkpoint, Format, SaveOptions, Saved};
 pub use data::{Bos, Tokenizer, Windows};
 pub use error::{Error, Result};

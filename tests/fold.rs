@@ -3,32 +3,16 @@
 
 mod support;
 
-use std::collections::HashSet;
 use std::sync::Arc;
 
-use foldgpt::candle::{DType, Device, Storage, Tensor};
-use foldgpt::model::Projection;
+use foldgpt::candle::{DType, Device, Tensor};
+use foldgpt::model::{Part, Projection, Unit};
 use foldgpt::plan::{Budget, Donor, Groups, Ranks, ResidualStart, ScaleStart};
-use foldgpt::{Decoder, Plan, Scores, Target, Windows, fold, fold_on, output_errors};
+use foldgpt::{Account, Decoder, Held, Plan, Scores, Target, Windows, fold, fold_on, output_errors};
 use support::{FAMILIES, distance, folded, input_ids, kinds, load, windows};
 
-/// The bytes of all storages that a decoder keeps alive, each once.
 fn resident_bytes(decoder: &Decoder) -> usize {
-    let mut seen = HashSet::new();
-    let mut bytes = 0;
-    for (_, tensor) in decoder.params() {
-        let (storage, _) = tensor.storage_and_layout();
-        let Storage::Cpu(cpu) = &*storage else { panic!("not on the cpu") };
-        if seen.insert(std::ptr::from_ref(cpu)) {
-            use foldgpt::candle::CpuStorage::{BF16, F32};
-            bytes += match cpu {
-                F32(values) => 4 * values.len(),
-                BF16(values) => 2 * values.len(),
-                _ => panic!("neither f32 nor bf16"),
-            };
-        }
-    }
-    bytes
+    Account::counted(decoder, 1).unwrap().resident_bytes as usize
 }
 
 #[test]
@@ -82,6 +66,56 @@ fn a_plan_alone_says_what_folding_makes() {
             assert_eq!(count, folded.parameter_count(), "{family} {name}");
         }
     }
+}
+
+#[test]
+fn accounts_from_a_plan_are_those_counted_from_the_model() {
+    for family in FAMILIES {
+        let dense = load(family);
+        let mut models = vec![("dense", dense.architecture().clone(), dense.clone())];
+        for (name, plan) in kinds(family) {
+            models.push((name, plan.architecture(dense.architecture()).unwrap(), folded(family, &plan)));
+        }
+        let halves = [Unit { block: 0, part: Part::Mlp }, Unit { block: 3, part: Part::Attention }];
+        let cut = dense.without(&halves).unwrap();
+        models.push(("halves", cut.architecture().clone(), cut));
+        for (name, arch, decoder) in models {
+            for resident in [DType::F32, DType::BF16] {
+                for context in [1, 7, 1000] {
+                    let held = Held { stored: DType::F32, resident, context };
+                    let counted = Account::counted(&decoder.to_dtype(resident).unwrap(), context).unwrap();
+                    assert_eq!(Account::planned(&arch, held), counted, "{family} {name} {resident:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn sharing_saves_memory_and_no_work() {
+    // llama's fixture: the account of the dense model from its shapes alone.
+    let decoder = load("llama");
+    let arch = decoder.architecture();
+    let held = Held { stored: DType::BF16, resident: DType::F32, context: 10 };
+    let dense = Account::planned(arch, held);
+    let matrices: usize =
+        Projection::ALL.iter().map(|&at| arch.projection_shape(at).unwrap()).map(|(o, i)| o * i).sum();
+    let block = matrices + 2 * arch.hidden_size;
+    let outside = 2 * arch.vocab_size * arch.hidden_size + arch.hidden_size;
+    assert!(!arch.tied);
+    assert_eq!(dense.parameters, 4 * block + outside);
+    assert_eq!(dense.stored_bytes, 2 * dense.parameters as u64);
+    let attention = 4 * 10 * arch.query_width();
+    assert_eq!(
+        dense.flops_per_token as usize,
+        4 * (2 * matrices + attention) + 2 * arch.vocab_size * arch.hidden_size
+    );
+    assert_eq!(dense.kv_bytes_per_token as usize, 4 * 2 * 4 * arch.key_width());
+    let pairs = Plan::builder().share(Groups::of(2)).build(arch).unwrap().architecture(arch).unwrap();
+    let pairs = Account::planned(&pairs, held);
+    assert_eq!(pairs.parameters, dense.parameters - 2 * matrices);
+    assert_eq!(pairs.flops_per_token, dense.flops_per_token);
+    assert_eq!(pairs.kv_bytes_per_token, dense.kv_bytes_per_token);
 }
 
 #[test]

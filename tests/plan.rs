@@ -126,7 +126,7 @@ fn groups_are_of_consecutive_blocks_that_stay() {
 fn groups_that_cannot_be_are_refused() {
     let cases = [
         (Groups::of(0), "group size"),
-        (Groups::of_within(2, 5..=3), "5 to 3"),
+        (Groups::Consecutive { size: 2, within: Some((5, 3)) }, "5 to 3"),
         (Groups::Explicit(vec![vec![3]]), "two or more"),
         (Groups::Explicit(vec![vec![4, 3]]), "ascending"),
         (Groups::Explicit(vec![vec![0, 3]]), "removed"),
