@@ -158,14 +158,11 @@ impl PlanBuilder {
             (None, _) => Vec::new(),
         };
         let measured = Some(Calibration::from(windows));
-        let mut plan = plan.share(arch, Sharing { groups, measured, ..self.sharing(asked) })?;
-        if let Some(Residual { ranks: Ranks::Parameters(budget), start }) = own.residual {
-            let ranks = fold::spread_ranks(decoder, &plan, (budget, start), windows, observer)?;
-            if let Some(sharing) = &mut plan.0.sharing {
-                sharing.ranks = ranks;
-            }
+        let plan = plan.share(arch, Sharing { groups, measured, ..self.sharing(asked) })?;
+        match own.residual {
+            Some(residual) => plan.with_residual(decoder, residual, windows, observer),
+            None => Ok(plan),
         }
-        Plan::try_from(plan.0)
     }
 
     /// What was asked for, with nothing decided.
@@ -208,6 +205,30 @@ impl Plan {
         let asked = Groups::Explicit(groups.iter().map(|group| group.blocks.clone()).collect());
         let sharing = PlanBuilder { own, ..PlanBuilder::default() }.sharing(asked);
         self.share(arch, Sharing { groups, ..sharing })
+    }
+
+    /// The plan with this residual in place of the one it has; groups stay as they were decided.
+    ///
+    /// # Errors
+    /// A plan that shares nothing or is for another model, a failed computation, or a cancelling observer.
+    pub fn with_residual(
+        &self,
+        decoder: &Decoder,
+        residual: Residual,
+        windows: &Windows,
+        observer: &mut dyn Observer,
+    ) -> Result<Self> {
+        self.check_model(decoder.architecture())?;
+        let mut sharing = self.sharing().cloned().ok_or_else(|| Error::Plan("shares nothing".into()))?;
+        sharing.own.residual = Some(residual);
+        sharing.measured = Some(Calibration::from(windows));
+        sharing.ranks = match residual.ranks {
+            Ranks::Uniform(_) => RankTable::new(),
+            Ranks::Parameters(budget) => {
+                fold::spread_ranks(decoder, self, (budget, residual.start), windows, observer)?
+            }
+        };
+        self.share(decoder.architecture(), sharing)
     }
 
     /// The plan that shares so, with uniform ranks where these were asked for.
