@@ -221,8 +221,11 @@ impl Ties {
         age: usize,
     ) -> Result<Option<Candidate>> {
         let pairs = groups.iter().zip(groups.iter().skip(1)).map(|(a, b)| [a.0.as_slice(), &b.0].concat());
-        let pairs: Vec<Vec<usize>> =
-            pairs.filter(|depths| self.largest.is_none_or(|largest| depths.len() <= largest) && alike(trials, depths)).collect();
+        let pairs: Vec<Vec<usize>> = pairs
+            .filter(|depths| {
+                self.largest.is_none_or(|largest| depths.len() <= largest) && alike(trials, depths)
+            })
+            .collect();
         known.retain(|depths, _| pairs.contains(depths));
         for depths in pairs {
             if !known.contains_key(&depths) {
