@@ -156,7 +156,7 @@ impl<'a> Bench<'a> {
         Ok(made)
     }
 
-    /// The scores that removal goes by: half of the blocks, one after the other.
+    /// The scores that removal goes by: a third of the blocks, one after the other.
     fn scores(&self) -> anyhow::Result<Scores> {
         self.kept("scores", || {
             let method = GreedyPerplexity { remove: self.dense.depth() / 3, protected: Vec::new() };
@@ -219,8 +219,7 @@ impl<'a> Bench<'a> {
             let uniform = pairs(Donor::Mean).residual(Ranks::Uniform(rank), ResidualStart::Svd);
             let size = |builder: PlanBuilder| -> anyhow::Result<usize> {
                 let arch = self.dense.architecture();
-                let folded = builder.build(arch)?.architecture(arch)?;
-                Ok(folded.params().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum())
+                Ok(builder.build(arch)?.architecture(arch)?.parameter_count())
             };
             let budget = size(uniform)? - size(pairs(Donor::Mean))?;
             let builder = scaled().residual(Ranks::Parameters(budget), ResidualStart::Whitened);
@@ -256,7 +255,7 @@ impl<'a> Bench<'a> {
                 {
                     Ok(candidate) => Ok(Some(candidate)),
                     // A budget that this mix cannot meet.
-                    Err(foldgpt::Error::Argument { .. }) => Ok(None),
+                    Err(foldgpt::Error::Budget { .. }) => Ok(None),
                     Err(error) => Err(error.into()),
                 };
                 candidates.extend(self.kept(&name, measured)?);

@@ -45,7 +45,7 @@ impl Account {
         let params = arch.params();
         let sizes = || params.iter().map(|(param, shape)| (*param, shape.iter().product::<usize>()));
         let resident = |param: Param| param.dtype_on_cpu(held.resident).size_in_bytes();
-        let parameters: usize = sizes().map(|(_, size)| size).sum();
+        let parameters = arch.parameter_count();
         let head = 2 * arch.vocab_size * arch.hidden_size;
         let blocks: usize = (0..arch.depth()).map(|depth| block_flops(arch, depth, held.context)).sum();
         let attending = (0..arch.depth()).filter(|&depth| arch.fold.block(depth).has(Part::Attention));

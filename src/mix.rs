@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::eval::perplexity;
 use crate::fold::fold_on;
 use crate::importance::Scores;
-use crate::model::{Architecture, Decoder, Part};
+use crate::model::{Decoder, Part};
 use crate::plan::{Budget, Donor, Groups, Plan, Ranks, Residual, ResidualStart, ScaleStart, Target};
 use crate::progress::Observer;
 
@@ -66,13 +66,13 @@ impl Mix {
             return Err(Error::argument("share for residuals", self.residual_share, "from 0 to below 1"));
         }
         let arch = decoder.architecture();
-        let total = size(arch);
+        let total = arch.parameter_count();
         let block = arch.parameters_of(Part::Whole).max(1);
         let needed = total.saturating_sub(self.parameters).div_ceil(block);
         let removal = Target::Blocks(self.removed.min(needed));
         let builder = Plan::builder().remove(removal, scores);
         let cut = builder.clone().build(arch)?;
-        if size(&cut.architecture(arch)?) <= self.parameters {
+        if cut.architecture(arch)?.parameter_count() <= self.parameters {
             return Ok(cut);
         }
         let without_rank = (self.parameters as f64 * (1.0 - self.residual_share)) as usize;
@@ -81,7 +81,7 @@ impl Mix {
             .donor(self.donor)
             .scales(ScaleStart::LeastSquares);
         let tied = builder.measure(decoder, windows, observer)?;
-        let left = self.parameters.saturating_sub(size(&tied.architecture(arch)?));
+        let left = self.parameters.saturating_sub(tied.architecture(arch)?.parameter_count());
         if self.residual_share <= 0.0 {
             return Ok(tied);
         }
@@ -129,17 +129,19 @@ pub fn search_mixes(
     observer: &mut dyn Observer,
 ) -> Result<Vec<Candidate>> {
     let mut candidates = Vec::with_capacity(mixes.len());
+    let mut unmet = None;
     for mix in mixes {
         match mix.measure(decoder, scores, windows, observer) {
             Ok(candidate) => candidates.push(candidate),
-            Err(Error::Argument { name, value, expected }) => {
-                tracing::warn!(name, value, expected, "a mix was passed over");
+            Err(error @ Error::Budget { .. }) => {
+                tracing::warn!(%error, "a mix was passed over");
+                unmet = Some(error);
             }
             Err(error) => return Err(error),
         }
     }
     if candidates.is_empty() {
-        return Err(Error::argument("mixes", mixes.len(), "at least one whose budget can be met"));
+        return Err(unmet.unwrap_or_else(|| Error::argument("mixes", 0, "at least one")));
     }
     Ok(pareto_front(candidates))
 }
@@ -155,8 +157,4 @@ pub fn pareto_front(mut candidates: Vec<Candidate>) -> Vec<Candidate> {
         better
     });
     candidates
-}
-
-fn size(arch: &Architecture) -> usize {
-    arch.params().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum()
 }

@@ -178,3 +178,12 @@ fn a_tampered_sharing_does_not_load() {
         assert!(Plan::from_json(&value.to_string()).is_err(), "{place}");
     }
 }
+
+#[test]
+fn a_plan_of_the_first_version_is_read() {
+    let plan = plan(6, Target::Rate(0.5)).unwrap();
+    let mut value: serde_json::Value = serde_json::from_str(&plan.to_json().unwrap()).unwrap();
+    assert!(value.get("sharing").is_none(), "the first version had none");
+    value["version"] = serde_json::json!(1);
+    assert_eq!(Plan::from_json(&value.to_string()).unwrap(), plan);
+}

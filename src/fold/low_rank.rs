@@ -83,3 +83,50 @@ fn to_candle(matrix: MatRef<'_, f64>) -> Result<Tensor> {
     let values = (0..height).flat_map(|row| (0..width).map(move |column| matrix[(row, column)]));
     Ok(Tensor::from_vec(values.collect::<Vec<f64>>(), (height, width), &Device::Cpu)?)
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    fn tensor<const ROWS: usize>(values: &[[f64; 3]; ROWS]) -> Tensor {
+        Tensor::new(values, &Device::Cpu).unwrap()
+    }
+
+    /// `‖(D − B A) L‖²`, where `M = L Lᵀ`: the trace of `(D − B A) M (D − B A)ᵀ`.
+    fn error(matrix: &Tensor, moment: &Tensor, rank: usize, start: Option<&Tensor>) -> f64 {
+        let (a, b) = Decomposition::of(matrix, start).unwrap().truncated(rank).unwrap();
+        let rest = (matrix - b.matmul(&a).unwrap()).unwrap();
+        super::super::moments::energy(&rest, moment).unwrap()
+    }
+
+    /// By Eckart and Young the error that is left is the sum of the squared singular values that were left out. With a
+    /// moment `M = diag(m²)` and rows that are orthogonal those are the rows' weighted lengths.
+    #[test]
+    fn what_is_left_is_what_was_left_out() {
+        let matrix = tensor(&[[3.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 1.0]]);
+        let identity = tensor(&[[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]);
+        let moment = tensor(&[[1.0, 0.0, 0.0], [0.0, 4.0, 0.0], [0.0, 0.0, 100.0]]);
+        for (rank, left) in [(1, 5.0), (2, 1.0), (3, 0.0)] {
+            assert!((error(&matrix, &identity, rank, None) - left).abs() < 1e-9);
+        }
+        // Weighted squares 9, 16 and 100: the last row goes first, and the plain start gets it wrong.
+        for (rank, left, plain) in [(1, 25.0, 116.0), (2, 9.0, 100.0), (3, 0.0, 0.0)] {
+            assert!((error(&matrix, &moment, rank, Some(&moment)) - left).abs() < 1e-3);
+            assert!((error(&matrix, &moment, rank, None) - plain).abs() < 1e-9);
+        }
+        let gains: Vec<f64> = Decomposition::of(&matrix, None).unwrap().gains().collect();
+        assert!(gains.iter().zip([9.0, 4.0, 1.0]).all(|(found, expected)| (found - expected).abs() < 1e-9));
+    }
+
+    #[test]
+    fn inputs_that_are_always_zero_do_no_harm() {
+        let matrix = tensor(&[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]);
+        for moment in [tensor(&[[0.0; 3]; 3]), tensor(&[[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])] {
+            let (a, b) = Decomposition::of(&matrix, Some(&moment)).unwrap().truncated(2).unwrap();
+            let product: Vec<f64> = b.matmul(&a).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+            assert!(product.iter().zip([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).all(|(p, e)| (p - e).abs() < 1e-4));
+        }
+    }
+}

@@ -51,7 +51,8 @@ fn apply(
     windows: Option<&Windows>,
     observer: &mut dyn Observer,
 ) -> Result<Decoder> {
-    plan.check_model(decoder.architecture())?;
+    // Refuses what a plan asks of a model that is not so large.
+    plan.architecture(decoder.architecture())?;
     let cut = decoder.without(&plan.units())?;
     let Some(sharing) = plan.sharing() else { return Ok(cut) };
     let tied = donors::tie_all(&cut, plan, sharing)?;

@@ -196,7 +196,11 @@ pub fn output_errors(
             let Some(moments) = &moments else { continue };
             let (target, moment) = (wide(&target)?, moments.of(projection)?);
             let lost = energy(&(&target - wide(&now)?)?, &moment)?;
-            errors.push(OutputError { depth, projection, relative: lost / energy(&target, &moment)? });
+            errors.push(OutputError {
+                depth,
+                projection,
+                relative: lost / energy(&target, &moment)?.max(f64::MIN_POSITIVE),
+            });
         }
         states.run(original, depth..depth + 1)
     })?;

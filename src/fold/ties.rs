@@ -194,16 +194,21 @@ impl Ties {
                 if size <= self.limit() {
                     break;
                 }
-                let best = self.cheapest(&trials, &groups, &mut known, age)?;
+                let mut heard = || progress::advance(STAGE, done, total, observer);
+                let best = self.cheapest(&trials, &groups, &mut known, (age, &mut heard))?;
                 let Some(best) = best else {
-                    let expected = format!("at least {size}, with every neighbour tied");
-                    return Err(Error::argument("budget for sharing", self.limit(), expected));
+                    let (budget, reason) = (self.limit(), "all neighbours that may be are tied");
+                    return Err(Error::Budget { what: "sharing", budget, least: size, reason });
                 };
                 let Some((donor, _)) = best.donors.first() else { break };
                 let tied = trials.with_tie(&best.depths, *donor)?;
                 trials.settle(tied, best.depths.first().copied().unwrap_or_default())?;
-                let made = group(&kept, &best.depths, &best.donors)?;
-                groups.retain(|(depths, _)| !depths.iter().any(|depth| best.depths.contains(depth)));
+                let mut made = group(&kept, &best.depths, &best.donors)?;
+                let inside = |depths: &[usize]| depths.iter().any(|depth| best.depths.contains(depth));
+                let grown = groups.iter().filter(|(depths, _)| inside(depths));
+                let before: f64 = grown.filter_map(|(_, group)| group.as_ref()?.cost).sum();
+                made.cost = made.cost.map(|cost| cost + before);
+                groups.retain(|(depths, _)| !inside(depths));
                 groups.push((best.depths, Some(made)));
                 groups.sort_by(|a, b| a.0.cmp(&b.0));
             }
@@ -218,7 +223,7 @@ impl Ties {
         trials: &Trials<'_>,
         groups: &[(Vec<usize>, Option<Group>)],
         known: &mut BTreeMap<Vec<usize>, Candidate>,
-        age: usize,
+        (age, heard): (usize, &mut dyn FnMut() -> Result<()>),
     ) -> Result<Option<Candidate>> {
         let pairs = groups.iter().zip(groups.iter().skip(1)).map(|(a, b)| [a.0.as_slice(), &b.0].concat());
         let pairs: Vec<Vec<usize>> = pairs
@@ -231,6 +236,7 @@ impl Ties {
             if !known.contains_key(&depths) {
                 let donors = trials.donors(&depths, self.donor)?;
                 known.insert(depths.clone(), Candidate { depths, donors, age });
+                heard()?;
             }
         }
         loop {
@@ -242,6 +248,7 @@ impl Ties {
             }
             let donors = trials.donors(&depths, self.donor)?;
             known.insert(depths.clone(), Candidate { depths, donors, age });
+            heard()?;
         }
     }
 
@@ -256,11 +263,10 @@ impl Ties {
     fn size(&self, arch: &Architecture, plan: &Plan, groups: &[Group], decoder: &Decoder) -> Result<usize> {
         let folded = plan.with_groups(arch, groups.to_vec(), self.own)?.architecture(arch)?;
         let spread = match self.own.residual.map(|residual| residual.ranks) {
-            Some(Ranks::Parameters(count)) => count,
+            Some(Ranks::Parameters(count)) if !groups.is_empty() => count,
             _ => 0,
         };
-        let parameters: usize =
-            folded.params().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum::<usize>() + spread;
+        let parameters = folded.parameter_count() + spread;
         Ok(match self.budget {
             Budget::Parameters(_) => parameters,
             Budget::Bytes(_) => parameters * decoder.stored_dtype().size_in_bytes(),

@@ -289,6 +289,12 @@ impl Architecture {
         params
     }
 
+    /// The number of parameters of a decoder of this architecture; what depths share counts once.
+    #[must_use]
+    pub fn parameter_count(&self) -> usize {
+        self.params().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum()
+    }
+
     /// The parameters of one block, or of one of its halves.
     #[must_use]
     pub fn parameters_of(&self, part: Part) -> usize {

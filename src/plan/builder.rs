@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 
 use super::sharing::{
-    Calibration, Donor, Group, Groups, Matrices, Own, RankTable, Ranks, Residual, ResidualStart,
+    Budget, Calibration, Donor, Group, Groups, Matrices, Own, RankTable, Ranks, Residual, ResidualStart,
+    ScaleStart, Sharing,
 };
-use super::sharing::{ScaleStart, Sharing};
 use super::target::Target;
 use super::{Fields, PLAN_VERSION, Plan, choose};
 use crate::data::Windows;
@@ -224,8 +224,15 @@ impl Plan {
         sharing.measured = Some(Calibration::from(windows));
         sharing.ranks = match residual.ranks {
             Ranks::Uniform(_) => RankTable::new(),
-            Ranks::Parameters(budget) => {
-                fold::spread_ranks(decoder, self, (budget, residual.start), windows, observer)?
+            Ranks::Parameters(count) => {
+                // The budget is that of the whole model: asked again, it gives the same groups.
+                let own = Own { residual: None, ..sharing.own };
+                let bare = self.with_groups(decoder.architecture(), sharing.groups.clone(), own)?;
+                let bare = bare.architecture(decoder.architecture())?.parameter_count();
+                if let Groups::Budget { budget: Budget::Parameters(budget), .. } = &mut sharing.asked {
+                    *budget = (*budget).max(bare + count);
+                }
+                fold::spread_ranks(decoder, self, (count, residual.start), windows, observer)?
             }
         };
         self.share(decoder.architecture(), sharing)

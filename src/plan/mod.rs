@@ -200,7 +200,8 @@ impl TryFrom<Fields> for Plan {
 
     fn try_from(fields: Fields) -> Result<Self> {
         fields.validate()?;
-        Ok(Self(fields))
+        // What was read from an older version is written as this one.
+        Ok(Self(Fields { version: PLAN_VERSION, ..fields }))
     }
 }
 

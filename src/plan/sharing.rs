@@ -78,11 +78,11 @@ pub struct Group {
     pub blocks: Vec<usize>,
     /// What they share.
     pub donor: Matrices,
-    /// What tying them costs in nats per token on the calibration windows, with all that was decided before it in
-    /// place; where it was measured.
+    /// What tying them costs in nats per token on the calibration windows, with all that was decided before in place;
+    /// of a group that grew, the sum of its steps. Absent where nothing was measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cost: Option<f64>,
-    /// What every donor that was tried would cost.
+    /// What every donor that was tried would cost, the cheapest first; of a group that grew, at its last step.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tried: Vec<(Matrices, f64)>,
 }

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::model::Architecture;
+use crate::model::{Architecture, Part};
 
 /// How much is to be removed.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -41,8 +41,8 @@ impl Target {
             }
             Self::Rate(rate) => Err(Error::argument("removal rate", rate, "at least 0 and below 1")),
             Self::Parameters(budget) => {
-                let total = parameter_count(arch.params().iter().map(|(_, shape)| shape.as_slice()));
-                let block = parameter_count(arch.block_params().iter().map(|(_, shape)| shape.as_slice()));
+                let total = arch.parameter_count();
+                let block = arch.parameters_of(Part::Whole);
                 let count = total.saturating_sub(budget).div_ceil(block.max(1));
                 if count < depth {
                     return Ok(count);
@@ -56,8 +56,4 @@ impl Target {
             }
         }
     }
-}
-
-fn parameter_count<'a>(shapes: impl Iterator<Item = &'a [usize]>) -> usize {
-    shapes.map(|shape| shape.iter().product::<usize>()).sum()
 }
