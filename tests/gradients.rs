@@ -7,7 +7,7 @@ mod support;
 use foldgpt::candle::{DType, Device, Result, Tensor, Var};
 use foldgpt::model::Activation;
 use foldgpt::ops::{AttentionShape, Kernels};
-use support::distance;
+use support::{distance, values};
 
 type Op = Box<dyn Fn(Kernels, &[Tensor]) -> Result<Tensor>>;
 
@@ -24,19 +24,6 @@ fn case(
     op: impl Fn(Kernels, &[Tensor]) -> Result<Tensor> + 'static,
 ) -> Case {
     Case { name: name.into(), inputs: inputs.iter().map(|shape| shape.to_vec()).collect(), op: Box::new(op) }
-}
-
-/// Deterministic values of about unit size.
-fn values(shape: &[usize], seed: u64) -> Tensor {
-    let count: usize = shape.iter().product();
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let draws = (0..count).map(|_| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
-    });
-    Tensor::from_vec(draws.collect::<Vec<f32>>(), shape, &Device::Cpu).unwrap()
 }
 
 fn attention_case(name: &str, q: &[usize], k: &[usize], shape: AttentionShape) -> Case {
@@ -67,6 +54,7 @@ fn cases() -> Vec<Case> {
             kernels.linear(&x[0], &values(&[12, 16], 5), Some(&values(&[12], 6)))
         }),
         case("sum", &[&[3, 40], &[3, 40]], |kernels, x| kernels.add(&x[0], &x[1])),
+        case("column scales", &[&[3, 5, 24], &[24]], |kernels, x| kernels.scale(&x[0], &x[1])),
         case("inner product", &[&[3, 40]], |kernels, x| kernels.inner(&x[0], &values(&[3, 40], 5))),
         case("loss", &[&[200, 16]], |kernels, x| {
             kernels.nll(&x[0], &values(&[50, 16], 5), &targets(200, 50), None)

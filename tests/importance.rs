@@ -292,7 +292,11 @@ fn an_interrupted_search_goes_on_from_what_it_measured() {
     let scratch = tempfile::tempdir().unwrap();
     let file = |name: &str| Some(scratch.path().join(name));
     let greedy = |losses_file| GreedyPerplexity { remove: 2, protected: vec![], losses_file };
-    let coupled = |losses_file| GatesWithCoupling { losses_file, ..gates_with_coupling(2) };
+    let coupled = |losses_file| {
+        let mut method = gates_with_coupling(2);
+        method.losses_file = losses_file;
+        method
+    };
     let cases: [(&str, Box<dyn Importance>, Box<dyn Importance>, StopAt); 2] = [
         ("greedy", Box::new(greedy(file("greedy"))), Box::new(greedy(None)), StopAt("greedy-perplexity", 20)),
         ("coupled", Box::new(coupled(file("coupled"))), Box::new(coupled(None)), StopAt("finalists", 0)),

@@ -2,10 +2,11 @@
 
 use serde_json::{Map, Value};
 
+use super::compact;
 use crate::error::{Error, Result};
 use crate::model::{
-    Activation, Architecture, BlockSpec, MlpKind, NormKind, NormPlacement, Positions, QkNorm, RopeScaling,
-    RopeSpec,
+    Activation, Architecture, BlockSpec, FoldMap, MlpKind, NormKind, NormPlacement, Positions, QkNorm,
+    RopeScaling, RopeSpec,
 };
 
 /// The families that can be loaded, as `model_type` names them.
@@ -31,7 +32,7 @@ fn architecture(config: &Value) -> Result<Architecture> {
     let fields = Fields::of(config)?;
     let model_type = fields.string("model_type")?;
     fields.refuse_unsupported()?;
-    let arch = match model_type {
+    let mut arch = match model_type {
         "llama" => llama(&fields)?,
         "mistral" => mistral(&fields)?,
         "qwen2" => qwen2(&fields)?,
@@ -47,6 +48,7 @@ fn architecture(config: &Value) -> Result<Architecture> {
             return Err(Error::config("model_type", reason));
         }
     };
+    arch.fold = compact::fold_map(config, &arch)?;
     check(&arch)?;
     Ok(arch)
 }
@@ -230,6 +232,7 @@ fn gpt2(fields: &Fields<'_>) -> Result<Architecture> {
         logit_softcap: None,
         tied: fields.flag("tie_word_embeddings", true)?,
         blocks: vec![BlockSpec { window: None, rope: unused }; depth],
+        fold: FoldMap::default(),
     })
 }
 
@@ -485,6 +488,7 @@ impl<'a> Fields<'a> {
             logit_softcap: None,
             tied: self.flag("tie_word_embeddings", defaults.tied)?,
             blocks: vec![block; self.depth("num_hidden_layers")?],
+            fold: FoldMap::default(),
         })
     }
 }

@@ -112,6 +112,9 @@ fn tensor_name(arch: &Architecture, param: Param) -> String {
                 BlockParam::Weight(projection) => (projection_name(arch, projection), "weight"),
                 BlockParam::Bias(projection) => (projection_name(arch, projection), "bias"),
                 BlockParam::Norm(site, part) => (norm_name(arch, site), suffix(part)),
+                BlockParam::Scale(projection) => (adapted_name(arch, projection), "scale"),
+                BlockParam::LoraA(projection) => (adapted_name(arch, projection), "lora_A.weight"),
+                BlockParam::LoraB(projection) => (adapted_name(arch, projection), "lora_B.weight"),
             };
             format!("{prefix}{blocks}.{index}.{module}.{suffix}")
         }
@@ -141,6 +144,24 @@ fn projection_name(arch: &Architecture, projection: Projection) -> &'static str 
         (_, Gate) => "mlp.gate_proj",
         (_, Up) => "mlp.up_proj",
         (_, Down) => "mlp.down_proj",
+    }
+}
+
+/// What adapts a projection is stored under the projection's own name, also where its matrix is fused with others.
+fn adapted_name(arch: &Architecture, projection: Projection) -> &'static str {
+    use Projection::{Down, Gate, K, O, Q, Up, V};
+    match projection {
+        Q if arch.model_type == "gpt2" => "attn.q_proj",
+        K if arch.model_type == "gpt2" => "attn.k_proj",
+        V if arch.model_type == "gpt2" => "attn.v_proj",
+        O if arch.model_type == "gpt2" => "attn.o_proj",
+        Q => "self_attn.q_proj",
+        K => "self_attn.k_proj",
+        V => "self_attn.v_proj",
+        O => "self_attn.o_proj",
+        Gate => "mlp.gate_proj",
+        Up => "mlp.up_proj",
+        Down => "mlp.down_proj",
     }
 }
 

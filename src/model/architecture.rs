@@ -1,5 +1,6 @@
 //! What differs between families of decoders, as data.
 
+use super::fold_map::FoldMap;
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 
@@ -59,6 +60,9 @@ pub struct Architecture {
     pub tied: bool,
     /// What differs from block to block, first to last.
     pub blocks: Vec<BlockSpec>,
+    /// What blocks share, and what they add to it.
+    #[serde(default, skip_serializing_if = "FoldMap::is_plain")]
+    pub fold: FoldMap,
 }
 
 /// What is a block's own in the architecture, whatever its weights.
@@ -216,6 +220,6 @@ impl Architecture {
     /// [`Error::NoSuchBlock`] for an index beyond the depth.
     pub fn with_blocks(&self, kept: &[usize]) -> Result<Self> {
         let blocks = kept.iter().map(|&index| self.block(index).copied()).collect::<Result<_>>()?;
-        Ok(Self { blocks, ..self.clone() })
+        Ok(Self { blocks, fold: self.fold.with_blocks(kept), ..self.clone() })
     }
 }

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
-use super::architecture::{Architecture, BlockSpec, NormKind};
+use super::adapter::{Adapter, LowRank};
+use super::architecture::{BlockSpec, NormKind};
 use super::params::{BlockParam, NormPart, NormSite, PerNormSite, PerProjection, Projection};
 use super::unit::Part;
 use crate::error::Result;
@@ -33,6 +34,8 @@ pub struct PerDepth {
     pub biases: PerProjection<Option<Tensor>>,
     /// Norms, where the family has any.
     pub norms: PerNormSite<Option<Norm>>,
+    /// What is added to the projections' matrices.
+    pub adapters: PerProjection<Adapter>,
 }
 
 /// A normalisation's parameters, `(width)` each.
@@ -45,10 +48,28 @@ pub struct Norm {
 }
 
 impl BlockWeights {
+    /// The matrices that `matrix` gives, for the projections for which it gives one.
+    pub(crate) fn from_fn(mut matrix: impl FnMut(Projection) -> Result<Option<Tensor>>) -> Result<Self> {
+        let mut weights = Self::default();
+        for projection in Projection::ALL {
+            weights.0[projection] = matrix(projection)?;
+        }
+        Ok(weights)
+    }
+
     /// A projection's matrix, `(out, in)`, where the family has that projection.
     #[must_use]
     pub fn get(&self, projection: Projection) -> Option<&Tensor> {
         self.0[projection].as_ref()
+    }
+}
+
+impl PerDepth {
+    /// Whether the norms are the other's, and not only as large.
+    pub(super) fn has_norms_of(&self, other: &Self) -> bool {
+        let gain = |own: &Self, site| own.norms[site].as_ref().map(|norm: &Norm| norm.gain.id());
+        let mut sites = NormSite::ALL.into_iter().filter(|&site| gain(self, site).is_some()).peekable();
+        sites.peek().is_some() && sites.all(|site| gain(self, site) == gain(other, site))
     }
 }
 
@@ -73,17 +94,24 @@ impl Norm {
 }
 
 impl Block {
-    /// A block whose tensors `tensor` gives, asked for in the order of [`Architecture::block_params`].
+    /// A block whose tensors `tensor` gives, asked for in the order of `params`; with `shared`, its matrices are that
+    /// block's, and its norms where it has none of its own.
     pub(super) fn build(
-        arch: &Architecture,
+        params: Vec<(BlockParam, Vec<usize>)>,
         origin: usize,
         spec: BlockSpec,
+        shared: Option<&Block>,
         mut tensor: impl FnMut(BlockParam, &[usize]) -> Result<Tensor>,
     ) -> Result<Self> {
         let mut weights = BlockWeights::default();
-        let mut own =
-            PerDepth { origin, spec, biases: PerProjection::default(), norms: PerNormSite::default() };
-        for (param, shape) in arch.block_params() {
+        let mut own = PerDepth {
+            origin,
+            spec,
+            biases: PerProjection::default(),
+            norms: PerNormSite::default(),
+            adapters: PerProjection::default(),
+        };
+        for (param, shape) in params {
             let value = tensor(param, &shape)?;
             match param {
                 BlockParam::Weight(projection) => weights.0[projection] = Some(value),
@@ -96,9 +124,22 @@ impl Block {
                         norm.bias = Some(value);
                     }
                 }
+                BlockParam::Scale(projection) => own.adapters[projection].scale = Some(value),
+                BlockParam::LoraA(projection) => {
+                    own.adapters[projection].low_rank = Some(LowRank { b: value.clone(), a: value });
+                }
+                BlockParam::LoraB(projection) => {
+                    if let Some(residual) = &mut own.adapters[projection].low_rank {
+                        residual.b = value;
+                    }
+                }
             }
         }
-        Ok(Self { weights: Arc::new(weights), own })
+        let Some(shared) = shared else { return Ok(Self { weights: Arc::new(weights), own }) };
+        if NormSite::ALL.iter().all(|&site| own.norms[site].is_none()) {
+            own.norms = shared.own.norms.clone();
+        }
+        Ok(Self { weights: Arc::clone(&shared.weights), own })
     }
 
     /// The block with its tensors replaced; with `shared`, its matrices are those and only its own are mapped.
@@ -111,13 +152,11 @@ impl Block {
         mapped.weights = match shared {
             Some(weights) => Arc::clone(weights),
             None => {
-                let mut weights = BlockWeights::default();
-                for projection in Projection::ALL {
+                let weights = BlockWeights::from_fn(|projection| {
                     let value = self.weights.get(projection);
-                    let value = value.map(|value| tensor(BlockParam::Weight(projection), value));
-                    weights.0[projection] = value.transpose()?;
-                }
-                Arc::new(weights)
+                    value.map(|value| tensor(BlockParam::Weight(projection), value)).transpose()
+                });
+                Arc::new(weights?)
             }
         };
         for projection in Projection::ALL {
@@ -128,6 +167,16 @@ impl Block {
         for site in NormSite::ALL {
             if let Some(norm) = &mut mapped.own.norms[site] {
                 *norm = norm.map(|part, value| tensor(BlockParam::Norm(site, part), value))?;
+            }
+        }
+        for projection in Projection::ALL {
+            let adapter = &mut mapped.own.adapters[projection];
+            if let Some(scale) = &mut adapter.scale {
+                *scale = tensor(BlockParam::Scale(projection), scale)?;
+            }
+            if let Some(residual) = &mut adapter.low_rank {
+                residual.a = tensor(BlockParam::LoraA(projection), &residual.a)?;
+                residual.b = tensor(BlockParam::LoraB(projection), &residual.b)?;
             }
         }
         Ok(mapped)
@@ -150,7 +199,15 @@ impl Block {
         let norms = norms.flat_map(|(site, norm)| {
             norm.params().map(move |(part, value)| (BlockParam::Norm(site, part), value))
         });
-        weights.chain(biases).chain(norms)
+        let adapters = Projection::ALL.into_iter().flat_map(|projection| {
+            let adapter = &self.own.adapters[projection];
+            let scale = adapter.scale.iter().map(move |value| (BlockParam::Scale(projection), value));
+            let residual = adapter.low_rank.iter().flat_map(move |residual| {
+                [(BlockParam::LoraA(projection), &residual.a), (BlockParam::LoraB(projection), &residual.b)]
+            });
+            scale.chain(residual)
+        });
+        weights.chain(biases).chain(norms).chain(adapters)
     }
 
     /// The block without its attention or without its MLP; `None` where nothing would be left.
@@ -166,6 +223,7 @@ impl Block {
             if goes(projection.half()) {
                 weights.0[projection] = None;
                 self.own.biases[projection] = None;
+                self.own.adapters[projection] = Adapter::default();
             }
         }
         for site in NormSite::ALL {
@@ -175,6 +233,25 @@ impl Block {
         }
         self.weights = Arc::new(weights);
         self
+    }
+
+    /// What the block has: both halves, or the one that is left.
+    #[must_use]
+    pub fn part(&self) -> Part {
+        match (self.has(Part::Attention), self.has(Part::Mlp)) {
+            (true, false) => Part::Attention,
+            (false, true) => Part::Mlp,
+            _ => Part::Whole,
+        }
+    }
+
+    /// The matrix that does what this depth's projection does, adapter included: `(out, in)`, where it has one.
+    ///
+    /// # Errors
+    /// A failed computation.
+    pub fn merged(&self, projection: Projection) -> Result<Option<Tensor>> {
+        let weight = self.weights.get(projection);
+        weight.map(|weight| self.own.adapters[projection].merged(weight)).transpose()
     }
 
     /// Whether the block has its attention, or its MLP; of the whole, whether it has both.

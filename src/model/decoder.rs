@@ -4,7 +4,6 @@ use candle_core::{DType, Device, Tensor};
 use rand::SeedableRng;
 use rand::rngs::StdRng;
 use rand_distr::{Distribution, Normal};
-use sha2::{Digest, Sha256};
 
 use super::architecture::{Architecture, NormKind, Positions, RopeSpec};
 use super::block::{Block, Norm};
@@ -19,13 +18,14 @@ use crate::ops::Kernels;
 /// Cloning is cheap: tensors are shared, never copied. Token ids go in as `(batch, seq)` tensors of `u32`.
 #[derive(Debug, Clone)]
 pub struct Decoder {
-    architecture: Architecture,
-    embedding: Tensor,
-    positions: Option<Tensor>,
-    blocks: Vec<Block>,
-    final_norm: Norm,
-    head: Option<Tensor>,
-    kernels: Kernels,
+    pub(super) architecture: Architecture,
+    pub(super) embedding: Tensor,
+    pub(super) positions: Option<Tensor>,
+    pub(super) blocks: Vec<Block>,
+    pub(super) final_norm: Norm,
+    pub(super) head: Option<Tensor>,
+    pub(super) kernels: Kernels,
+    pub(super) stored: Option<DType>,
 }
 
 /// What all blocks of one forward pass have in common: where the tokens stand.
@@ -68,15 +68,17 @@ impl Decoder {
         let positions = (architecture.positions == Positions::Learned)
             .then(|| checked(Param::Positions, &[architecture.max_position_embeddings, hidden]))
             .transpose()?;
-        let mut blocks = Vec::with_capacity(architecture.depth());
+        architecture.fold.check(&architecture)?;
+        let mut blocks: Vec<Block> = Vec::with_capacity(architecture.depth());
         for (index, spec) in architecture.blocks.iter().enumerate() {
+            let shared = blocks.get(architecture.fold.block(index).weights);
             let part = |param: BlockParam, shape: &[usize]| checked(Param::Block(index, param), shape);
-            blocks.push(Block::build(&architecture, index, *spec, part)?);
+            blocks.push(Block::build(architecture.params_at(index), index, *spec, shared, part)?);
         }
         let final_norm = Norm::build(architecture.norm, |part| checked(Param::FinalNorm(part), &[hidden]))?;
         let head = (!architecture.tied).then(|| checked(Param::Head, &[vocab, hidden])).transpose()?;
         let kernels = Kernels::default();
-        Ok(Self { architecture, embedding, positions, blocks, final_norm, head, kernels })
+        Ok(Self { architecture, embedding, positions, blocks, final_norm, head, kernels, stored: None })
     }
 
     /// A decoder with random weights, as before training: matrices from a normal distribution of standard deviation
@@ -99,6 +101,7 @@ impl Decoder {
                     vec![if part == NormPart::Gain { gain } else { 0.0 }; count]
                 }
                 Param::Block(_, BlockParam::Bias(_)) => vec![0.0; count],
+                Param::Block(_, BlockParam::Scale(_)) => vec![1.0; count],
                 _ => (0..count).map(|_| normal.sample(&mut rng)).collect(),
             };
             Ok(Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)?)
@@ -135,14 +138,16 @@ impl Decoder {
         self.embedding.dtype()
     }
 
-    /// The same decoder with its weights in another type: matrices, and, unless that type is a half-precision one
-    /// and the device the CPU, all else too. There norms, biases and activations stay in f32, and products round
-    /// only their operands.
-    ///
-    /// # Errors
-    /// A conversion that the device does not have.
-    pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
-        self.map(|param, value| Ok(value.to_dtype(param.dtype_in_memory(dtype, value.device()))?))
+    /// The type that new tensors are rounded to, so that what is measured in memory is what a checkpoint will hold:
+    /// the narrowest one that matrices have on disk, or the one they have in memory where there is no checkpoint.
+    #[must_use]
+    pub fn stored_dtype(&self) -> DType {
+        self.stored.unwrap_or_else(|| self.dtype())
+    }
+
+    pub(crate) fn stored_as(mut self, dtype: DType) -> Self {
+        self.stored = Some(dtype);
+        self
     }
 
     /// The same decoder computed by other kernels.
@@ -150,102 +155,6 @@ impl Decoder {
     pub fn with_kernels(mut self, kernels: Kernels) -> Self {
         self.kernels = kernels;
         self
-    }
-
-    /// The same decoder with only the blocks of `kept`, in that order. No weight is copied.
-    ///
-    /// # Errors
-    /// [`Error::NoSuchBlock`] for an index beyond the depth.
-    pub fn with_blocks(&self, kept: &[usize]) -> Result<Self> {
-        let architecture = self.architecture.with_blocks(kept)?;
-        let blocks = kept.iter().map(|&index| self.block(index).cloned()).collect::<Result<_>>()?;
-        Ok(Self { architecture, blocks, ..self.clone() })
-    }
-
-    /// The same decoder without `removed`; a block that loses both halves is gone. No weight is copied.
-    ///
-    /// # Errors
-    /// [`Error::NoSuchBlock`] for a block beyond the depth.
-    pub fn without(&self, removed: &[Unit]) -> Result<Self> {
-        if let Some(unit) = removed.iter().find(|unit| unit.block >= self.depth()) {
-            return Err(Error::NoSuchBlock { index: unit.block, depth: self.depth() });
-        }
-        let (mut blocks, mut specs) = (Vec::new(), Vec::new());
-        for (index, (block, spec)) in self.blocks.iter().zip(&self.architecture.blocks).enumerate() {
-            let parts = removed.iter().filter(|unit| unit.block == index).map(|unit| unit.part);
-            if let Some(block) = parts.clone().try_fold(block.clone(), |block, part| block.without(part)) {
-                blocks.push(block);
-                specs.push(*spec);
-            }
-        }
-        let architecture = Architecture { blocks: specs, ..self.architecture.clone() };
-        Ok(Self { architecture, blocks, ..self.clone() })
-    }
-
-    /// The same decoder with every tensor replaced by what `tensor` gives for it. Depths that share their matrices
-    /// share the new ones: `tensor` sees each once, under the first depth that holds it.
-    ///
-    /// # Errors
-    /// What `tensor` fails with.
-    pub fn map(&self, mut tensor: impl FnMut(Param, &Tensor) -> Result<Tensor>) -> Result<Self> {
-        let mut mapped = self.clone();
-        mapped.embedding = tensor(Param::Embedding, &self.embedding)?;
-        if let Some(positions) = &mut mapped.positions {
-            *positions = tensor(Param::Positions, positions)?;
-        }
-        let mut seen: Vec<(usize, usize)> = Vec::new();
-        for depth in 0..self.depth() {
-            let (before, rest) = mapped.blocks.split_at_mut(depth);
-            let Some(block) = rest.first_mut() else { break };
-            let identity = std::sync::Arc::as_ptr(&block.weights) as usize;
-            let first = seen.iter().find(|(known, _)| *known == identity).map(|(_, first)| *first);
-            let shared = first.and_then(|first| before.get(first)).map(|first| &first.weights);
-            *block = block.map(shared, |param, value| tensor(Param::Block(depth, param), value))?;
-            if first.is_none() {
-                seen.push((identity, depth));
-            }
-        }
-        mapped.final_norm = self.final_norm.map(|part, value| tensor(Param::FinalNorm(part), value))?;
-        if let Some(head) = &mut mapped.head {
-            *head = tensor(Param::Head, head)?;
-        }
-        Ok(mapped)
-    }
-
-    /// Every parameter with its tensor, from the embedding to the head; matrices that depths share appear at each of
-    /// them.
-    pub fn params(&self) -> impl Iterator<Item = (Param, &Tensor)> {
-        let embedding = std::iter::once((Param::Embedding, &self.embedding));
-        let positions = self.positions.as_ref().map(|value| (Param::Positions, value));
-        let blocks = self.blocks.iter().enumerate().flat_map(|(depth, block)| {
-            block.params().map(move |(param, value)| (Param::Block(depth, param), value))
-        });
-        let final_norm = self.final_norm.params().map(|(part, value)| (Param::FinalNorm(part), value));
-        let head = self.head.as_ref().map(|value| (Param::Head, value));
-        embedding.chain(positions).chain(blocks).chain(final_norm).chain(head)
-    }
-
-    /// The number of parameters; a matrix that several depths share counts once.
-    #[must_use]
-    pub fn parameter_count(&self) -> usize {
-        let mut seen = std::collections::HashSet::new();
-        self.params().filter(|(_, value)| seen.insert(value.id())).map(|(_, value)| value.elem_count()).sum()
-    }
-
-    /// A hash that tells decoders apart at little cost: of the architecture, and of the type and the first few values of
-    /// every tensor.
-    pub(crate) fn fingerprint(&self) -> Result<String> {
-        const VALUES: usize = 64;
-        let mut hash = Sha256::new();
-        hash.update(format!("{:?}", self.architecture));
-        for (_, tensor) in self.params() {
-            hash.update(tensor.dtype().as_str());
-            let values = tensor.flatten_all()?.narrow(0, 0, tensor.elem_count().min(VALUES))?;
-            for value in values.to_dtype(DType::F32)?.to_vec1::<f32>()? {
-                hash.update(value.to_le_bytes());
-            }
-        }
-        Ok(crate::data::hex(&hash.finalize()))
     }
 
     /// The logits of every token, `(batch, seq, vocab)`.

@@ -1,15 +1,19 @@
 //! One decoder for every family; what differs between families is data.
 
+mod adapter;
 mod architecture;
 mod backward;
 mod block;
 mod cache;
 mod decoder;
+mod fold_map;
 mod params;
 mod residual;
 mod rope;
+mod structure;
 mod unit;
 
+pub use adapter::{Adapter, AdapterShape, LowRank};
 pub use architecture::{
     Activation, Architecture, BlockSpec, MlpKind, NormKind, NormPlacement, Positions, QkNorm, RopeScaling,
     RopeSpec,
@@ -18,5 +22,6 @@ pub use backward::Walk;
 pub use block::{Block, BlockWeights, Norm, PerDepth};
 pub use cache::KvCache;
 pub use decoder::{Decoder, Pass};
+pub use fold_map::{FoldMap, FoldedBlock};
 pub use params::{BlockParam, NormPart, NormSite, Param, PerNormSite, PerProjection, Projection};
 pub use unit::{Part, Unit};

@@ -4,6 +4,7 @@ use std::fmt;
 use std::ops::{Index, IndexMut};
 
 use candle_core::{DType, Device};
+use serde::{Deserialize, Serialize};
 
 use super::architecture::{Architecture, MlpKind, NormKind, NormPlacement, Positions, QkNorm};
 use super::unit::Part;
@@ -34,25 +35,38 @@ pub enum BlockParam {
     Bias(Projection),
     /// Gain or bias of a norm.
     Norm(NormSite, NormPart),
+    /// What a depth multiplies a projection's output by, `(out)`.
+    Scale(Projection),
+    /// The way down of a depth's low-rank residual, `(rank, in)`.
+    LoraA(Projection),
+    /// The way up of a depth's low-rank residual, `(out, rank)`.
+    LoraB(Projection),
 }
 
 /// The linear maps of a block.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum Projection {
     /// Queries.
+    #[serde(rename = "q_proj")]
     Q,
     /// Keys.
+    #[serde(rename = "k_proj")]
     K,
     /// Values.
+    #[serde(rename = "v_proj")]
     V,
     /// The attention's output.
+    #[serde(rename = "o_proj")]
     O,
     /// The gate of a gated MLP.
+    #[serde(rename = "gate_proj")]
     Gate,
     /// The MLP's way up.
+    #[serde(rename = "up_proj")]
     Up,
     /// The MLP's way down.
+    #[serde(rename = "down_proj")]
     Down,
 }
 
@@ -88,14 +102,20 @@ impl Param {
     /// Whether this is a matrix, which products or lookups read row by row.
     #[must_use]
     pub fn is_matrix(self) -> bool {
-        !matches!(self, Self::FinalNorm(_) | Self::Block(_, BlockParam::Bias(_) | BlockParam::Norm(..)))
+        use BlockParam::{Bias, Norm, Scale};
+        !matches!(self, Self::FinalNorm(_) | Self::Block(_, Bias(_) | Norm(..) | Scale(_)))
     }
 
     /// The type that a decoder with matrices of `dtype` holds this in: on the CPU vectors stay in f32 beside
     /// matrices of half precision.
     pub(crate) fn dtype_in_memory(self, dtype: DType, device: &Device) -> DType {
+        if device.is_cpu() { self.dtype_on_cpu(dtype) } else { dtype }
+    }
+
+    /// As [`dtype_in_memory`](Self::dtype_in_memory), on the CPU.
+    pub(crate) fn dtype_on_cpu(self, dtype: DType) -> DType {
         let half = matches!(dtype, DType::BF16 | DType::F16);
-        if half && device.is_cpu() && !self.is_matrix() { DType::F32 } else { dtype }
+        if half && !self.is_matrix() { DType::F32 } else { dtype }
     }
 }
 
@@ -104,7 +124,11 @@ impl BlockParam {
     #[must_use]
     pub fn half(self) -> Part {
         match self {
-            Self::Weight(projection) | Self::Bias(projection) => projection.half(),
+            Self::Weight(projection)
+            | Self::Bias(projection)
+            | Self::Scale(projection)
+            | Self::LoraA(projection)
+            | Self::LoraB(projection) => projection.half(),
             Self::Norm(site, _) => site.half(),
         }
     }
@@ -205,6 +229,9 @@ impl fmt::Display for BlockParam {
             Self::Weight(projection) => write!(f, "{} weight", projection.name()),
             Self::Bias(projection) => write!(f, "{} bias", projection.name()),
             Self::Norm(site, part) => write!(f, "{site:?} norm {}", part.name()),
+            Self::Scale(projection) => write!(f, "{} scale", projection.name()),
+            Self::LoraA(projection) => write!(f, "{} residual A", projection.name()),
+            Self::LoraB(projection) => write!(f, "{} residual B", projection.name()),
         }
     }
 }
@@ -219,16 +246,17 @@ impl NormPart {
 }
 
 impl Architecture {
-    /// Every parameter of a decoder of this architecture with its shape, in the order of computation.
+    /// Every parameter of a decoder of this architecture with its shape, in the order of computation; matrices that
+    /// depths share once, at the first of them.
     #[must_use]
     pub fn params(&self) -> Vec<(Param, Vec<usize>)> {
         let mut params = vec![(Param::Embedding, vec![self.vocab_size, self.hidden_size])];
         if self.positions == Positions::Learned {
             params.push((Param::Positions, vec![self.max_position_embeddings, self.hidden_size]));
         }
-        let block = self.block_params();
         for index in 0..self.depth() {
-            params.extend(block.iter().map(|(part, shape)| (Param::Block(index, *part), shape.clone())));
+            let block = self.params_at(index).into_iter();
+            params.extend(block.map(|(part, shape)| (Param::Block(index, part), shape)));
         }
         for part in self.norm_parts() {
             params.push((Param::FinalNorm(*part), vec![self.hidden_size]));
@@ -239,7 +267,7 @@ impl Architecture {
         params
     }
 
-    /// Every parameter of one block with its shape: matrices, biases, norms.
+    /// Every parameter of one whole block that is not folded, with its shape: matrices, biases, norms.
     #[must_use]
     pub fn block_params(&self) -> Vec<(BlockParam, Vec<usize>)> {
         let mut params = Vec::new();
@@ -259,6 +287,12 @@ impl Architecture {
             }
         }
         params
+    }
+
+    /// The number of parameters of a decoder of this architecture; what depths share counts once.
+    #[must_use]
+    pub fn parameter_count(&self) -> usize {
+        self.params().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum()
     }
 
     /// The parameters of one block, or of one of its halves.

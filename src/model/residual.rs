@@ -2,6 +2,7 @@
 
 use candle_core::Tensor;
 
+use super::adapter::LowRank;
 use super::architecture::{MlpKind, NormKind, QkNorm};
 use super::block::{Block, Norm};
 use super::cache::Slot;
@@ -36,11 +37,7 @@ impl Block {
         match part {
             Part::Whole => self.forward(x, pass, slot),
             _ if !self.has(part) => Ok(x.clone()),
-            Part::Attention => {
-                let mixed = self.attention(x, pass, slot)?;
-                let out = self.linear(Projection::O, &mixed, pass)?;
-                Ok(pass.kernels.add(x, &self.norm(NormSite::AttentionOut, &out, pass)?)?)
-            }
+            Part::Attention => self.attended(x, &self.attention(x, pass, slot)?, pass),
             Part::Mlp => {
                 let out = self.linear(Projection::Down, &self.mlp(x, pass)?, pass)?;
                 Ok(pass.kernels.add(x, &self.norm(NormSite::MlpOut, &out, pass)?)?)
@@ -58,6 +55,10 @@ impl Block {
             }
             _ => return None,
         };
+        // What an adapter adds is no part of the one product that is left out.
+        if !self.own.adapters[projection].is_empty() {
+            return None;
+        }
         let weight = self.weights.get(projection)?.clone();
         let bias = self.own.biases[projection].clone();
         self.own.norms[norm].is_none().then_some(Ending { half, weight, bias })
@@ -80,6 +81,35 @@ impl Block {
             Part::Whole | Part::Mlp => self.mlp(&state, pass)?,
         };
         Ok((state, inner))
+    }
+
+    /// `x` and what the attention makes of what it has gathered.
+    fn attended(&self, x: &Tensor, gathered: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
+        let out = self.linear(Projection::O, gathered, pass)?;
+        Ok(pass.kernels.add(x, &self.norm(NormSite::AttentionOut, &out, pass)?)?)
+    }
+
+    /// What goes into each of the block's projections for an input `x`, `(batch, seq, hidden)`; projections with one
+    /// input together.
+    pub(crate) fn projection_inputs(
+        &self,
+        x: &Tensor,
+        pass: &Pass<'_>,
+    ) -> Result<Vec<(Vec<Projection>, Tensor)>> {
+        use Projection::{Down, Gate, K, O, Q, Up, V};
+        let mut inputs = Vec::new();
+        let mut state = x.clone();
+        if self.has(Part::Attention) {
+            let gathered = self.attention(x, pass, None)?;
+            state = self.attended(x, &gathered, pass)?;
+            inputs.push((vec![Q, K, V], self.norm(NormSite::AttentionIn, x, pass)?));
+            inputs.push((vec![O], gathered));
+        }
+        if self.has(Part::Mlp) {
+            inputs.push((vec![Gate, Up], self.norm(NormSite::MlpIn, &state, pass)?));
+            inputs.push((vec![Down], self.mlp(&state, pass)?));
+        }
+        Ok(inputs)
     }
 
     /// What the attention gathers, before its output projection.
@@ -129,7 +159,23 @@ impl Block {
         let weight = self.weights.get(projection).ok_or_else(|| {
             Error::config("model_type", format!("block {} has no {}", self.own.origin, projection.name()))
         })?;
-        Ok(pass.kernels.linear(x, weight, self.own.biases[projection].as_ref())?)
+        let (kernels, adapter) = (pass.kernels, &self.own.adapters[projection]);
+        let bias = self.own.biases[projection].as_ref();
+        if adapter.is_empty() {
+            return Ok(kernels.linear(x, weight, bias)?);
+        }
+        let mut y = kernels.linear(x, weight, None)?; // (batch, seq, out)
+        if let Some(scale) = &adapter.scale {
+            y = kernels.scale(&y, scale)?;
+        }
+        match (&adapter.low_rank, bias) {
+            (Some(LowRank { a, b }), _) => {
+                y = kernels.add(&y, &kernels.linear(&kernels.linear(x, a, None)?, b, bias)?)?;
+            }
+            (None, Some(bias)) => y = y.broadcast_add(bias)?,
+            (None, None) => {}
+        }
+        Ok(y)
     }
 
     fn norm(&self, site: NormSite, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {

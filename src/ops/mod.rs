@@ -17,6 +17,7 @@ mod layer_norm;
 mod linear;
 mod rms_norm;
 mod rope;
+mod scale;
 mod simd;
 
 pub use attention::AttentionShape;

@@ -5,7 +5,9 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 
 use foldgpt::candle::{DType, Device, Tensor};
-use foldgpt::{Checkpoint, Decoder};
+use foldgpt::model::{Adapter, LowRank, Projection};
+use foldgpt::plan::{Budget, Donor, Groups, Ranks, ResidualStart, ScaleStart};
+use foldgpt::{Checkpoint, Decoder, Plan, Scores, Target, Windows, fold_on};
 
 /// The checkpoints in `tests/fixtures`, one a family.
 pub const FAMILIES: [&str; 11] = [
@@ -41,6 +43,91 @@ pub fn expected(family: &str) -> HashMap<String, Tensor> {
 
 pub fn input_ids(family: &str) -> Tensor {
     expected(family).get("input_ids").unwrap().to_dtype(DType::U32).unwrap()
+}
+
+/// Deterministic values of about unit size.
+pub fn values(shape: &[usize], seed: u64) -> Tensor {
+    let count: usize = shape.iter().product();
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let draws = (0..count).map(|_| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+    });
+    Tensor::from_vec(draws.collect::<Vec<f32>>(), shape, &Device::Cpu).unwrap()
+}
+
+/// The decoder with a scale and a residual of rank 2 on every projection that it has.
+pub fn adapted(decoder: &Decoder) -> Decoder {
+    let mut adapted = decoder.clone();
+    for depth in 0..decoder.depth() {
+        for (place, projection) in Projection::ALL.into_iter().enumerate() {
+            let Some((output, input)) = decoder.architecture().projection_shape(projection) else { continue };
+            let seed = (100 * depth + 3 * place) as u64 + 1;
+            let scale = ((values(&[output], seed) * 0.2).unwrap() + 1.0).unwrap();
+            let a = (values(&[2, input], seed + 1) * 0.3).unwrap();
+            let b = (values(&[output, 2], seed + 2) * 0.1).unwrap();
+            let adapter = Adapter::new(Some(scale), Some(LowRank { a, b }));
+            adapted = adapted.with_adapter(depth, projection, adapter).unwrap();
+        }
+    }
+    adapted
+}
+
+/// Some windows of a fixture's tokens.
+pub fn windows(family: &str) -> Windows {
+    let vocab = load(family).architecture().vocab_size as u32;
+    let ids = (0..6u32)
+        .map(|window| (0..24).map(|place| (window * 31 + place * place * 7 + 3 * place) % vocab).collect());
+    Windows::from_ids(ids.collect()).unwrap()
+}
+
+/// Plans of every kind of group, donor and start, for a fixture of four blocks.
+pub fn kinds(family: &str) -> Vec<(&'static str, Plan)> {
+    let decoder = load(family);
+    let (arch, windows) = (decoder.architecture(), windows(family));
+    let scores = Scores::new("test", &windows, vec![0.4, 0.1, 0.3, 0.2]).unwrap();
+    let (ones, fit) = (ScaleStart::Ones, ScaleStart::LeastSquares);
+    let budget = Groups::until(Budget::Parameters(decoder.parameter_count() - 1));
+    let rank = Ranks::Uniform(3);
+    let plans = [
+        ("pairs", Plan::builder().share(Groups::of(2)).build(arch)),
+        ("all, mean", Plan::builder().share(Groups::of(4)).donor(Donor::Mean).build(arch)),
+        ("range, scales of one", Plan::builder().share(Groups::of_within(2, 1..=2)).scales(ones).build(arch)),
+        (
+            "apart, shared norms",
+            Plan::builder().share(Groups::Explicit(vec![vec![0, 3]])).share_norms().build(arch),
+        ),
+        (
+            "after removal, incomplete",
+            Plan::builder().remove(Target::Blocks(1), &scores).share(Groups::of(2)).scales(fit).build(arch),
+        ),
+        (
+            "best donors, scales, whitened",
+            Plan::builder()
+                .share(Groups::of(2))
+                .donor(Donor::Best)
+                .scales(fit)
+                .residual(rank, ResidualStart::Whitened)
+                .measure(&decoder, &windows, &mut ()),
+        ),
+        ("svd", Plan::builder().share(Groups::of(3)).residual(rank, ResidualStart::Svd).build(arch)),
+        ("budget", Plan::builder().share(budget).donor(Donor::Mean).measure(&decoder, &windows, &mut ())),
+        (
+            "spread",
+            Plan::builder()
+                .share(Groups::of(2))
+                .residual(Ranks::Parameters(2000), ResidualStart::Whitened)
+                .measure(&decoder, &windows, &mut ()),
+        ),
+    ];
+    plans.into_iter().map(|(name, plan)| (name, plan.unwrap())).collect()
+}
+
+/// A fixture folded by a plan.
+pub fn folded(family: &str, plan: &Plan) -> Decoder {
+    fold_on(&load(family), plan, &windows(family), &mut ()).unwrap()
 }
 
 /// The largest distance of two tensors, as a share of the largest magnitude of `expected`.

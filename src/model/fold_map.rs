@@ -1,0 +1,166 @@
+//! Which depths share matrices, and what each adds to them: the shape of a folded decoder.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use super::adapter::AdapterShape;
+use super::architecture::Architecture;
+use super::block::Block;
+use super::params::{BlockParam, Projection};
+use super::unit::Part;
+use crate::error::{Error, Result};
+
+/// What every depth of a folded decoder shares and has for itself; of a decoder that is not folded it is empty.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct FoldMap(Vec<FoldedBlock>);
+
+/// One depth of a [`FoldMap`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FoldedBlock {
+    /// The first depth that uses the same matrices; its own index where no earlier one does.
+    pub weights: usize,
+    /// What the block has: both halves, or the one that it kept.
+    #[serde(default, skip_serializing_if = "Part::is_whole")]
+    pub part: Part,
+    /// Whether it has norms of its own, or uses those of the depth that holds its matrices.
+    #[serde(default = "yes", skip_serializing_if = "Clone::clone")]
+    pub own_norms: bool,
+    /// What it adds to the projections that it does not use as they are.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub adapters: BTreeMap<Projection, AdapterShape>,
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl FoldedBlock {
+    fn plain(depth: usize) -> Self {
+        Self { weights: depth, part: Part::Whole, own_norms: true, adapters: BTreeMap::new() }
+    }
+
+    /// Whether it has the half that `part` is, or is in.
+    pub(crate) fn has(&self, part: Part) -> bool {
+        self.part == Part::Whole || self.part == part
+    }
+}
+
+impl FoldMap {
+    /// A map of these depths, first to last.
+    pub(crate) fn new(blocks: Vec<FoldedBlock>) -> Self {
+        let plain = blocks.iter().enumerate().all(|(depth, block)| *block == FoldedBlock::plain(depth));
+        Self(if plain { Vec::new() } else { blocks })
+    }
+
+    /// The map of blocks in memory: what holds the same `Arc` is shared.
+    pub(super) fn of(blocks: &[Block]) -> Self {
+        let depths = blocks.iter().enumerate().map(|(depth, block)| {
+            let first = blocks.iter().position(|other| Arc::ptr_eq(&other.weights, &block.weights));
+            let adapters = Projection::ALL.into_iter().map(|at| (at, block.own.adapters[at].shape()));
+            let holder = first.filter(|&first| first < depth).and_then(|first| blocks.get(first));
+            FoldedBlock {
+                weights: first.unwrap_or(depth),
+                part: block.part(),
+                own_norms: holder.is_none_or(|holder| !block.own.has_norms_of(&holder.own)),
+                adapters: adapters.filter(|(_, shape)| !shape.is_empty()).collect(),
+            }
+        });
+        Self::new(depths.collect())
+    }
+
+    /// Whether nothing is shared, added or missing.
+    #[must_use]
+    pub fn is_plain(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// What a depth shares and has for itself.
+    #[must_use]
+    pub fn block(&self, depth: usize) -> FoldedBlock {
+        self.0.get(depth).cloned().unwrap_or_else(|| FoldedBlock::plain(depth))
+    }
+
+    /// The map of the depths of `kept` alone, in that order.
+    pub(super) fn with_blocks(&self, kept: &[usize]) -> Self {
+        let blocks: Vec<FoldedBlock> = kept.iter().map(|&depth| self.block(depth)).collect();
+        let settled = blocks.iter().enumerate().map(|(depth, block)| {
+            let first = blocks.iter().position(|other| other.weights == block.weights).unwrap_or(depth);
+            // Where the depth whose norms were used is gone, the first that used them holds them now.
+            let first_has_others = blocks.get(first).is_some_and(|first| first.own_norms);
+            let holder_left = kept.get(first) != Some(&block.weights);
+            let own_norms = block.own_norms || first == depth || (holder_left && first_has_others);
+            FoldedBlock { weights: first, own_norms, ..block.clone() }
+        });
+        Self::new(settled.collect())
+    }
+
+    /// Fails where the map is not one of a decoder of this architecture.
+    pub(crate) fn check(&self, arch: &Architecture) -> Result<()> {
+        if !self.is_plain() && self.0.len() != arch.depth() {
+            let reason = format!("{} blocks in the fold map, expected {}", self.0.len(), arch.depth());
+            return Err(Error::Plan(reason));
+        }
+        self.0.iter().enumerate().try_for_each(|(depth, block)| self.check_block(arch, depth, block))
+    }
+
+    fn check_block(&self, arch: &Architecture, depth: usize, block: &FoldedBlock) -> Result<()> {
+        let holder = self.block(block.weights);
+        let norms = block.own_norms || (block.weights < depth && holder.own_norms);
+        if !norms || block.weights > depth || holder.weights != block.weights || holder.part != block.part {
+            let expected =
+                "expected its own index, or an earlier block that holds its own and has the same halves";
+            let reason = format!("block {depth} uses the matrices of block {}, {expected}", block.weights);
+            return Err(Error::Plan(reason));
+        }
+        for (&projection, &adapter) in &block.adapters {
+            let shape = arch.projection_shape(projection).filter(|_| block.has(projection.half()));
+            let largest = shape.map_or(0, |(output, input)| output.min(input));
+            if adapter.is_empty() || shape.is_none() || adapter.rank > largest {
+                let name = projection.name();
+                let expected = format!("expected a scale or a rank up to {largest}");
+                return Err(Error::Plan(format!("block {depth} adapts {name} by {adapter:?}, {expected}")));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Architecture {
+    /// The same architecture with nothing shared, added or missing: what a standard checkpoint holds.
+    #[must_use]
+    pub fn expanded(&self) -> Self {
+        Self { fold: FoldMap::default(), ..self.clone() }
+    }
+
+    /// Every parameter that the block at `depth` has in storage: its matrices unless an earlier depth holds them,
+    /// then what is its own.
+    #[must_use]
+    pub fn params_at(&self, depth: usize) -> Vec<(BlockParam, Vec<usize>)> {
+        let block = self.fold.block(depth);
+        let stored = |param: BlockParam| {
+            let own = match param {
+                BlockParam::Weight(_) => block.weights == depth,
+                BlockParam::Norm(..) => block.own_norms,
+                _ => true,
+            };
+            own && block.has(param.half())
+        };
+        let mut params = self.block_params();
+        params.retain(|(param, _)| stored(*param));
+        for (&projection, adapter) in &block.adapters {
+            let Some((output, input)) = self.projection_shape(projection) else { continue };
+            if adapter.scale {
+                params.push((BlockParam::Scale(projection), vec![output]));
+            }
+            if adapter.rank > 0 {
+                params.push((BlockParam::LoraA(projection), vec![adapter.rank, input]));
+                params.push((BlockParam::LoraB(projection), vec![output, adapter.rank]));
+            }
+        }
+        params
+    }
+}

@@ -1,0 +1,166 @@
+//! The decoder as a tree of tensors: walking it, replacing them, rearranging blocks.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor, TensorId};
+use sha2::{Digest, Sha256};
+
+use super::adapter::Adapter;
+use super::architecture::Architecture;
+use super::block::{Block, BlockWeights};
+use super::decoder::Decoder;
+use super::fold_map::FoldMap;
+use super::params::{Param, Projection};
+use super::unit::{Part, Unit};
+use crate::error::{Error, Result};
+
+impl Decoder {
+    /// The same decoder with its weights in another type: matrices, and, unless that type is a half-precision one
+    /// and the device the CPU, all else too. There norms, biases and activations stay in f32, and products round
+    /// only their operands. What is shared stays shared.
+    ///
+    /// # Errors
+    /// A conversion that the device does not have.
+    pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
+        self.map(|param, value| Ok(value.to_dtype(param.dtype_in_memory(dtype, value.device()))?))
+    }
+
+    /// The same decoder on another device. What is shared stays shared.
+    ///
+    /// # Errors
+    /// A device that cannot hold it.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        let dtype = self.dtype();
+        self.map(|param, value| {
+            Ok(value.to_dtype(param.dtype_in_memory(dtype, device))?.to_device(device)?)
+        })
+    }
+
+    /// The same decoder with only the blocks of `kept`, in that order. No weight is copied.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchBlock`] for an index beyond the depth.
+    pub fn with_blocks(&self, kept: &[usize]) -> Result<Self> {
+        Ok(self.of_blocks(kept.iter().map(|&index| self.block(index).cloned()).collect::<Result<_>>()?))
+    }
+
+    /// The same decoder without `removed`; a block that loses both halves is gone. No weight is copied.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchBlock`] for a block beyond the depth.
+    pub fn without(&self, removed: &[Unit]) -> Result<Self> {
+        if let Some(unit) = removed.iter().find(|unit| unit.block >= self.depth()) {
+            return Err(Error::NoSuchBlock { index: unit.block, depth: self.depth() });
+        }
+        // Depths that shared their matrices share what is left of them.
+        let mut left: HashMap<(*const BlockWeights, Part), Arc<BlockWeights>> = HashMap::new();
+        let blocks = self.blocks.iter().enumerate().filter_map(|(index, block)| {
+            let mut parts = removed.iter().filter(|unit| unit.block == index).map(|unit| unit.part);
+            let mut rest = parts.try_fold(block.clone(), |block, part| block.without(part))?;
+            let weights = left.entry((Arc::as_ptr(&block.weights), rest.part()));
+            rest.weights = Arc::clone(weights.or_insert_with(|| Arc::clone(&rest.weights)));
+            Some(rest)
+        });
+        Ok(self.of_blocks(blocks.collect()))
+    }
+
+    /// The same decoder where the projection at `depth` is adapted; the matrix stays as it is, and shared.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchBlock`], or an adapter whose shapes are not those of the projection.
+    pub fn with_adapter(&self, depth: usize, projection: Projection, adapter: Adapter) -> Result<Self> {
+        let weight = self.block(depth)?.weights.get(projection);
+        let weight = weight.ok_or_else(|| {
+            Error::argument("projection", projection.name(), format!("one that block {depth} has"))
+        })?;
+        adapter.check(weight.dims2()?)?;
+        let mut blocks = self.blocks.clone();
+        if let Some(block) = blocks.get_mut(depth) {
+            block.own.adapters[projection] = adapter;
+        }
+        Ok(self.of_blocks(blocks))
+    }
+
+    /// The same decoder with other blocks.
+    pub(crate) fn of_blocks(&self, blocks: Vec<Block>) -> Self {
+        let specs = blocks.iter().map(|block| block.own.spec).collect();
+        let fold = FoldMap::of(&blocks);
+        let architecture = Architecture { blocks: specs, fold, ..self.architecture.clone() };
+        Self { architecture, blocks, ..self.clone() }
+    }
+
+    /// The same decoder with every tensor replaced by what `tensor` gives for it. What depths share they share
+    /// again: `tensor` sees each tensor once, under the first depth that holds it.
+    ///
+    /// # Errors
+    /// What `tensor` fails with.
+    pub fn map(&self, mut tensor: impl FnMut(Param, &Tensor) -> Result<Tensor>) -> Result<Self> {
+        let mut made: HashMap<TensorId, Tensor> = HashMap::new();
+        let mut tensor = |param: Param, value: &Tensor| {
+            if let Some(made) = made.get(&value.id()) {
+                return Ok(made.clone());
+            }
+            let new = tensor(param, value)?;
+            made.insert(value.id(), new.clone());
+            Result::Ok(new)
+        };
+        let mut mapped = self.clone();
+        mapped.embedding = tensor(Param::Embedding, &self.embedding)?;
+        if let Some(positions) = &mut mapped.positions {
+            *positions = tensor(Param::Positions, positions)?;
+        }
+        let mut done: HashMap<*const BlockWeights, Arc<BlockWeights>> = HashMap::new();
+        for (depth, block) in mapped.blocks.iter_mut().enumerate() {
+            let known = Arc::as_ptr(&block.weights);
+            *block = block.map(done.get(&known), |param, value| tensor(Param::Block(depth, param), value))?;
+            done.entry(known).or_insert_with(|| Arc::clone(&block.weights));
+        }
+        mapped.final_norm = self.final_norm.map(|part, value| tensor(Param::FinalNorm(part), value))?;
+        if let Some(head) = &mut mapped.head {
+            *head = tensor(Param::Head, head)?;
+        }
+        Ok(mapped)
+    }
+
+    /// Every parameter with its tensor, from the embedding to the head; matrices that depths share appear at each of
+    /// them.
+    pub fn params(&self) -> impl Iterator<Item = (Param, &Tensor)> {
+        let embedding = std::iter::once((Param::Embedding, &self.embedding));
+        let positions = self.positions.as_ref().map(|value| (Param::Positions, value));
+        let blocks = self.blocks.iter().enumerate().flat_map(|(depth, block)| {
+            block.params().map(move |(param, value)| (Param::Block(depth, param), value))
+        });
+        let final_norm = self.final_norm.params().map(|(part, value)| (Param::FinalNorm(part), value));
+        let head = self.head.as_ref().map(|value| (Param::Head, value));
+        embedding.chain(positions).chain(blocks).chain(final_norm).chain(head)
+    }
+
+    /// Every tensor once, however many depths share it.
+    pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        let mut seen = HashSet::new();
+        self.params().map(|(_, value)| value).filter(move |value| seen.insert(value.id()))
+    }
+
+    /// The number of parameters; a matrix that several depths share counts once.
+    #[must_use]
+    pub fn parameter_count(&self) -> usize {
+        self.tensors().map(Tensor::elem_count).sum()
+    }
+
+    /// A hash that tells decoders apart at little cost: of the architecture, and of the type and the first few values of
+    /// every tensor.
+    pub(crate) fn fingerprint(&self) -> Result<String> {
+        const VALUES: usize = 64;
+        let mut hash = Sha256::new();
+        hash.update(format!("{:?}", self.architecture));
+        for (_, tensor) in self.params() {
+            hash.update(tensor.dtype().as_str());
+            let values = tensor.flatten_all()?.narrow(0, 0, tensor.elem_count().min(VALUES))?;
+            for value in values.to_dtype(DType::F32)?.to_vec1::<f32>()? {
+                hash.update(value.to_le_bytes());
+            }
+        }
+        Ok(crate::data::hex(&hash.finalize()))
+    }
+}
