@@ -297,7 +297,8 @@ fn an_interrupted_search_goes_on_from_what_it_measured() {
         method.losses_file = losses_file;
         method
     };
-    let cases: [(&str, Box<dyn Importance>, Box<dyn Importance>, StopAt); 2] = [
+    type Case = (&'static str, Box<dyn Importance>, Box<dyn Importance>, StopAt);
+    let cases: [Case; 2] = [
         ("greedy", Box::new(greedy(file("greedy"))), Box::new(greedy(None)), StopAt("greedy-perplexity", 20)),
         ("coupled", Box::new(coupled(file("coupled"))), Box::new(coupled(None)), StopAt("finalists", 0)),
     ];
@@ -312,7 +313,9 @@ fn an_interrupted_search_goes_on_from_what_it_measured() {
         let resumed = kept.score(&decoder, &windows, &mut ()).unwrap();
         let whole = plain.score(&decoder, &windows, &mut ()).unwrap();
         assert_eq!((resumed.importance(), &resumed.chosen), (whole.importance(), &whole.chosen), "{name}");
-        assert!(resumed.block_runs >= whole.block_runs, "{name}: what was lost was run again");
+        // The finalists are measured on windows that the search has seen, which kept losses do not run again.
+        let least = if name == "greedy" { whole.block_runs } else { 0.0 };
+        assert!(resumed.block_runs > least, "{name}: what was lost was run again");
         // Everything is known: nothing of a third run's losses is measured.
         let again = kept.score(&decoder, &windows, &mut ()).unwrap();
         assert_eq!(again.chosen, whole.chosen, "{name}");
