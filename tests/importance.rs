@@ -288,6 +288,7 @@ fn an_interrupted_search_goes_on_from_what_it_measured() {
             if stage == self.0 && done >= self.1 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         }
     }
+    type Case = (&'static str, Box<dyn Importance>, Box<dyn Importance>, StopAt);
     let (decoder, windows) = (load("llama"), windows("llama"));
     let scratch = tempfile::tempdir().unwrap();
     let file = |name: &str| Some(scratch.path().join(name));
@@ -297,7 +298,6 @@ fn an_interrupted_search_goes_on_from_what_it_measured() {
         method.losses_file = losses_file;
         method
     };
-    type Case = (&'static str, Box<dyn Importance>, Box<dyn Importance>, StopAt);
     let cases: [Case; 2] = [
         ("greedy", Box::new(greedy(file("greedy"))), Box::new(greedy(None)), StopAt("greedy-perplexity", 20)),
         ("coupled", Box::new(coupled(file("coupled"))), Box::new(coupled(None)), StopAt("finalists", 0)),
