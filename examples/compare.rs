@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 use foldgpt::candle::DType;
 use foldgpt::importance::losses_without;
 use foldgpt::{Decoder, Plan, Scores, Target, Windows};
@@ -121,7 +121,7 @@ fn kept_or_scored(
     decoder: &Decoder,
     windows: &Windows,
 ) -> anyhow::Result<Scores> {
-    let path = args.work.join(format!("{}-{count}.json", name(method)));
+    let path = args.work.join(format!("{}-{count}.json", method.name()));
     let same = |scores: &Scores| {
         let found = (scores.text_sha256.as_str(), scores.windows, scores.seq_len);
         found == (windows.text_sha256(), windows.len(), windows.seq_len())
@@ -129,16 +129,14 @@ fn kept_or_scored(
     if let Some(scores) = read(&path)?.filter(same) {
         return Ok(scores);
     }
-    let state = path.with_extension("gates");
-    let gates = cli::GateArgs { gate_state: Some(state.clone()), ..cli::GateArgs::default() };
-    let method = method.build(count, &[], args.seed, &gates)?;
+    let state = path.with_extension("state");
+    let scoring = cli::ScoringArgs { state: Some(state.clone()), ..cli::ScoringArgs::default() };
+    let method = method.build(count, &[], args.seed, &scoring)?;
     let scores = method.score(decoder, windows, &mut cli::Bars::default())?;
     let partial = path.with_extension("partial");
     std::fs::write(&partial, serde_json::to_string_pretty(&scores)?)?;
     std::fs::rename(&partial, &path)?;
-    if state.exists() {
-        std::fs::remove_file(&state)?;
-    }
+    std::fs::remove_dir_all(&state)?;
     Ok(scores)
 }
 
@@ -148,10 +146,6 @@ fn read(path: &Path) -> anyhow::Result<Option<Scores>> {
     }
     let text = std::fs::read_to_string(path)?;
     Ok(Some(serde_json::from_str(&text).with_context(|| format!("{} is no result", path.display()))?))
-}
-
-fn name(method: cli::Method) -> String {
-    method.to_possible_value().map(|value| value.get_name().to_string()).unwrap_or_default()
 }
 
 fn print_table(blocks: &[usize], lines: &[Line], losses: &[f64], dense: f64) {
@@ -168,9 +162,9 @@ fn print_table(blocks: &[usize], lines: &[Line], losses: &[f64], dense: f64) {
             .iter()
             .map(|blocks| by_count.get(blocks).map_or(" |".into(), |loss| format!(" {loss:.4} |")))
             .collect();
-        println!("| {} |{cells} {:.0} | {:.0} |", name(line.method), line.seconds, line.block_runs);
+        println!("| {} |{cells} {:.0} | {:.0} |", line.method.name(), line.seconds, line.block_runs);
     }
     for line in lines {
-        println!("\n{}: {:?}", name(line.method), line.chosen);
+        println!("\n{}: {:?}", line.method.name(), line.chosen);
     }
 }

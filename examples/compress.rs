@@ -1,8 +1,10 @@
-//! Makes a model shallower: chooses the blocks that matter least together, drops them, heals what is left where that is
+//! Makes a model smaller: drops the blocks that matter least together, ties others, heals what is left where that is
 //! asked for, saves, reloads, evaluates.
 //!
 //! ```text
 //! cargo run --release --example compress -- --model M --text F --remove 0.2 --out DIR
+//! cargo run --release --example compress -- --model M --text F --group-size 2 --rank 8 --format compact --out DIR
+//! cargo run --release --example compress -- --model M --text F --budget-params 0.6 --format compact --out DIR
 //! ```
 //!
 //! The first 80 % of the text calibrates and heals, the last 20 % evaluates, in f32 whatever the blocks were scored in.
@@ -19,12 +21,14 @@ use clap::Parser;
 use foldgpt::candle::DType;
 use foldgpt::checkpoint::check_destination;
 use foldgpt::heal::Teacher;
-use foldgpt::{Checkpoint, Plan, SaveOptions, fold};
+use foldgpt::{
+    Checkpoint, Decoder, Format, Mix, Plan, SaveOptions, Scores, Target, Windows, fold_on, search_mixes,
+};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Makes a model shallower: scores its blocks, drops the least important, saves, reloads, evaluates
+/// Makes a model smaller: scores its blocks, drops the least important, ties others, saves, reloads, evaluates
 #[derive(Parser)]
 struct Args {
     #[command(flatten)]
@@ -38,7 +42,12 @@ struct Args {
     #[command(flatten)]
     target: cli::TargetArgs,
     #[command(flatten)]
-    gates: cli::GateArgs,
+    scoring: cli::ScoringArgs,
+    #[command(flatten)]
+    sharing: cli::SharingArgs,
+    /// How a model whose blocks share is written
+    #[arg(long, value_enum, default_value_t = cli::FormatArg::Expanded)]
+    format: cli::FormatArg,
     /// Blocks that have to stay, by index from 0
     #[arg(long, value_delimiter = ',')]
     protect: Vec<usize>,
@@ -62,16 +71,19 @@ struct Args {
 
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
-    let Some(target) = args.target.target() else {
-        anyhow::bail!("one of --remove, --remove-blocks and --max-params is needed");
-    };
+    let target = args.target.target().unwrap_or(Target::Blocks(0));
+    if args.target.target().is_none() && !args.sharing.any() {
+        anyhow::bail!(
+            "one of --remove, --remove-blocks, --max-params, --group-size and --budget-params is needed"
+        );
+    }
     check_destination(&args.out)?;
     let mut bars = cli::Bars::default();
     let checkpoint = args.model.open()?;
     let dense = cli::load(&checkpoint, DType::F32)?;
     cli::check_protected(&args.protect, &dense)?;
     let count = target.blocks(dense.architecture())?;
-    if count == 0 {
+    if count == 0 && !args.sharing.any() {
         println!("note: the target removes no block of {}", dense.depth());
     }
     let tokenizer = checkpoint.tokenizer()?;
@@ -80,11 +92,9 @@ fn main() -> anyhow::Result<()> {
     let calibration = args.window.cut(&tokenizer, first, Some(args.windows)).context("the first 80 %")?;
     let held_out = args.window.cut(&tokenizer, held_out, Some(args.eval_windows)).context("the last 20 %")?;
 
-    let method = args.method.build(count, &args.protect, args.seed, &args.gates)?;
-    let scores = method.score(&dense.to_dtype(args.model.dtype.dtype())?, &calibration, &mut bars)?;
-    let plan = Plan::new(dense.architecture(), &scores, target, &args.protect)?;
+    let plan = plan(&args, &dense, (target, count), &calibration, &mut bars)?;
     let plan = plan.for_model(checkpoint.sha256(&mut bars)?);
-    let mut folded = fold(&dense, &plan)?;
+    let mut folded = fold_on(&dense, &plan, &calibration, &mut bars)?;
     let cut = folded.clone();
     let mut report = None;
     if let Some(heal) = args.heal.heal(args.seed)? {
@@ -94,7 +104,8 @@ fn main() -> anyhow::Result<()> {
         folded = healed.decoder;
         report = Some(healed.report);
     }
-    let saved = checkpoint.save(&folded, Some(&plan), &args.out, &SaveOptions::default(), &mut bars)?;
+    let options = SaveOptions::from(Format::from(args.format));
+    let saved = checkpoint.save(&folded, Some(&plan), &args.out, &options, &mut bars)?;
 
     let written = Checkpoint::open(&args.out)?;
     let reloaded = cli::load(&written, DType::F32)?;
@@ -104,8 +115,14 @@ fn main() -> anyhow::Result<()> {
     }
     let name = if report.is_some() { "healed" } else { "compressed" };
     rows.push(table::Row::measure(name, &written, &reloaded, &held_out, &mut bars)?);
-    println!("importance by {} on {} windows of {}", scores.method, scores.windows, scores.seq_len);
-    print!("{}", chart::bars(&scores, &plan.units(), "removed"));
+    if let Some(scores) = plan.scores() {
+        println!("importance by {} on {} windows of {}", scores.method, scores.windows, scores.seq_len);
+        print!("{}", chart::bars(scores, &plan.units(), "removed"));
+    }
+    for group in plan.sharing().map(|sharing| sharing.groups.as_slice()).unwrap_or_default() {
+        let cost = group.cost.map(|cost| format!(", {cost:+.4} nats")).unwrap_or_default();
+        println!("tied {:?}, matrices of {:?}{cost}", group.blocks, group.donor);
+    }
     println!("\n{}", table::table(&rows));
     println!("nll in nats per token, {}", cli::protocol(&held_out));
     if let Some(report) = report {
@@ -113,4 +130,54 @@ fn main() -> anyhow::Result<()> {
     }
     println!("saved to {} ({} bytes of tensors)", saved.directory.display(), saved.tensor_bytes);
     Ok(())
+}
+
+/// What is removed and shared by the flags; nothing is scored where nothing may be removed.
+fn plan(
+    args: &Args,
+    dense: &Decoder,
+    (target, count): (Target, usize),
+    calibration: &Windows,
+    bars: &mut cli::Bars,
+) -> anyhow::Result<Plan> {
+    let scored = dense.to_dtype(args.model.dtype.dtype())?;
+    let tenth = (dense.depth() + 5) / 10;
+    let mixed = args.sharing.groups.is_none().then_some(args.sharing.budget(dense)?).flatten();
+    let most = if mixed.is_some() && count == 0 { tenth } else { count };
+    let mut builder = Plan::builder().protect(&args.protect);
+    if most > 0 {
+        let method = args.method.build(most, &args.protect, args.seed, &args.scoring)?;
+        let scores = method.score(&scored, calibration, bars)?;
+        if let Some(budget) = mixed {
+            return mix(args, dense, (budget, most), &scores, calibration, bars);
+        }
+        builder = builder.remove(target, &scores);
+    }
+    Ok(args.sharing.apply(builder, dense)?.measure(dense, calibration, bars)?)
+}
+
+/// Removal first, then sharing, then rank: once, or with --search in several proportions.
+fn mix(
+    args: &Args,
+    dense: &Decoder,
+    (budget, most): (usize, usize),
+    scores: &Scores,
+    calibration: &Windows,
+    bars: &mut cli::Bars,
+) -> anyhow::Result<Plan> {
+    let mut mix = Mix::new(budget);
+    (mix.removed, mix.donor) = (most, args.sharing.donor.donor());
+    if !args.sharing.search {
+        return Ok(mix.plan(dense, scores, calibration, bars)?);
+    }
+    let mixes = mix.variants(&[0, most.div_ceil(2), most, 2 * most], &[0.0, 0.05, 0.15]);
+    let front = search_mixes(dense, scores, &mixes, calibration, bars)?;
+    println!("mixes that no other beats, by loss on the calibration windows:");
+    for candidate in &front {
+        let (removed, share) = (candidate.plan.removed().len(), candidate.mix.residual_share);
+        let (parameters, loss) = (candidate.parameters, candidate.loss);
+        println!("{parameters:>12} parameters  {loss:.4}  {removed} blocks removed, {share} for residuals");
+    }
+    let best = front.into_iter().last().context("no mix meets the budget")?;
+    Ok(best.plan)
 }

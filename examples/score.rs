@@ -31,7 +31,7 @@ struct Args {
     #[arg(long, value_enum, default_value_t = cli::Method::BlockInfluence)]
     method: cli::Method,
     #[command(flatten)]
-    gates: cli::GateArgs,
+    scoring: cli::ScoringArgs,
     #[command(flatten)]
     target: cli::TargetArgs,
     /// Blocks that have to stay, by index from 0
@@ -59,7 +59,7 @@ fn main() -> anyhow::Result<()> {
 
     let target = args.target.target();
     let count = target.map_or(Ok(0), |target| target.blocks(decoder.architecture()))?;
-    let method = args.method.build(count, &args.protect, args.seed, &args.gates)?;
+    let method = args.method.build(count, &args.protect, args.seed, &args.scoring)?;
     let mut scores = method.score(&decoder, &windows, &mut cli::Bars::default())?;
     let mut would_go = Vec::new();
     if let Some(target) = target {

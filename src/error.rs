@@ -80,6 +80,19 @@ pub enum Error {
     #[error("plan: {0}")]
     Plan(String),
 
+    /// A budget that nothing left to do can meet.
+    #[error("budget for {what} is {budget}, expected at least {least}: {reason}")]
+    Budget {
+        /// What should meet it.
+        what: &'static str,
+        /// The budget.
+        budget: usize,
+        /// The least that can be reached.
+        least: usize,
+        /// What was done to reach that.
+        reason: &'static str,
+    },
+
     /// A computation gave NaN or an infinity.
     #[error("{what} is not finite ({value})")]
     NotFinite {

@@ -6,8 +6,9 @@ use crate::error::{Error, Result};
 
 /// Watches long work, and may stop it.
 ///
-/// Stages are `load`, `hash`, `save`, `verify`, `perplexity`, `losses`, `heal`, `teacher`, and for scoring
-/// the method's own name, in part with `gates`, `coupling`, `search` and `finalists`.
+/// Stages are `load`, `hash`, `save`, `verify`, `perplexity`, `losses`, for folding `donors`, `ties`, `ranks`, `starts`
+/// and `output error`, for healing `heal` and `teacher`, and for scoring the method's own name, in part with `gates`,
+/// `coupling`, `search` and `finalists`.
 ///
 /// Every method has a default that does nothing, so that an implementation says only what it cares about;
 /// `()` is the observer that watches nothing.
@@ -85,4 +86,14 @@ pub(crate) fn steps(
             advance(name, index as u64 + 1, total as u64, observer)
         })
     })
+}
+
+/// Runs `work` as a stage whose steps `work` counts itself: it hands the number done to what it is given.
+pub(crate) fn counted<T>(
+    name: &'static str,
+    total: u64,
+    observer: &mut dyn Observer,
+    work: impl FnOnce(&mut dyn FnMut(u64) -> Result<()>) -> Result<T>,
+) -> Result<T> {
+    stage(name, total, observer, |observer| work(&mut |done| advance(name, done, total, observer)))
 }

@@ -53,8 +53,8 @@ fn cases() -> Vec<Case> {
         case("frozen linear with bias", &[&[5, 16]], |kernels, x| {
             kernels.linear(&x[0], &values(&[12, 16], 5), Some(&values(&[12], 6)))
         }),
-        case("column scales", &[&[3, 5, 24], &[24]], |kernels, x| kernels.scale(&x[0], &x[1])),
         case("sum", &[&[3, 40], &[3, 40]], |kernels, x| kernels.add(&x[0], &x[1])),
+        case("column scales", &[&[3, 5, 24], &[24]], |kernels, x| kernels.scale(&x[0], &x[1])),
         case("inner product", &[&[3, 40]], |kernels, x| kernels.inner(&x[0], &values(&[3, 40], 5))),
         case("loss", &[&[200, 16]], |kernels, x| {
             kernels.nll(&x[0], &values(&[50, 16], 5), &targets(200, 50), None)

@@ -49,8 +49,8 @@ fn methods(remove: usize) -> Vec<Box<dyn Importance>> {
         Box::new(BlockInfluence::default()),
         Box::new(gates(remove)),
         Box::new(gates_with_coupling(remove)),
-        Box::new(GreedyPerplexity { remove, protected: vec![] }),
-        Box::new(MacroInfluence { remove, protected: vec![] }),
+        Box::new(GreedyPerplexity { remove, ..GreedyPerplexity::default() }),
+        Box::new(MacroInfluence { remove, ..MacroInfluence::default() }),
         Box::new(PerplexityIncrease::default()),
         Box::new(Random { seed: 1 }),
         Box::new(Taylor::default()),
@@ -105,8 +105,9 @@ fn greedy_perplexity_chooses_as_plain_forwards_would_and_runs_less() {
     deep.blocks = vec![deep.blocks[0]; 9];
     let decoder = Decoder::random(deep, 5, DType::F32, &Device::Cpu).unwrap();
     let windows = windows("llama");
-    let scores =
-        GreedyPerplexity { remove: 4, protected: vec![3] }.score(&decoder, &windows, &mut ()).unwrap();
+    let scores = GreedyPerplexity { remove: 4, protected: vec![3], ..Default::default() }
+        .score(&decoder, &windows, &mut ())
+        .unwrap();
     let (mut order, mut separate) = (Vec::new(), 0);
     for round in 0..4 {
         let candidates: Vec<usize> = (1..8).filter(|block| *block != 3 && !order.contains(block)).collect();
@@ -280,6 +281,50 @@ fn interrupted_gates_go_on_as_if_nothing_had_happened() {
 }
 
 #[test]
+fn an_interrupted_search_goes_on_from_what_it_measured() {
+    struct StopAt(&'static str, u64);
+    impl Observer for StopAt {
+        fn advanced(&mut self, stage: &'static str, done: u64, _: u64) -> ControlFlow<()> {
+            if stage == self.0 && done >= self.1 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        }
+    }
+    type Case = (&'static str, Box<dyn Importance>, Box<dyn Importance>, StopAt);
+    let (decoder, windows) = (load("llama"), windows("llama"));
+    let scratch = tempfile::tempdir().unwrap();
+    let file = |name: &str| Some(scratch.path().join(name));
+    let greedy = |losses_file| GreedyPerplexity { remove: 2, protected: vec![], losses_file };
+    let coupled = |losses_file| {
+        let mut method = gates_with_coupling(2);
+        method.losses_file = losses_file;
+        method
+    };
+    let cases: [Case; 2] = [
+        ("greedy", Box::new(greedy(file("greedy"))), Box::new(greedy(None)), StopAt("greedy-perplexity", 20)),
+        ("coupled", Box::new(coupled(file("coupled"))), Box::new(coupled(None)), StopAt("finalists", 0)),
+    ];
+    for (name, kept, plain, mut stop) in cases {
+        let cancelled = kept.score(&decoder, &windows, &mut stop);
+        assert!(matches!(cancelled, Err(Error::Cancelled { .. })), "{name}: {cancelled:?}");
+        // As a crash leaves it: the last line is not whole.
+        let path = scratch.path().join(name);
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(text.lines().count() > 2, "{name}: {text}");
+        std::fs::write(&path, &text[..text.len() - 10]).unwrap();
+        let resumed = kept.score(&decoder, &windows, &mut ()).unwrap();
+        let whole = plain.score(&decoder, &windows, &mut ()).unwrap();
+        assert_eq!((resumed.importance(), &resumed.chosen), (whole.importance(), &whole.chosen), "{name}");
+        // The finalists are measured on windows that the search has seen, which kept losses do not run again.
+        let least = if name == "greedy" { whole.block_runs } else { 0.0 };
+        assert!(resumed.block_runs > least, "{name}: what was lost was run again");
+        // Everything is known: nothing of a third run's losses is measured.
+        let again = kept.score(&decoder, &windows, &mut ()).unwrap();
+        assert_eq!(again.chosen, whole.chosen, "{name}");
+        let error = kept.score(&load("qwen3"), &windows, &mut ()).unwrap_err().to_string();
+        assert!(error.contains("another model"), "{name}: {error}");
+    }
+}
+
+#[test]
 fn halves_of_blocks_have_gates_of_their_own() {
     let (decoder, windows) = (load("gemma2"), windows("gemma2"));
     let mut gates = gates(3);
@@ -347,5 +392,9 @@ fn removing_more_than_there_is_is_refused() {
         let chooses = !["block-influence", "perplexity", "random", "taylor"].contains(&method.method());
         assert_eq!(method.score(&decoder, &windows, &mut ()).is_err(), chooses, "{}", method.method());
     }
-    assert!(GreedyPerplexity { remove: 1, protected: vec![7] }.score(&decoder, &windows, &mut ()).is_err());
+    assert!(
+        GreedyPerplexity { remove: 1, protected: vec![7], ..Default::default() }
+            .score(&decoder, &windows, &mut ())
+            .is_err()
+    );
 }

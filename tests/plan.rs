@@ -3,6 +3,7 @@
 
 mod support;
 
+use foldgpt::plan::{Donor, Groups, Matrices, Ranks, ResidualStart, ScaleStart};
 use foldgpt::{Plan, Scores, Target, Windows};
 use support::load;
 
@@ -81,7 +82,7 @@ fn a_plan_survives_json_and_a_tampered_one_does_not_load() {
         assert_ne!(changed, json, "{from} is not in the plan");
         Plan::from_json(&changed).unwrap_err().to_string()
     };
-    assert!(tampered("\"version\": 1", "\"version\": 2").contains("version 2"));
+    assert!(tampered("\"version\": 2", "\"version\": 3").contains("version 3"));
     assert!(tampered("\"depth\": 6", "\"depth\": 7").contains("6 scores for a model of 7"));
     assert!(
         tampered("\"protected\": []", "\"protected\": [0, 1, 2, 3, 4, 5]").contains("protected and removed")
@@ -97,4 +98,92 @@ fn a_plan_survives_json_and_a_tampered_one_does_not_load() {
     value["removed"] = serde_json::json!([77]);
     assert!(<Plan as serde::Deserialize>::deserialize(value).is_err(), "no way in around the checks");
     assert!(Plan::from_json("{}").is_err() && Plan::from_json("").is_err());
+}
+
+/// A plan for a model of `depth` blocks that ties what is left of it.
+fn tied(depth: usize, remove: usize, groups: Groups) -> foldgpt::Result<Plan> {
+    let mut arch = load("llama").architecture().clone();
+    arch.blocks = vec![arch.blocks[0]; depth];
+    let importance: Vec<f64> = (0..depth).map(|index| index as f64).collect();
+    Plan::builder().remove(Target::Blocks(remove), &scores(&importance)).share(groups).build(&arch)
+}
+
+fn blocks(plan: &Plan) -> Vec<Vec<usize>> {
+    plan.sharing().unwrap().groups.iter().map(|group| group.blocks.clone()).collect()
+}
+
+#[test]
+fn groups_are_of_consecutive_blocks_that_stay() {
+    let plan = tied(9, 2, Groups::of(3)).unwrap();
+    assert_eq!(blocks(&plan), [vec![2, 3, 4], vec![5, 6, 7]], "block 8 is left alone");
+    assert_eq!(blocks(&tied(9, 1, Groups::of(3)).unwrap()), [vec![1, 2, 3], vec![4, 5, 6], vec![7, 8]]);
+    assert_eq!(blocks(&tied(9, 0, Groups::of_within(2, 3..=7)).unwrap()), [[3, 4], [5, 6]]);
+    assert!(blocks(&tied(9, 0, Groups::of(1)).unwrap()).is_empty());
+    assert_eq!(blocks(&tied(6, 0, Groups::Explicit(vec![vec![0, 5]])).unwrap()), [[0, 5]]);
+}
+
+#[test]
+fn groups_that_cannot_be_are_refused() {
+    let cases = [
+        (Groups::of(0), "group size"),
+        (Groups::Consecutive { size: 2, within: Some((5, 3)) }, "5 to 3"),
+        (Groups::Explicit(vec![vec![3]]), "two or more"),
+        (Groups::Explicit(vec![vec![4, 3]]), "ascending"),
+        (Groups::Explicit(vec![vec![0, 3]]), "removed"),
+        (Groups::Explicit(vec![vec![3, 9]]), "block 9 does not exist"),
+        (Groups::Explicit(vec![vec![2, 3], vec![3, 4]]), "two groups"),
+        (Groups::until(foldgpt::plan::Budget::Parameters(1)), "measured"),
+    ];
+    for (groups, expected) in cases {
+        let error = tied(6, 1, groups).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+}
+
+#[test]
+fn a_plan_is_made_again_at_another_rate_without_scoring() {
+    let arch = load("llama").architecture().clone();
+    let plan = Plan::builder()
+        .remove(Target::Blocks(1), &scores(&[0.4, 0.1, 0.3, 0.2]))
+        .share(Groups::of(2))
+        .donor(Donor::Mean)
+        .scales(ScaleStart::LeastSquares)
+        .residual(Ranks::Uniform(2), ResidualStart::Whitened)
+        .for_model("abc")
+        .build(&arch)
+        .unwrap();
+    assert_eq!((plan.removed(), blocks(&plan)), (&[1][..], vec![vec![0, 2]]));
+    assert_eq!(plan.sharing().unwrap().groups[0].donor, Matrices::Mean);
+    let read = Plan::from_json(&plan.to_json().unwrap()).unwrap();
+    assert_eq!(read, plan);
+    let again = read.to_builder().at(Target::Blocks(2)).build(&arch).unwrap();
+    assert_eq!((again.removed(), blocks(&again)), (&[1, 3][..], vec![vec![0, 2]]));
+    assert_eq!(again.to_builder().at(Target::Blocks(1)).build(&arch).unwrap(), plan);
+    let ranks: usize = plan.sharing().unwrap().ranks.values().map(std::collections::BTreeMap::len).sum();
+    assert_eq!(ranks, 14, "seven projections of both blocks");
+}
+
+#[test]
+fn a_tampered_sharing_does_not_load() {
+    let plan = tied(6, 1, Groups::of(2)).unwrap();
+    let value: serde_json::Value = serde_json::from_str(&plan.to_json().unwrap()).unwrap();
+    for (place, wrong) in [
+        ("blocks", serde_json::json!([1])),
+        ("blocks", serde_json::json!([1, 0])),
+        ("donor", serde_json::json!({ "block": 5 })),
+        ("extra", serde_json::json!(1)),
+    ] {
+        let mut value = value.clone();
+        value["sharing"]["groups"][0][place] = wrong;
+        assert!(Plan::from_json(&value.to_string()).is_err(), "{place}");
+    }
+}
+
+#[test]
+fn a_plan_of_the_first_version_is_read() {
+    let plan = plan(6, Target::Rate(0.5)).unwrap();
+    let mut value: serde_json::Value = serde_json::from_str(&plan.to_json().unwrap()).unwrap();
+    assert!(value.get("sharing").is_none(), "the first version had none");
+    value["version"] = serde_json::json!(1);
+    assert_eq!(Plan::from_json(&value.to_string()).unwrap(), plan);
 }

@@ -13,7 +13,8 @@ use foldgpt::importance::{
     AngularDistance, BlockInfluence, Gates, GatesWithCoupling, GreedyPerplexity, Importance, MacroInfluence,
     PerplexityIncrease, Random, Taylor,
 };
-use foldgpt::{Bos, Checkpoint, Decoder, Observer, Target, Tokenizer, Windows};
+use foldgpt::plan::{Budget, Donor, Groups, PlanBuilder, Ranks, ResidualStart, ScaleStart};
+use foldgpt::{Bos, Checkpoint, Decoder, Format, Observer, Target, Tokenizer, Windows};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 // Which model.
@@ -134,6 +135,11 @@ impl Method {
         Self::Random,
     ];
 
+    /// What the method is called on the command line.
+    pub fn name(self) -> String {
+        self.to_possible_value().map(|value| value.get_name().to_string()).unwrap_or_default()
+    }
+
     /// Whether the method has to know how many blocks it is to choose.
     pub fn depends_on_count(self) -> bool {
         matches!(self, Self::Coupling | Self::Gates | Self::Angular)
@@ -145,47 +151,60 @@ impl Method {
         remove: usize,
         protected: &[usize],
         seed: u64,
-        gate_args: &GateArgs,
+        scoring: &ScoringArgs,
     ) -> Result<Box<dyn Importance>> {
-        anyhow::ensure!(!gate_args.halves || self == Self::Gates, "--halves is for --method gates");
+        anyhow::ensure!(!scoring.halves || self == Self::Gates, "--halves is for --method gates");
         let protected = protected.to_vec();
+        let state_file = scoring.file("gates.json")?;
+        let values = scoring.file(&format!("{}.jsonl", self.name()))?;
         let configured = |mut gates: Gates| {
             (gates.remove, gates.protected, gates.seed) = (remove, protected.clone(), seed);
-            gates.steps = gate_args.gate_steps.unwrap_or(gates.steps);
-            gates.state_file.clone_from(&gate_args.gate_state);
-            gates.halves = gate_args.halves;
+            gates.steps = scoring.gate_steps.unwrap_or(gates.steps);
+            gates.state_file.clone_from(&state_file);
+            gates.halves = scoring.halves;
             gates
         };
         Ok(match self {
             Self::Coupling => {
                 let mut method = GatesWithCoupling::default();
                 method.gates = configured(method.gates);
+                method.losses_file = values;
                 Box::new(method)
             }
             Self::Gates => Box::new(configured(Gates::default())),
             Self::BlockInfluence => Box::new(BlockInfluence::default()),
             Self::Angular => Box::new(AngularDistance { remove }),
             Self::Perplexity => Box::new(PerplexityIncrease::default()),
-            Self::GreedyPerplexity => Box::new(GreedyPerplexity { remove, protected }),
+            Self::GreedyPerplexity => Box::new(GreedyPerplexity { remove, protected, losses_file: values }),
             Self::Taylor => Box::new(Taylor::default()),
-            Self::MacroInfluence => Box::new(MacroInfluence { remove, protected }),
+            Self::MacroInfluence => Box::new(MacroInfluence { remove, protected, values_file: values }),
             Self::Random => Box::new(Random { seed }),
         })
     }
 }
 
-// How gates are trained, by the methods that train any.
+// How gates are trained, and where long scoring keeps its state.
 #[derive(Debug, Default, Args)]
-pub struct GateArgs {
+pub struct ScoringArgs {
     /// Train gates over the attention and the MLP of every block apart; removes halves of blocks (method gates)
     #[arg(long)]
     pub halves: bool,
     /// Training steps of the gates
     #[arg(long)]
     pub gate_steps: Option<usize>,
-    /// Keep the gates' training in this file, and go on from it where it exists
+    /// Keep what was trained and measured in this directory, and go on from it
     #[arg(long)]
-    pub gate_state: Option<PathBuf>,
+    pub state: Option<PathBuf>,
+}
+
+impl ScoringArgs {
+    /// A file in the directory where state is kept, which is made where it is missing.
+    fn file(&self, name: &str) -> Result<Option<PathBuf>> {
+        let Some(directory) = &self.state else { return Ok(None) };
+        std::fs::create_dir_all(directory)
+            .with_context(|| format!("cannot create {}", directory.display()))?;
+        Ok(Some(directory.join(name)))
+    }
 }
 
 // How much goes.
@@ -207,6 +226,122 @@ impl TargetArgs {
     pub fn target(&self) -> Option<Target> {
         let rate = self.remove.map(Target::Rate);
         rate.or(self.remove_blocks.map(Target::Blocks)).or(self.max_params.map(Target::Parameters))
+    }
+}
+
+// What is shared by the blocks that stay, and what they keep.
+#[derive(Debug, Args)]
+pub struct SharingArgs {
+    /// Tie this many consecutive blocks: they use the same matrices
+    #[arg(long)]
+    pub group_size: Option<usize>,
+    /// Tie the neighbours that cost the least, until the total of --budget-params is met
+    #[arg(long, value_enum, conflicts_with = "group_size", requires = "budget_params")]
+    pub groups: Option<GroupsArg>,
+    /// Whose matrices tied blocks use
+    #[arg(long, value_enum, default_value_t = DonorArg::Mean)]
+    pub donor: DonorArg,
+    /// Give tied blocks a factor for each output, fitted by least squares
+    #[arg(long)]
+    pub scales: bool,
+    /// Give tied blocks residuals of this rank
+    #[arg(long)]
+    pub rank: Option<usize>,
+    /// How residuals start
+    #[arg(long, value_enum, default_value_t = StartArg::Whitened)]
+    pub start: StartArg,
+    /// Meet this share of the parameters: by removal first (as far as --remove goes, else a tenth of the blocks), then
+    /// by tying the cheapest neighbours, what is left over becoming rank
+    #[arg(long, conflicts_with = "group_size")]
+    pub budget_params: Option<f64>,
+    /// With --budget-params, try several mixes of removal, sharing and rank, and take the best
+    #[arg(long, requires = "budget_params", conflicts_with = "groups")]
+    pub search: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum GroupsArg {
+    Budget,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DonorArg {
+    First,
+    Mean,
+    /// The mean or the block that costs the least loss
+    Best,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum StartArg {
+    /// Truncated SVD of what the shared matrix lacks
+    Svd,
+    /// The same, whitened by the inputs' second moment
+    Whitened,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum FormatArg {
+    /// Each shared tensor once
+    Compact,
+    /// A standard directory, every block written out
+    Expanded,
+}
+
+impl From<FormatArg> for Format {
+    fn from(format: FormatArg) -> Self {
+        match format {
+            FormatArg::Compact => Self::Compact,
+            FormatArg::Expanded => Self::Expanded,
+        }
+    }
+}
+
+impl DonorArg {
+    pub fn donor(self) -> Donor {
+        match self {
+            Self::First => Donor::First,
+            Self::Mean => Donor::Mean,
+            Self::Best => Donor::Best,
+        }
+    }
+}
+
+impl SharingArgs {
+    /// Whether anything is shared by these flags.
+    pub fn any(&self) -> bool {
+        self.group_size.is_some() || self.budget_params.is_some()
+    }
+
+    /// The parameters that the whole model may have.
+    pub fn budget(&self, dense: &Decoder) -> Result<Option<usize>> {
+        match self.budget_params {
+            Some(share) if !(share > 0.0 && share < 1.0) => {
+                anyhow::bail!("--budget-params is {share}, expected a share above 0 and below 1")
+            }
+            share => Ok(share.map(|share| (share * dense.parameter_count() as f64) as usize)),
+        }
+    }
+
+    /// The plan with what is shared by --group-size or --groups.
+    pub fn apply(&self, mut builder: PlanBuilder, dense: &Decoder) -> Result<PlanBuilder> {
+        let groups = match (self.group_size, self.budget(dense)?) {
+            (Some(size), _) => Groups::of(size),
+            (None, Some(budget)) => Groups::until(Budget::Parameters(budget)),
+            (None, None) => return Ok(builder),
+        };
+        builder = builder.share(groups).donor(self.donor.donor());
+        if self.scales {
+            builder = builder.scales(ScaleStart::LeastSquares);
+        }
+        if let Some(rank) = self.rank {
+            let start = match self.start {
+                StartArg::Svd => ResidualStart::Svd,
+                StartArg::Whitened => ResidualStart::Whitened,
+            };
+            builder = builder.residual(Ranks::Uniform(rank), start);
+        }
+        Ok(builder)
     }
 }
 

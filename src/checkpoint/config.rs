@@ -2,6 +2,7 @@
 
 use serde_json::{Map, Value};
 
+use super::compact;
 use crate::error::{Error, Result};
 use crate::model::{
     Activation, Architecture, BlockSpec, FoldMap, MlpKind, NormKind, NormPlacement, Positions, QkNorm,
@@ -31,7 +32,7 @@ fn architecture(config: &Value) -> Result<Architecture> {
     let fields = Fields::of(config)?;
     let model_type = fields.string("model_type")?;
     fields.refuse_unsupported()?;
-    let arch = match model_type {
+    let mut arch = match model_type {
         "llama" => llama(&fields)?,
         "mistral" => mistral(&fields)?,
         "qwen2" => qwen2(&fields)?,
@@ -47,6 +48,7 @@ fn architecture(config: &Value) -> Result<Architecture> {
             return Err(Error::config("model_type", reason));
         }
     };
+    arch.fold = compact::fold_map(config, &arch)?;
     check(&arch)?;
     Ok(arch)
 }

@@ -44,13 +44,13 @@ mod remote {
     use hf_hub::{Cache, Repo, RepoType};
     use serde_json::Value;
 
+    use super::super::safetensors::{COMPACT, STANDARD, index, single};
     use super::super::save::COMPANIONS;
     use super::{hub_error, is_hub_id};
     use crate::error::{Error, Result};
 
     const REQUIRED: [&str; 2] = ["config.json", "tokenizer.json"];
-    const WEIGHTS: &str = "model.safetensors";
-    const INDEX: &str = "model.safetensors.index.json";
+    const STEMS: [&str; 2] = [STANDARD, COMPACT];
 
     pub(super) fn fetch(id: &str) -> Result<PathBuf> {
         if !is_hub_id(id) {
@@ -84,14 +84,18 @@ mod remote {
         for name in optional.filter(|name| listed.contains(name)).chain(REQUIRED) {
             get(&remote, name)?;
         }
-        if listed.contains(&WEIGHTS) {
-            get(&remote, WEIGHTS)?;
-        } else if listed.contains(&INDEX) {
-            for shard in shards(id, &get(&remote, INDEX)?)? {
+        let has = |name: String| Some(name).filter(|name| listed.contains(&name.as_str()));
+        if let Some(weights) = STEMS.iter().find_map(|stem| has(single(stem))) {
+            get(&remote, &weights)?;
+        } else if let Some(index) = STEMS.iter().find_map(|stem| has(index(stem))) {
+            for shard in shards(id, &get(&remote, &index)?)? {
                 get(&remote, &shard)?;
             }
         } else {
-            return Err(hub_error(id, format!("has neither `{WEIGHTS}` nor `{INDEX}`")));
+            return Err(hub_error(
+                id,
+                format!("has neither `{}` nor `{}`", single(STANDARD), index(STANDARD)),
+            ));
         }
 
         cache
@@ -124,8 +128,9 @@ mod remote {
         if REQUIRED.iter().any(|name| repo.get(name).is_none()) {
             return Ok(None);
         }
-        if repo.get(WEIGHTS).is_none() {
-            let Some(index) = repo.get(INDEX) else { return Ok(None) };
+        if STEMS.iter().all(|stem| repo.get(&single(stem)).is_none()) {
+            let index = STEMS.iter().find_map(|stem| repo.get(&index(stem)));
+            let Some(index) = index else { return Ok(None) };
             if shards(id, &index)?.iter().any(|shard| repo.get(shard).is_none()) {
                 return Ok(None);
             }

@@ -1,5 +1,6 @@
 //! Checkpoints: the only module that touches files of weights.
 
+mod compact;
 mod config;
 mod gguf;
 mod hub;
@@ -9,7 +10,8 @@ mod save;
 mod staging;
 mod surgery;
 
-pub use save::{SaveOptions, Saved};
+pub use compact::FORMAT_VERSION;
+pub use save::{Format, SaveOptions, Saved};
 pub use staging::check_destination;
 
 use std::collections::HashMap;
@@ -92,8 +94,8 @@ impl Checkpoint {
         let path = directory.join("config.json");
         let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
         let config = serde_json::from_str(&text).map_err(|error| Error::format(&path, error.to_string()))?;
-        let tensors = Safetensors::open(directory)?;
-        let source = Source::Safetensors(tensors);
+        let stem = compact::stem(&config).map_err(|error| error.in_config_file(&path))?;
+        let source = Source::Safetensors(Safetensors::open(directory, stem)?);
         Self::checked(directory.to_path_buf(), source, config).map_err(|error| error.in_config_file(&path))
     }
 

@@ -30,13 +30,26 @@ pub(crate) struct Safetensors {
 
 /// What the format itself allows for a header.
 const LARGEST_HEADER: u64 = 100_000_000;
-const INDEX: &str = "model.safetensors.index.json";
-const SINGLE: &str = "model.safetensors";
+
+/// What the files of weights of a standard checkpoint are called: `model.safetensors` or `model-00001-of-….safetensors`.
+pub(crate) const STANDARD: &str = "model";
+/// The same of a compact one: other readers find no weights, and so cannot invent those that are shared.
+pub(crate) const COMPACT: &str = "foldgpt";
+
+/// The name of the only file of weights.
+pub(crate) fn single(stem: &str) -> String {
+    format!("{stem}.safetensors")
+}
+
+/// The name of the index of several files of weights.
+pub(crate) fn index(stem: &str) -> String {
+    format!("{stem}.safetensors.index.json")
+}
 
 impl Safetensors {
-    /// Reads the headers of `model.safetensors`, or of the shards that the index names, in `directory`.
-    pub(crate) fn open(directory: &Path) -> Result<Self> {
-        let files = shards(directory)?;
+    /// Reads the headers of the file of weights called `stem`, or of the shards that its index names, in `directory`.
+    pub(crate) fn open(directory: &Path, stem: &str) -> Result<Self> {
+        let files = shards(directory, stem)?;
         let mut entries = BTreeMap::new();
         for file in &files {
             for (name, entry) in header(file)? {
@@ -75,14 +88,15 @@ impl Entry {
 }
 
 /// The files that hold the tensors, in the order of their names.
-fn shards(directory: &Path) -> Result<Vec<PathBuf>> {
-    let (single, index) = (directory.join(SINGLE), directory.join(INDEX));
+fn shards(directory: &Path, stem: &str) -> Result<Vec<PathBuf>> {
+    let names = (single(stem), index(stem));
+    let (single, index) = (directory.join(&names.0), directory.join(&names.1));
     // Where both exist the single file counts, as in transformers.
     if single.exists() {
         return Ok(vec![single]);
     }
     if !index.exists() {
-        return Err(Error::format(directory, format!("no weights, expected {SINGLE} or {INDEX}")));
+        return Err(Error::format(directory, format!("no weights, expected {} or {}", names.0, names.1)));
     }
     let text = std::fs::read_to_string(&index).map_err(Error::io("read", &index))?;
     let json: Value =

@@ -9,25 +9,47 @@ use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 
 use super::layout::{Stored, stored_tensors};
+use super::safetensors::{COMPACT, STANDARD, index, single};
 use super::staging::Staging;
-use super::{Checkpoint, Source, surgery};
+use super::{Checkpoint, Source, compact, surgery};
 use crate::error::{Error, Result};
-use crate::model::{Decoder, Param, Part, Unit};
+use crate::model::{Architecture, BlockParam, Decoder, Param};
 use crate::plan::Plan;
 use crate::progress::Observer;
+
+/// In what form a folded model is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Format {
+    /// A standard Hugging Face directory: every block written out, scales and residuals merged into the matrices.
+    /// It loads everywhere, and is as large as a model whose blocks share nothing. Merged matrices are f32, which
+    /// holds what they compute, unless the checkpoint was told its type.
+    #[default]
+    Expanded,
+    /// Each shared tensor once, as docs/format.md specifies it.
+    Compact,
+}
 
 /// How a checkpoint is written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct SaveOptions {
+    /// The form of a folded model.
+    pub format: Format,
     /// Tensors are split into files of at most this many bytes; a larger tensor has a file of its own.
     pub max_shard_bytes: u64,
 }
 
 impl Default for SaveOptions {
-    /// Shards of 5 GB, as transformers writes them.
+    /// A standard directory in shards of 5 GB, as transformers writes them.
     fn default() -> Self {
-        Self { max_shard_bytes: 5_000_000_000 }
+        Self { format: Format::default(), max_shard_bytes: 5_000_000_000 }
+    }
+}
+
+impl From<Format> for SaveOptions {
+    fn from(format: Format) -> Self {
+        Self { format, ..Self::default() }
     }
 }
 
@@ -62,8 +84,9 @@ const PLAN: &str = "plan.json";
 const STAGE: &str = "save";
 
 impl Checkpoint {
-    /// Writes `decoder`, made from this checkpoint, as a Hugging Face directory that transformers loads: weights in
-    /// the types they had (a decoder held in a narrower type has lost what that cannot hold), the configuration cut to the blocks that are left, the tokenizer, and the plan.
+    /// Writes `decoder`, made from this checkpoint: weights in the types they had (a decoder held in a narrower type
+    /// has lost what that cannot hold), the configuration cut to the blocks that are left, the tokenizer, and the plan.
+    /// In the expanded format that is a Hugging Face directory that transformers loads.
     ///
     /// Everything is written beside `directory`, synced, opened again and compared with the decoder tensor by
     /// tensor, and renamed only then: `directory` holds nothing or all of it. What a crash leaves beside it is a
@@ -85,14 +108,15 @@ impl Checkpoint {
             self.check_plan(plan, decoder, observer)?;
         }
         let staging = Staging::beside(directory)?;
-        let config = self.config_of(decoder)?;
+        let written = Written::new(self, decoder, options.format)?;
+        let config = self.config_of(&written)?;
         staging.write("config.json", pretty(&config)?.as_bytes())?;
         if let Some(plan) = plan {
             staging.write(PLAN, plan.to_json()?.as_bytes())?;
         }
         self.write_companions(&staging)?;
-        let (weight_files, tensor_bytes) = self.write_weights(decoder, &staging, options, observer)?;
-        compare(decoder, &staging.path, observer)?;
+        let (weight_files, tensor_bytes) = write_weights(&written, &staging, options, observer)?;
+        compare(&written, &staging.path, observer)?;
         staging.commit(directory)?;
         Ok(Saved { directory: directory.to_path_buf(), tensor_bytes, weight_files })
     }
@@ -104,13 +128,9 @@ impl Checkpoint {
         if kept != plan.kept() {
             return Err(Error::Plan(format!("keeps blocks {:?}, the decoder has {kept:?}", plan.kept())));
         }
-        for block in decoder.blocks() {
-            for part in [Part::Attention, Part::Mlp] {
-                let unit = Unit { block: block.own.origin, part };
-                if block.has(part) == plan.removed_halves().contains(&unit) {
-                    return Err(Error::Plan(format!("and the decoder differ in half {unit}")));
-                }
-            }
+        if plan.architecture(&self.architecture)? != *decoder.architecture() {
+            let reason = "and the decoder differ in the halves of blocks, or in what these share and add";
+            return Err(Error::Plan(reason.into()));
         }
         let Some(expected) = plan.model_sha256() else { return Ok(()) };
         let found = self.sha256(observer)?;
@@ -120,17 +140,23 @@ impl Checkpoint {
         Ok(())
     }
 
-    fn config_of(&self, decoder: &Decoder) -> Result<Value> {
-        let kept: Vec<usize> = decoder.blocks().iter().map(|block| block.own.origin).collect();
-        let embedding = stored_tensors(&self.architecture).into_iter().next();
-        let dtype = embedding.map_or(DType::BF16, |stored| self.stored_dtype(&stored.name));
-        let dtype = match dtype {
+    fn config_of(&self, written: &Written<'_>) -> Result<Value> {
+        let kept: Vec<usize> = written.decoder.blocks().iter().map(|block| block.own.origin).collect();
+        let embedding = self.tensors.first().map_or(DType::BF16, |stored| self.stored_dtype(&stored.name));
+        // Where merging made tensors wider, readers that follow this field should not narrow them again.
+        let widened = written.types.iter().any(|dtype| dtype.size_in_bytes() > embedding.size_in_bytes());
+        let dtype = match embedding {
+            DType::F64 => "float64",
+            _ if written.merges && widened => "float32",
             DType::BF16 => "bfloat16",
             DType::F16 => "float16",
-            DType::F64 => "float64",
             _ => "float32",
         };
-        surgery::cut(&self.config, &kept, decoder.architecture(), dtype)
+        let mut config = surgery::cut(&self.config, &kept, &written.architecture, dtype)?;
+        if let (Format::Compact, Some(fields)) = (written.format, config.as_object_mut()) {
+            fields.insert(compact::SECTION.into(), compact::to_section(&written.architecture)?);
+        }
+        Ok(config)
     }
 
     fn write_companions(&self, staging: &Staging) -> Result<()> {
@@ -156,86 +182,175 @@ impl Checkpoint {
         }
     }
 
-    fn write_weights(
-        &self,
-        decoder: &Decoder,
-        staging: &Staging,
-        options: &SaveOptions,
-        observer: &mut dyn Observer,
-    ) -> Result<(Vec<String>, u64)> {
-        let params = Params::of(decoder);
-        let tensors = stored_tensors(decoder.architecture());
-        let origins = self.origins(decoder, &tensors)?;
-        let views = tensors.iter().zip(&origins).map(|(stored, dtype)| {
-            let bytes = stored.shape.iter().product::<usize>() * dtype.size_in_bytes();
-            TensorView { stored, dtype: *dtype, bytes, params: &params, failure: RefCell::new(None) }
-        });
-        let views: Vec<TensorView<'_>> = views.collect();
-        let shards = shards(&views, options.max_shard_bytes);
-        let total: u64 = views.iter().map(|view| view.bytes as u64).sum();
-        let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
-        let (mut names, mut weight_map) = (Vec::new(), serde_json::Map::new());
-        crate::progress::steps(STAGE, shards.len(), observer, |index| {
-            let name = match shards.len() {
-                1 => "model.safetensors".to_string(),
-                count => format!("model-{:05}-of-{count:05}.safetensors", index + 1),
-            };
-            let path = staging.path.join(&name);
-            let Some(views) = shards.get(index) else { return Ok(()) };
-            let named = views.iter().map(|view| (view.stored.name.as_str(), *view));
-            ::safetensors::serialize_to_file(named, Some(metadata.clone()), &path)
-                .map_err(|error| written(&path, error))?;
-            if let Some(error) = views.iter().find_map(|view| view.failure.take()) {
-                return Err(error);
+    /// The type that a tensor of a folded decoder has in this checkpoint; what is new has the narrowest.
+    fn type_of(&self, decoder: &Decoder, stored: &Stored) -> Result<DType> {
+        let foreign = || Error::Plan("the decoder was not made from this checkpoint".into());
+        let source = match stored.params.first().map(|(param, _)| *param).ok_or_else(foreign)? {
+            Param::Block(_, BlockParam::Scale(_) | BlockParam::LoraA(_) | BlockParam::LoraB(_)) => {
+                return Ok(self.narrowest_dtype());
             }
-            staging.adopt(&path)?;
-            weight_map
-                .extend(views.iter().map(|view| (view.stored.name.clone(), Value::from(name.as_str()))));
-            names.push(name);
-            Ok(())
-        })?;
-        if names.len() > 1 {
-            let index = json!({ "metadata": { "total_size": total }, "weight_map": weight_map });
-            staging.write("model.safetensors.index.json", pretty(&index)?.as_bytes())?;
-        }
-        Ok((names, total))
+            Param::Block(depth, part) => {
+                let origin = decoder.blocks().get(depth).ok_or_else(foreign)?.own.origin;
+                // What this checkpoint shares is stored under the first block that uses it.
+                let holder = self.architecture.fold.block(origin).weights;
+                let held =
+                    |block| self.holder_of(Param::Block(block, part)).map(|_| Param::Block(block, part));
+                held(origin).or_else(|| held(holder)).ok_or_else(foreign)?
+            }
+            other => other,
+        };
+        Ok(self.stored_dtype(&self.holder_of(source).ok_or_else(foreign)?.name))
     }
 
-    /// The type that each tensor of a cut decoder has in this checkpoint.
-    fn origins(&self, decoder: &Decoder, tensors: &[Stored]) -> Result<Vec<DType>> {
-        let mut names = HashMap::new();
-        for stored in &self.tensors {
-            names.extend(stored.params.iter().map(|(param, _)| (*param, stored.name.as_str())));
-        }
-        let blocks = decoder.blocks();
-        let dtype = |stored: &Stored| {
-            let source = match stored.params.first()?.0 {
-                Param::Block(depth, part) => Param::Block(blocks.get(depth)?.own.origin, part),
-                other => other,
-            };
-            Some(self.stored_dtype(names.get(&source)?))
-        };
-        let foreign = || Error::Plan("the decoder was not made from this checkpoint".into());
-        tensors.iter().map(|stored| dtype(stored).ok_or_else(foreign)).collect()
+    /// The stored tensor that holds a parameter.
+    fn holder_of(&self, param: Param) -> Option<&Stored> {
+        self.tensors.iter().find(|stored| stored.params.iter().any(|(part, _)| *part == param))
     }
 }
 
-/// Opens what was written as anyone would, and compares it with the decoder: architecture, then every tensor.
-fn compare(decoder: &Decoder, written: &Path, observer: &mut dyn Observer) -> Result<()> {
-    let reloaded = Checkpoint::open(written)?;
-    if reloaded.architecture() != decoder.architecture() {
-        let reason = "config.json cannot say what the decoder computes (a kept block's attention or rope)";
-        return Err(Error::format(&written.join("config.json"), reason));
+/// What is written of a decoder: which tensors, in which types, and what they hold.
+struct Written<'a> {
+    decoder: &'a Decoder,
+    format: Format,
+    /// The decoder's architecture as the written checkpoint will have it.
+    architecture: Architecture,
+    tensors: Vec<Stored>,
+    types: Vec<DType>,
+    params: HashMap<Param, &'a Tensor>,
+    shapes: HashMap<Param, Vec<usize>>,
+    /// Whether matrices are written that are held in parts.
+    merges: bool,
+}
+
+impl<'a> Written<'a> {
+    fn new(checkpoint: &Checkpoint, decoder: &'a Decoder, format: Format) -> Result<Self> {
+        let architecture = match format {
+            Format::Expanded => decoder.architecture().expanded(),
+            Format::Compact => decoder.architecture().clone(),
+        };
+        let tensors = stored_tensors(&architecture);
+        let mut written = Self {
+            decoder,
+            format,
+            types: Vec::new(),
+            params: decoder.params().collect(),
+            shapes: architecture.params().into_iter().collect(),
+            merges: false,
+            architecture,
+            tensors,
+        };
+        let merged: Vec<bool> = written.tensors.iter().map(|stored| written.is_merged(stored)).collect();
+        written.merges = merged.contains(&true);
+        let types = written.tensors.iter().zip(merged).map(|(stored, merged)| {
+            let dtype = checkpoint.type_of(decoder, stored)?;
+            let wide = merged && checkpoint.dtype.is_none() && dtype != DType::F64;
+            Ok(if wide || written.is_vector_beyond(stored, dtype)? { DType::F32 } else { dtype })
+        });
+        written.types = types.collect::<Result<_>>()?;
+        Ok(written)
     }
-    let params = Params::of(decoder);
-    crate::progress::steps("verify", reloaded.tensors.len(), observer, |index| {
-        let Some(stored) = reloaded.tensors.get(index) else { return Ok(()) };
+
+    /// Whether a tensor holds a matrix that the decoder has in parts.
+    fn is_merged(&self, stored: &Stored) -> bool {
+        self.format == Format::Expanded
+            && stored.params.iter().any(|(param, _)| match param {
+                Param::Block(depth, BlockParam::Weight(projection)) => {
+                    let block = self.decoder.blocks().get(*depth);
+                    block.is_some_and(|block| !block.own.adapters[*projection].is_empty())
+                }
+                _ => false,
+            })
+    }
+
+    /// Whether a tensor is a vector that `dtype` cannot hold: small changes of norms and scales, as healing makes, are
+    /// not to be lost, and vectors take little room.
+    fn is_vector_beyond(&self, stored: &Stored, dtype: DType) -> Result<bool> {
+        let vectors = stored.params.iter().filter(|(param, _)| !param.is_matrix());
+        let mut values = vectors.filter_map(|(param, _)| self.params.get(param));
+        values.try_fold(false, |beyond, value| {
+            let narrow = value.to_dtype(dtype)?.to_dtype(value.dtype())?;
+            Ok(beyond || narrow.ne(*value)?.to_dtype(DType::F32)?.max_all()?.to_scalar::<f32>()? > 0.0)
+        })
+    }
+
+    /// A tensor as it is stored.
+    fn tensor(&self, stored: &Stored, dtype: DType) -> Result<Tensor> {
+        stored.join(|param| self.param(param, dtype))
+    }
+
+    /// The parameter in `dtype`. A half that a block lost is written as zeros in the expanded format: no common
+    /// format can leave out an attention or an MLP, and one whose output projection is zero adds nothing, exactly.
+    fn param(&self, param: Param, dtype: DType) -> Result<Tensor> {
+        let on_disk = |tensor: &Tensor| Ok(tensor.to_device(&Device::Cpu)?.to_dtype(dtype)?);
+        if let (Param::Block(depth, BlockParam::Weight(projection)), Format::Expanded) = (param, self.format)
+            && let Some(block) = self.decoder.blocks().get(depth)
+            && let Some(merged) = block.merged(projection)?
+        {
+            return on_disk(&merged);
+        }
+        match (self.params.get(&param), self.shapes.get(&param)) {
+            (Some(tensor), _) => on_disk(tensor),
+            (None, Some(shape)) => Ok(Tensor::zeros(shape.as_slice(), dtype, &Device::Cpu)?),
+            (None, None) => Err(Error::Plan(format!("the decoder has no {param}"))),
+        }
+    }
+}
+
+fn write_weights(
+    written: &Written<'_>,
+    staging: &Staging,
+    options: &SaveOptions,
+    observer: &mut dyn Observer,
+) -> Result<(Vec<String>, u64)> {
+    let views = written.tensors.iter().zip(&written.types).map(|(stored, dtype)| {
+        let bytes = stored.shape.iter().product::<usize>() * dtype.size_in_bytes();
+        TensorView { stored, dtype: *dtype, bytes, written, failure: RefCell::new(None) }
+    });
+    let views: Vec<TensorView<'_>> = views.collect();
+    let shards = shards(&views, options.max_shard_bytes);
+    let total: u64 = views.iter().map(|view| view.bytes as u64).sum();
+    let stem = if written.format == Format::Compact { COMPACT } else { STANDARD };
+    let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
+    let (mut names, mut weight_map) = (Vec::new(), serde_json::Map::new());
+    crate::progress::steps(STAGE, shards.len(), observer, |place| {
+        let name = match shards.len() {
+            1 => single(stem),
+            count => format!("{stem}-{:05}-of-{count:05}.safetensors", place + 1),
+        };
+        let path = staging.path.join(&name);
+        let Some(views) = shards.get(place) else { return Ok(()) };
+        let named = views.iter().map(|view| (view.stored.name.as_str(), *view));
+        ::safetensors::serialize_to_file(named, Some(metadata.clone()), &path)
+            .map_err(|error| not_written(&path, error))?;
+        if let Some(error) = views.iter().find_map(|view| view.failure.take()) {
+            return Err(error);
+        }
+        staging.adopt(&path)?;
+        weight_map.extend(views.iter().map(|view| (view.stored.name.clone(), Value::from(name.as_str()))));
+        names.push(name);
+        Ok(())
+    })?;
+    if names.len() > 1 {
+        let content = json!({ "metadata": { "total_size": total }, "weight_map": weight_map });
+        staging.write(&index(stem), pretty(&content)?.as_bytes())?;
+    }
+    Ok((names, total))
+}
+
+/// Opens what was written as anyone would, and compares it with the decoder: architecture, then every tensor.
+fn compare(written: &Written<'_>, directory: &Path, observer: &mut dyn Observer) -> Result<()> {
+    let reloaded = Checkpoint::open(directory)?;
+    if reloaded.architecture() != &written.architecture {
+        let reason = "config.json cannot say what the decoder computes (a kept block's attention or rope)";
+        return Err(Error::format(&directory.join("config.json"), reason));
+    }
+    crate::progress::steps("verify", reloaded.tensors.len(), observer, |place| {
+        let Some(stored) = reloaded.tensors.get(place) else { return Ok(()) };
         let on_disk = reloaded.read(stored)?;
-        let in_memory = joined(stored, &params, on_disk.dtype())?;
-        if bytes_of(&on_disk)? == bytes_of(&in_memory)? {
+        if bytes_of(&on_disk)? == bytes_of(&written.tensor(stored, on_disk.dtype())?)? {
             return Ok(());
         }
-        Err(Error::tensor(written, &stored.name, "does not read back as it was written"))
+        Err(Error::tensor(directory, &stored.name, "does not read back as it was written"))
     })
 }
 
@@ -244,7 +359,7 @@ struct TensorView<'a> {
     stored: &'a Stored,
     dtype: DType,
     bytes: usize,
-    params: &'a Params<'a>,
+    written: &'a Written<'a>,
     /// Why the tensor could not be put together: the writer's interface has no place for an error.
     failure: RefCell<Option<Error>>,
 }
@@ -259,7 +374,7 @@ impl ::safetensors::View for &TensorView<'_> {
     }
 
     fn data(&self) -> Cow<'_, [u8]> {
-        let bytes = joined(self.stored, self.params, self.dtype).and_then(|tensor| bytes_of(&tensor));
+        let bytes = self.written.tensor(self.stored, self.dtype).and_then(|tensor| bytes_of(&tensor));
         Cow::Owned(bytes.unwrap_or_else(|error| {
             *self.failure.borrow_mut() = Some(error);
             vec![0; self.bytes]
@@ -269,35 +384,6 @@ impl ::safetensors::View for &TensorView<'_> {
     fn data_len(&self) -> usize {
         self.bytes
     }
-}
-
-/// A decoder's tensors by parameter, and what stands for those that it lacks.
-struct Params<'a> {
-    tensors: HashMap<Param, &'a Tensor>,
-    shapes: HashMap<Param, Vec<usize>>,
-}
-
-impl<'a> Params<'a> {
-    fn of(decoder: &'a Decoder) -> Self {
-        Self {
-            tensors: decoder.params().collect(),
-            shapes: decoder.architecture().params().into_iter().collect(),
-        }
-    }
-
-    /// The parameter in `dtype`. A half that a block lost is written as zeros: no common format can leave out an
-    /// attention or an MLP, and one whose output projection is zero adds nothing, exactly.
-    fn get(&self, param: Param, dtype: DType) -> Result<Tensor> {
-        match (self.tensors.get(&param), self.shapes.get(&param)) {
-            (Some(tensor), _) => Ok(tensor.to_device(&Device::Cpu)?.to_dtype(dtype)?),
-            (None, Some(shape)) => Ok(Tensor::zeros(shape.as_slice(), dtype, &Device::Cpu)?),
-            (None, None) => Err(Error::Plan(format!("the decoder has no {param}"))),
-        }
-    }
-}
-
-fn joined(stored: &Stored, params: &Params<'_>, dtype: DType) -> Result<Tensor> {
-    stored.join(|param| params.get(param, dtype))
 }
 
 fn bytes_of(tensor: &Tensor) -> Result<Vec<u8>> {
@@ -328,7 +414,7 @@ fn pretty(value: &Value) -> Result<String> {
     serde_json::to_string_pretty(value).map_err(|error| Error::Plan(format!("cannot write json: {error}")))
 }
 
-fn written(path: &Path, error: ::safetensors::SafeTensorError) -> Error {
+fn not_written(path: &Path, error: ::safetensors::SafeTensorError) -> Error {
     match error {
         ::safetensors::SafeTensorError::IoError(source) => Error::io("write", path)(source),
         other => Error::format(path, other.to_string()),

@@ -2,6 +2,7 @@
 
 use serde_json::{Map, Value};
 
+use super::compact;
 use super::config::{depth_field, layer_type};
 use crate::error::{Error, Result};
 use crate::model::Architecture;
@@ -28,6 +29,7 @@ pub(super) fn cut(config: &Value, kept: &[usize], arch: &Architecture, dtype: &s
             *list = kept.iter().filter_map(|&index| list.get(index).cloned()).collect();
         }
     }
+    fields.remove(compact::SECTION);
     fields.insert(depth_field.into(), kept.len().into());
     if let Some(first) = fields.get("max_window_layers").and_then(Value::as_u64) {
         let below = kept.iter().filter(|&&index| (index as u64) < first).count();

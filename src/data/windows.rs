@@ -102,6 +102,11 @@ impl Windows {
         hash(&self.ids)
     }
 
+    /// The hash of one window's ids.
+    pub(crate) fn window_sha256(&self, index: usize) -> Result<String> {
+        Ok(hash(&[self.window(index)?.to_vec()]))
+    }
+
     /// The number of windows, at least 1.
     #[must_use]
     #[allow(clippy::len_without_is_empty)] // never empty

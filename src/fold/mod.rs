@@ -1,14 +1,72 @@
 //! A plan applied to a decoder in memory.
 
-use crate::error::Result;
-use crate::model::Decoder;
-use crate::plan::Plan;
+mod donors;
+mod low_rank;
+mod moments;
+mod ranks;
+mod starts;
+mod ties;
 
-/// The decoder that `plan` describes. No weight is copied: what stays is shared with `decoder`.
+pub(crate) use ranks::spread_ranks;
+pub use starts::{OutputError, output_errors};
+pub(crate) use ties::{Ties, best_donors};
+
+use crate::data::Windows;
+use crate::error::{Error, Result};
+use crate::model::Decoder;
+use crate::plan::{Plan, Sharing};
+use crate::progress::Observer;
+
+/// The decoder that `plan` describes. What stays as it is, is shared with `decoder` and not copied; the matrices of
+/// a group exist once.
+///
+/// New tensors (means, scales, residuals) are rounded to the type in which the model is stored.
 ///
 /// # Errors
-/// A plan for another model.
+/// A plan for another model, or one with starts that need calibration windows: see [`fold_on`].
 pub fn fold(decoder: &Decoder, plan: &Plan) -> Result<Decoder> {
-    plan.check_model(decoder.architecture())?;
-    decoder.without(&plan.units())
+    if plan.sharing().is_some_and(|sharing| sharing.own.needs_windows() && !sharing.groups.is_empty()) {
+        return Err(Error::Plan("scales and whitened residuals start from calibration windows".into()));
+    }
+    apply(decoder, plan, None, &mut ())
+}
+
+/// As [`fold`], starting scales and residuals on calibration windows: block after block, each seeing what the folded
+/// blocks before it make of the text.
+///
+/// # Errors
+/// A plan for another model, a window that does not fit it, or a cancelling observer.
+pub fn fold_on(
+    decoder: &Decoder,
+    plan: &Plan,
+    windows: &Windows,
+    observer: &mut dyn Observer,
+) -> Result<Decoder> {
+    apply(decoder, plan, Some(windows), observer)
+}
+
+fn apply(
+    decoder: &Decoder,
+    plan: &Plan,
+    windows: Option<&Windows>,
+    observer: &mut dyn Observer,
+) -> Result<Decoder> {
+    // Refuses what a plan asks of a model that is not so large.
+    plan.architecture(decoder.architecture())?;
+    let cut = decoder.without(&plan.units())?;
+    let Some(sharing) = plan.sharing() else { return Ok(cut) };
+    let tied = donors::tie_all(&cut, plan, sharing)?;
+    if !sharing.own.adapts() {
+        return Ok(tied);
+    }
+    let windows = windows.filter(|_| sharing.own.needs_windows());
+    starts::start(&cut, &tied, &adapted_depths(plan, sharing)?, sharing, windows, observer)
+}
+
+/// The depths of a cut decoder that use matrices of others, with their block in the original model, ascending.
+fn adapted_depths(plan: &Plan, sharing: &Sharing) -> Result<Vec<(usize, usize)>> {
+    let strangers = sharing.groups.iter().flat_map(crate::plan::Group::strangers);
+    let mut depths = strangers.map(|block| Ok((plan.depth_of(block)?, block))).collect::<Result<Vec<_>>>()?;
+    depths.sort_unstable();
+    Ok(depths)
 }

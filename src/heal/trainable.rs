@@ -197,7 +197,10 @@ impl Student {
             Ok(var.into_inner())
         })?;
         let plain = tracked.map(|_, value| Ok(value.detach()))?;
-        let merge = groups.iter().any(|group| matches!(&group.params, Trainable::Lora(lora) if lora.merge));
+        // Scales and LoRA are there for the training only, unless adapters are asked for.
+        let keeps = |group: &ParamGroup| matches!(&group.params, Trainable::Lora(lora) if !lora.merge);
+        let adds = |group: &ParamGroup| matches!(&group.params, Trainable::Scales | Trainable::Lora(_));
+        let merge = groups.iter().any(adds) && !groups.iter().any(keeps);
         Ok(Self { tracked, plain, trained, original: decoder.clone(), merge })
     }
 

@@ -5,7 +5,6 @@ use std::fmt::Write;
 use serde::{Deserialize, Serialize};
 
 use super::removals::{Removals, Removed};
-use super::statistics;
 use crate::data::Windows;
 use crate::error::{Error, Result};
 use crate::model::{Decoder, Unit, Walk};
@@ -55,12 +54,8 @@ impl Coupling {
         let mut sets = vec![removals.set(&[])];
         sets.extend((0..n).map(|place| removals.set(&[place])));
         sets.extend(pairs(n).into_iter().map(|(i, j)| removals.set(&[i, j])));
-        let mut by_window = Vec::with_capacity(windows.len());
-        progress::steps(EXACT, windows.len(), observer, |window| {
-            by_window.push(removals.losses(window, &sets)?);
-            Ok(())
-        })?;
-        let losses = statistics::means(&by_window);
+        let total = (windows.len() * sets.len()) as u64;
+        let losses = progress::counted(EXACT, total, observer, |report| removals.mean_losses(&sets, report))?;
         let coupling = Self::from_losses(n, &losses, removals.block_runs())?;
         Ok((sets.into_iter().zip(losses).collect(), coupling))
     }

@@ -1,14 +1,16 @@
 //! Gates, coupling and true losses together: the crate's own method.
 
+use std::path::PathBuf;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
 use super::coupling::Coupling;
-use super::removals::{Removals, Removed};
+use super::memo::Memo;
+use super::removals::Removals;
 use super::search::Search;
 use super::select::{Set, membership, places};
-use super::{Gates, Importance, Scores, check_blocks, check_removal, statistics, whole_blocks};
+use super::{Gates, Importance, Scores, check_blocks, check_removal, whole_blocks};
 use crate::data::Windows;
 use crate::error::{Error, Result};
 use crate::model::Decoder;
@@ -35,6 +37,9 @@ pub struct GatesWithCoupling {
     pub patience: usize,
     /// The best sets that are compared on all windows at the end.
     pub finalists: usize,
+    /// Where measured losses are kept, and gone on from; the gates have a file of their own.
+    #[serde(skip)]
+    pub losses_file: Option<PathBuf>,
 }
 
 impl Default for GatesWithCoupling {
@@ -46,7 +51,8 @@ impl Default for GatesWithCoupling {
             budget_block_runs: 20_000.0,
             batch: 8,
             patience: 8,
-            finalists: 6,
+            finalists: 10,
+            losses_file: None,
         }
     }
 }
@@ -66,7 +72,8 @@ impl Importance for GatesWithCoupling {
             (0..units.len()).filter(|place| !self.gates.protected.contains(place)).collect();
         check_removal(self.gates.remove, free.len())?;
         let search = windows.spread(self.search_windows)?;
-        let mut removals = Removals::new(decoder, &search, &units)?;
+        let memo = Memo::open(self.losses_file.as_deref(), METHOD, decoder, &units)?;
+        let mut removals = Removals::new(decoder, &search, &units)?.remembering(memo.as_ref());
 
         let (measured, coupling) = Coupling::measure(&mut removals, &search, units.len(), observer)?;
         let singles: Vec<f64> = (0..units.len()).map(|place| coupling.get(place, place)).collect();
@@ -80,9 +87,17 @@ impl Importance for GatesWithCoupling {
             None
         } else {
             let starts = self.starts(&coupling, &trained.gates, &free)?;
-            let finalists =
-                self.search(&mut removals, &search, measured, &coupling, &free, &starts, observer)?;
-            Some(decide(decoder, windows, &units, finalists, &mut removals, observer)?)
+            let search = Search {
+                measured,
+                dense_loss: coupling.dense_loss,
+                free: &free,
+                count: self.gates.remove,
+                batch: self.batch,
+                patience: self.patience,
+            };
+            let finalists = self.search(search, &starts, &mut removals, observer)?;
+            let on_all = Removals::new(decoder, windows, &units)?.remembering(memo.as_ref());
+            Some(decide(on_all, finalists, &mut removals, observer)?)
         };
         let mut scores = Scores::new(METHOD, windows, trained.gates)?;
         scores = scores.with_stability(trained.stability).with_options(self)?;
@@ -91,6 +106,7 @@ impl Importance for GatesWithCoupling {
         scores.coupling = Some(coupling.matrix);
         let mut scores = scores.costing(start, removals.block_runs() + trained.block_runs);
         scores.seconds += spent_before;
+        scores = scores.costing_before(memo.as_ref());
         Ok(scores)
     }
 }
@@ -107,48 +123,29 @@ impl GatesWithCoupling {
         Ok(vec![membership(n, &by_pairs), membership(n, &by_gates)])
     }
 
-    #[allow(clippy::too_many_arguments)] // what the search needs, each once
+    /// The best sets that the search finds within its budget, on its windows.
     fn search(
         &self,
-        removals: &mut Removals<'_>,
-        windows: &Windows,
-        mut measured: Vec<(Set, f64)>,
-        coupling: &Coupling,
-        free: &[usize],
+        mut search: Search<'_>,
         starts: &[Set],
+        removals: &mut Removals<'_>,
         observer: &mut dyn Observer,
     ) -> Result<Vec<(Set, f64)>> {
         const STAGE: &str = "search";
-        let before = removals.block_runs();
-        let budget = self.budget_block_runs;
-        let mut measure =
-            |sets: &[Removed], share: f64, observer: &mut dyn Observer| -> Result<Option<Vec<f64>>> {
-                let spent = removals.block_runs() - before;
-                if spent >= share * budget {
+        let (before, budget) = (removals.block_runs(), self.budget_block_runs);
+        let mut best = progress::stage(STAGE, budget as u64, observer, |observer| {
+            search.run(starts, |sets, share| {
+                if removals.block_runs() - before >= share * budget {
                     return Ok(None);
                 }
-                let rows = (0..windows.len())
-                    .map(|window| removals.losses(window, sets))
-                    .collect::<Result<Vec<_>>>()?;
+                let spent = (removals.block_runs() - before).min(budget);
+                let losses = removals.mean_losses(sets, &mut |_| {
+                    progress::advance(STAGE, spent as u64, budget as u64, observer)
+                })?;
                 let spent = (removals.block_runs() - before).min(budget);
                 progress::advance(STAGE, spent as u64, budget as u64, observer)?;
-                Ok(Some(statistics::means(&rows)))
-            };
-        let unknown: Vec<Set> =
-            starts.iter().filter(|set| measured.iter().all(|(known, _)| known != *set)).cloned().collect();
-        let mut best = progress::stage(STAGE, budget as u64, observer, |observer| {
-            if let Some(losses) = measure(&unknown, 1.0, observer)? {
-                measured.extend(unknown.into_iter().zip(losses));
-            }
-            let mut search = Search {
-                measured,
-                dense_loss: coupling.dense_loss,
-                free,
-                count: self.gates.remove,
-                batch: self.batch,
-                patience: self.patience,
-            };
-            search.run(starts, |sets, share| measure(sets, share, observer))
+                Ok(Some(losses))
+            })
         })?;
         best.truncate(self.finalists.max(1));
         Ok(best)
@@ -157,22 +154,16 @@ impl GatesWithCoupling {
 
 /// The best of the finalists on all windows.
 fn decide(
-    decoder: &Decoder,
-    windows: &Windows,
-    units: &[crate::model::Unit],
+    mut removals: Removals<'_>,
     finalists: Vec<(Set, f64)>,
     spent: &mut Removals<'_>,
     observer: &mut dyn Observer,
 ) -> Result<Vec<usize>> {
     let sets: Vec<Set> = finalists.into_iter().map(|(set, _)| set).collect();
-    let mut removals = Removals::new(decoder, windows, units)?;
-    let mut rows = Vec::with_capacity(windows.len());
-    progress::steps("finalists", windows.len(), observer, |window| {
-        rows.push(removals.losses(window, &sets)?);
-        Ok(())
-    })?;
+    let total = (removals.windows() * sets.len()) as u64;
+    let losses =
+        progress::counted("finalists", total, observer, |report| removals.mean_losses(&sets, report))?;
     spent.charge(removals.block_runs());
-    let losses = statistics::means(&rows);
     let best = sets.iter().zip(losses).min_by(|a, b| a.1.total_cmp(&b.1));
     best.map(|(set, _)| places(set)).ok_or_else(|| Error::Plan("the search measured no set".into()))
 }

@@ -1,12 +1,14 @@
 //! Removing block after block, measuring anew each time.
 
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use candle_core::Tensor;
 
 use serde::Serialize;
 
-use super::removals::{Removals, Removed};
+use super::memo::Memo;
+use super::removals::{Removals, Removed, Report};
 use super::{Importance, Scores, check_blocks, check_removal, statistics, whole_blocks};
 use crate::data::Windows;
 use crate::error::Result;
@@ -23,6 +25,9 @@ pub struct GreedyPerplexity {
     pub remove: usize,
     /// Blocks that stay, besides the first and the last.
     pub protected: Vec<usize>,
+    /// Where measured losses are kept, and gone on from.
+    #[serde(skip)]
+    pub losses_file: Option<PathBuf>,
 }
 
 impl Importance for GreedyPerplexity {
@@ -33,10 +38,15 @@ impl Importance for GreedyPerplexity {
     fn score(&self, decoder: &Decoder, windows: &Windows, observer: &mut dyn Observer) -> Result<Scores> {
         let ends = [0, decoder.depth().saturating_sub(1)];
         let kept: Vec<usize> = self.protected.iter().copied().chain(ends).collect();
-        let greedy = Greedy { method: self.method(), remove: self.remove, kept: &kept };
+        let greedy = Greedy {
+            method: self.method(),
+            remove: self.remove,
+            kept: &kept,
+            file: self.losses_file.as_deref(),
+        };
         #[allow(clippy::redundant_closure_for_method_calls)] // the method itself is for one lifetime only
         greedy
-            .run(decoder, windows, observer, |removals, window, sets| removals.losses(window, sets))?
+            .run(decoder, windows, observer, |removals, sets, report| removals.losses(sets, report))?
             .with_options(self)
     }
 }
@@ -46,6 +56,7 @@ pub(super) struct Greedy<'a> {
     pub method: &'static str,
     pub remove: usize,
     pub kept: &'a [usize],
+    pub file: Option<&'a Path>,
 }
 
 impl Greedy<'_> {
@@ -54,21 +65,24 @@ impl Greedy<'_> {
         decoder: &Decoder,
         windows: &Windows,
         observer: &mut dyn Observer,
-        mut measure: impl FnMut(&mut Removals<'_>, usize, &[Removed]) -> Result<Vec<f64>>,
+        measure: impl Fn(&mut Removals<'_>, &[Removed], Report<'_>) -> Result<Vec<Vec<f64>>>,
     ) -> Result<Scores> {
         let start = Instant::now();
         let units = whole_blocks(decoder);
         check_blocks(self.kept, decoder)?;
         let free = (0..units.len()).filter(|place| !self.kept.contains(place)).count();
         check_removal(self.remove, free)?;
-        let mut removals = Removals::new(decoder, windows, &units)?.keep_base();
+        let memo = Memo::open(self.file, self.method, decoder, &units)?;
+        let mut removals = Removals::new(decoder, windows, &units)?.keep_base().remembering(memo.as_ref());
         let (mut chosen, mut importance) = (Vec::new(), vec![0.0; units.len()]);
         let mut stability = None;
         let rounds = self.remove.max(1);
-        let total = (rounds * windows.len()) as u64;
-        progress::stage(self.method, total, observer, |observer| {
+        // All blocks are measured in the first round, so that those that stay have a score too.
+        let sets_in = |round: usize| if round == 0 { units.len() } else { free - round };
+        let total = (0..rounds).map(sets_in).sum::<usize>() * windows.len();
+        let mut before = 0;
+        progress::stage(self.method, total as u64, observer, |observer| {
             for round in 0..rounds {
-                // All blocks are measured in the first round, so that those that stay have a score too.
                 let candidates: Vec<usize> = (0..units.len())
                     .filter(|place| !chosen.contains(place) && (round == 0 || !self.kept.contains(place)))
                     .collect();
@@ -76,12 +90,10 @@ impl Greedy<'_> {
                     .iter()
                     .map(|&place| removals.set(&[chosen.as_slice(), &[place]].concat()))
                     .collect();
-                let mut by_window = Vec::with_capacity(windows.len());
-                for window in 0..windows.len() {
-                    by_window.push(measure(&mut removals, window, &sets)?);
-                    let done = (round * windows.len() + window + 1) as u64;
-                    progress::advance(self.method, done, total, observer)?;
-                }
+                let by_window = measure(&mut removals, &sets, &mut |done| {
+                    progress::advance(self.method, before + done, total as u64, observer)
+                })?;
+                before += (sets.len() * windows.len()) as u64;
                 if round == 0 {
                     stability = Scores::of_windows(self.method, windows, &by_window)?.stability;
                 }
@@ -101,6 +113,7 @@ impl Greedy<'_> {
             Ok(())
         })?;
         let mut scores = Scores::new(self.method, windows, importance)?.costing(start, removals.block_runs());
+        scores = scores.costing_before(memo.as_ref());
         if let Some(stability) = stability {
             scores = scores.with_stability(stability);
         }

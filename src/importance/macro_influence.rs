@@ -1,5 +1,8 @@
 //! Macro Influence.
 
+use std::path::PathBuf;
+
+use candle_core::Tensor;
 use serde::Serialize;
 
 use super::block_influence::{dots, norms};
@@ -20,6 +23,9 @@ pub struct MacroInfluence {
     pub remove: usize,
     /// Blocks that stay.
     pub protected: Vec<usize>,
+    /// Where measured values are kept, and gone on from.
+    #[serde(skip)]
+    pub values_file: Option<PathBuf>,
 }
 
 impl Importance for MacroInfluence {
@@ -29,14 +35,19 @@ impl Importance for MacroInfluence {
 
     fn score(&self, decoder: &Decoder, windows: &Windows, observer: &mut dyn Observer) -> Result<Scores> {
         let wholes = final_states(decoder, windows)?;
-        let greedy = Greedy { method: self.method(), remove: self.remove, kept: &self.protected };
-        let mut scores = greedy.run(decoder, windows, observer, |removals, window, sets| {
-            let Some(whole) = wholes.get(window) else { return Ok(Vec::new()) };
-            let whole_norms = norms(whole)?;
-            removals.on_window(window, sets, &mut |state| {
-                let cosines = (dots(whole, state)? / (&whole_norms * norms(state)?)?)?;
+        let greedy = Greedy {
+            method: self.method(),
+            remove: self.remove,
+            kept: &self.protected,
+            file: self.values_file.as_deref(),
+        };
+        let mut scores = greedy.run(decoder, windows, observer, |removals, sets, report| {
+            let leaf = |window: usize, state: &Tensor| {
+                let Some(whole) = wholes.get(window) else { return Ok(0.0) };
+                let cosines = (dots(whole, state)? / (norms(whole)? * norms(state)?)?)?;
                 Ok(1.0 - f64::from(cosines.mean_all()?.to_scalar::<f32>()?))
-            })
+            };
+            removals.values(sets, &leaf, report)
         })?;
         scores.block_runs += (windows.len() * decoder.depth()) as f64;
         scores.with_options(self)

@@ -9,6 +9,7 @@ mod gates;
 mod gates_with_coupling;
 mod greedy;
 mod macro_influence;
+mod memo;
 mod perplexity;
 mod random;
 mod removals;
@@ -39,6 +40,7 @@ use crate::data::Windows;
 use crate::error::{Error, Result};
 use crate::model::{Decoder, Part, Unit};
 use crate::progress::{self, Observer};
+use memo::Memo;
 use removals::Removals;
 
 /// A method that scores the blocks of a decoder on calibration windows.
@@ -233,6 +235,15 @@ impl Scores {
         self.block_runs = block_runs;
         self
     }
+
+    /// And what earlier runs, whose values were kept, cost.
+    fn costing_before(mut self, memo: Option<&Memo>) -> Self {
+        if let Some(memo) = memo {
+            self.seconds += memo.seconds;
+            self.block_runs += memo.block_runs;
+        }
+        self
+    }
 }
 
 /// The mean loss of the decoder without each set of blocks, in nats per predicted token. What the sets have in
@@ -250,12 +261,8 @@ pub fn losses_without(
     let units = whole_blocks(decoder);
     let mut removals = Removals::new(decoder, windows, &units)?;
     let sets: Vec<_> = sets.iter().map(|set| removals.set(set)).collect();
-    let mut by_window = Vec::with_capacity(windows.len());
-    progress::steps("losses", windows.len(), observer, |window| {
-        by_window.push(removals.losses(window, &sets)?);
-        Ok(())
-    })?;
-    Ok(statistics::means(&by_window))
+    let total = (windows.len() * sets.len()) as u64;
+    progress::counted("losses", total, observer, |report| removals.mean_losses(&sets, report))
 }
 
 /// Fails where a block that a method is told to keep does not exist.

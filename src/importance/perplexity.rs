@@ -26,11 +26,9 @@ impl Importance for PerplexityIncrease {
         let units = whole_blocks(decoder);
         let mut removals = Removals::new(decoder, windows, &units)?;
         let sets: Vec<_> = (0..units.len()).map(|place| removals.set(&[place])).collect();
-        let mut by_window = Vec::with_capacity(windows.len());
-        progress::steps(self.method(), windows.len(), observer, |window| {
-            by_window.push(removals.losses(window, &sets)?);
-            Ok(())
-        })?;
+        let total = (windows.len() * sets.len()) as u64;
+        let by_window =
+            progress::counted(self.method(), total, observer, |report| removals.losses(&sets, report))?;
         let scores = Scores::of_windows(self.method(), windows, &by_window)?;
         Ok(scores.costing(start, removals.block_runs()))
     }

@@ -2,161 +2,285 @@
 //!
 //! Sets are walked as a tree: what several have in common before their first difference runs once. Between calls the
 //! path of one set, the base, may be kept, so that a search that removes unit after unit never runs again what it
-//! has.
+//! has. Windows have nothing in common and run side by side.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use candle_core::Tensor;
+use rayon::prelude::*;
 
+use super::memo::Memo;
+use super::statistics;
 use crate::data::Windows;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::{Decoder, Part, Pass, Unit};
 
 /// Runs a decoder without sets of units over windows.
 pub(super) struct Removals<'a> {
+    shared: Shared<'a>,
+    windows: Vec<Window>,
+    charged: f64,
+}
+
+/// What is the same for all windows.
+struct Shared<'a> {
     decoder: &'a Decoder,
     units: &'a [Unit],
-    inputs: Vec<(Tensor, Vec<u32>)>,
     pass: Pass<'a>,
-    base: Vec<bool>,
-    /// For each window, the input of every unit on the path of the base, as far as it is known.
-    trunks: Vec<Vec<Option<Tensor>>>,
+    base: Removed,
+    memo: Option<&'a Memo>,
+}
+
+/// One window, and what is known of it.
+struct Window {
+    ids: Tensor,
+    targets: Vec<u32>,
+    sha256: String,
+    /// The input of every unit on the path of the base, as far as it is known; empty where it is not kept.
+    trunk: Vec<Option<Tensor>>,
     half_runs: u64,
 }
 
 /// A set of units, by place: true where the unit is removed.
 pub(super) type Removed = Vec<bool>;
 
+/// Gives a set's value on a window, by index, from the final state before the final norm, `(1, seq, hidden)`.
+pub(super) type Leaf<'a> = &'a (dyn Fn(usize, &Tensor) -> Result<f64> + Sync);
+
+/// Hears from time to time how many values are there; an error ends the work.
+pub(super) type Report<'a> = &'a mut dyn FnMut(u64) -> Result<()>;
+
+/// The longest time between two reports.
+const TICK: Duration = Duration::from_millis(20);
+
 impl<'a> Removals<'a> {
     pub(super) fn new(decoder: &'a Decoder, windows: &Windows, units: &'a [Unit]) -> Result<Self> {
-        let inputs = (0..windows.len())
-            .map(|index| Ok((windows.tensor(index, decoder.device())?, windows.window(index)?.to_vec())))
-            .collect::<Result<Vec<_>>>()?;
-        Ok(Self {
-            decoder,
-            units,
-            pass: decoder.pass(0, windows.seq_len())?,
-            base: vec![false; units.len()],
-            trunks: Vec::new(),
-            inputs,
-            half_runs: 0,
-        })
+        let window = |index: usize| {
+            let targets = windows.window(index)?.get(1..).unwrap_or_default().to_vec();
+            let ids = windows.tensor(index, decoder.device())?;
+            let sha256 = windows.window_sha256(index)?;
+            Ok(Window { ids, targets, sha256, trunk: Vec::new(), half_runs: 0 })
+        };
+        let pass = decoder.pass(0, windows.seq_len())?;
+        let shared = Shared { decoder, units, pass, base: vec![false; units.len()], memo: None };
+        let windows = (0..windows.len()).map(window).collect::<Result<_>>()?;
+        Ok(Self { shared, windows, charged: 0.0 })
+    }
+
+    /// Keeps every value in a memo, and takes from there what was measured before.
+    pub(super) fn remembering(mut self, memo: Option<&'a Memo>) -> Self {
+        self.shared.memo = memo;
+        self
     }
 
     /// Adds block runs that were spent elsewhere for the same purpose.
     pub(super) fn charge(&mut self, block_runs: f64) {
-        self.half_runs += (2.0 * block_runs) as u64;
+        self.charged += block_runs;
     }
 
     /// Blocks computed on a window so far; half a block counts half.
     pub(super) fn block_runs(&self) -> f64 {
-        self.half_runs as f64 / 2.0
+        self.windows.iter().map(|window| window.half_runs).sum::<u64>() as f64 / 2.0 + self.charged
+    }
+
+    /// How many windows there are.
+    pub(super) fn windows(&self) -> usize {
+        self.windows.len()
     }
 
     /// The set of these places.
     pub(super) fn set(&self, places: &[usize]) -> Removed {
-        (0..self.units.len()).map(|place| places.contains(&place)).collect()
+        (0..self.shared.units.len()).map(|place| places.contains(&place)).collect()
     }
 
     /// Keeps the path of the base from now on, at one state a unit and window.
     pub(super) fn keep_base(mut self) -> Self {
-        self.trunks = vec![vec![None; self.units.len() + 1]; self.inputs.len()];
+        for window in &mut self.windows {
+            window.trunk = vec![None; self.shared.units.len() + 1];
+        }
         self
     }
 
     /// Makes `base` the set whose path is kept; what it has in common with the last one stays known.
     pub(super) fn rebase(&mut self, base: Removed) {
-        let common = self.base.iter().zip(&base).take_while(|(old, new)| old == new).count();
-        for trunk in &mut self.trunks {
-            trunk.iter_mut().skip(common + 1).for_each(|state| *state = None);
+        let common = self.shared.base.iter().zip(&base).take_while(|(old, new)| old == new).count();
+        for window in &mut self.windows {
+            window.trunk.iter_mut().skip(common + 1).for_each(|state| *state = None);
         }
-        self.base = base;
+        self.shared.base = base;
     }
 
-    /// Calls `leaf` with each set's final state (before the final norm, `(1, seq, hidden)`) on window `window`;
-    /// equal sets are computed once. The results come in the order of `sets`.
-    pub(super) fn on_window(
+    /// The mean loss of each set over all windows, in nats per predicted token.
+    pub(super) fn mean_losses(&mut self, sets: &[Removed], report: Report<'_>) -> Result<Vec<f64>> {
+        Ok(statistics::means(&self.losses(sets, report)?))
+    }
+
+    /// The loss of each set on each window: a row a window.
+    pub(super) fn losses(&mut self, sets: &[Removed], report: Report<'_>) -> Result<Vec<Vec<f64>>> {
+        let targets: Vec<Vec<u32>> = self.windows.iter().map(|window| window.targets.clone()).collect();
+        let decoder = self.shared.decoder;
+        self.values(
+            sets,
+            &|window, state| {
+                let targets = targets.get(window).map_or(&[][..], Vec::as_slice);
+                let rows = state.squeeze(0)?.narrow(0, 0, targets.len())?;
+                let losses = decoder.nll(&rows, targets)?.to_vec1::<f32>()?;
+                Ok(losses.into_iter().map(f64::from).sum::<f64>() / targets.len() as f64)
+            },
+            report,
+        )
+    }
+
+    /// What `leaf` says of each set on each window, a row a window; equal sets are computed once.
+    pub(super) fn values(
         &mut self,
-        window: usize,
         sets: &[Removed],
-        leaf: &mut dyn FnMut(&Tensor) -> Result<f64>,
-    ) -> Result<Vec<f64>> {
-        let mut results = vec![0.0; sets.len()];
-        let Some((ids, _)) = self.inputs.get(window) else { return Ok(results) };
-        let start = self.decoder.embed(ids, &self.pass)?;
-        let all: Vec<usize> = (0..sets.len()).collect();
-        let mut branch = Branch { window, sets, leaf, results: &mut results };
-        self.descend(&mut branch, 0, start, &all, true)?;
-        Ok(results)
+        leaf: Leaf<'_>,
+        report: Report<'_>,
+    ) -> Result<Vec<Vec<f64>>> {
+        let (done, stop, finished) = (AtomicU64::new(0), AtomicBool::new(false), AtomicBool::new(false));
+        let (shared, windows) = (&self.shared, &mut self.windows);
+        let mut rows: Result<Vec<Vec<f64>>> = Ok(Vec::new());
+        let mut told = Ok(());
+        rayon::in_place_scope(|scope| {
+            scope.spawn(|_| {
+                let _finished = SetOnDrop(&finished);
+                let row = |(index, window): (usize, &mut Window)| {
+                    let mut walk = Walk {
+                        shared,
+                        window,
+                        index,
+                        sets,
+                        leaf,
+                        values: vec![0.0; sets.len()],
+                        done: &done,
+                        stop: &stop,
+                    };
+                    walk.run()?;
+                    Ok(walk.values)
+                };
+                rows = windows.par_iter_mut().enumerate().map(row).collect();
+            });
+            let mut tick = Duration::from_micros(50);
+            while !finished.load(Ordering::Acquire) {
+                // Inside of a pool this thread may be the only one that there is.
+                if rayon::yield_now() == Some(rayon::Yield::Executed) {
+                    continue;
+                }
+                std::thread::sleep(tick);
+                tick = (tick * 2).min(TICK);
+                if told.is_ok() {
+                    told = report(done.load(Ordering::Relaxed));
+                    stop.store(told.is_err(), Ordering::Relaxed);
+                }
+            }
+        });
+        told?;
+        let rows = rows?;
+        report(done.load(Ordering::Relaxed))?;
+        Ok(rows)
     }
+}
 
-    /// The mean loss of each set on window `window`, in nats per predicted token.
-    pub(super) fn losses(&mut self, window: usize, sets: &[Removed]) -> Result<Vec<f64>> {
-        let decoder = self.decoder;
-        let targets: Vec<u32> =
-            self.inputs.get(window).map(|(_, ids)| ids.iter().skip(1).copied().collect()).unwrap_or_default();
-        self.on_window(window, sets, &mut |state| {
-            let rows = state.squeeze(0)?.narrow(0, 0, targets.len())?;
-            let losses = decoder.nll(&rows, &targets)?.to_vec1::<f32>()?;
-            Ok(losses.into_iter().map(f64::from).sum::<f64>() / targets.len() as f64)
-        })
+/// Tells that the work is over, whatever became of it.
+struct SetOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for SetOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
+/// One window's way through the tree of sets.
+struct Walk<'w, 'a> {
+    shared: &'w Shared<'a>,
+    window: &'w mut Window,
+    index: usize,
+    sets: &'w [Removed],
+    leaf: Leaf<'w>,
+    values: Vec<f64>,
+    done: &'w AtomicU64,
+    stop: &'w AtomicBool,
+}
+
+impl Walk<'_, '_> {
+    fn run(&mut self) -> Result<()> {
+        let start = self.shared.decoder.embed(&self.window.ids, &self.shared.pass)?;
+        let Some(memo) = self.shared.memo else {
+            let all: Vec<usize> = (0..self.sets.len()).collect();
+            return self.descend(0, start, &all, true);
+        };
+        let mut unknown = Vec::new();
+        for (index, (set, slot)) in self.sets.iter().zip(&mut self.values).enumerate() {
+            match memo.value(&self.window.sha256, set) {
+                Some(value) => *slot = value,
+                None => unknown.push(index),
+            }
+        }
+        self.done.fetch_add((self.sets.len() - unknown.len()) as u64, Ordering::Relaxed);
+        if unknown.is_empty() {
+            return Ok(());
+        }
+        let before = self.window.half_runs;
+        self.descend(0, start, &unknown, true)?;
+        let measured: Vec<(&[bool], f64)> = (unknown.iter())
+            .filter_map(|&index| Some((self.sets.get(index)?.as_slice(), *self.values.get(index)?)))
+            .collect();
+        memo.add(&self.window.sha256, &measured, (self.window.half_runs - before) as f64 / 2.0)
     }
 
     /// Takes a group of sets that agree before `place` from there to the end.
     fn descend(
         &mut self,
-        branch: &mut Branch<'_>,
         mut place: usize,
         mut state: Tensor,
         group: &[usize],
         mut on_trunk: bool,
     ) -> Result<()> {
         let mut group = group.to_vec();
-        while let Some(&unit) = self.units.get(place) {
+        while let Some(&unit) = self.shared.units.get(place) {
             let removes = |&index: &usize| {
-                branch.sets.get(index).and_then(|set| set.get(place)).copied().unwrap_or_default()
+                self.sets.get(index).and_then(|set| set.get(place)).copied().unwrap_or_default()
             };
             let (without, with): (Vec<usize>, Vec<usize>) = group.iter().partition(|index| removes(index));
-            let base_removes = self.base.get(place).copied().unwrap_or_default();
+            let base_removes = self.shared.base.get(place).copied().unwrap_or_default();
             if with.is_empty() {
                 on_trunk &= base_removes;
             } else {
                 if !without.is_empty() {
-                    self.descend(branch, place + 1, state.clone(), &without, on_trunk && base_removes)?;
+                    self.descend(place + 1, state.clone(), &without, on_trunk && base_removes)?;
                 }
                 on_trunk &= !base_removes;
-                state = self.run(branch.window, place, unit, &state, on_trunk)?;
+                state = self.unit(place, unit, &state, on_trunk)?;
                 group = with;
             }
             place += 1;
         }
-        let result = (branch.leaf)(&state)?;
+        if self.stop.load(Ordering::Relaxed) {
+            return Err(Error::Cancelled { stage: "removals" });
+        }
+        let value = (self.leaf)(self.index, &state)?;
+        self.done.fetch_add(group.len() as u64, Ordering::Relaxed);
         for index in group {
-            if let Some(slot) = branch.results.get_mut(index) {
-                *slot = result;
+            if let Some(slot) = self.values.get_mut(index) {
+                *slot = value;
             }
         }
         Ok(())
     }
 
     /// A unit's output, kept and taken from memory where it lies on the path of the base.
-    fn run(&mut self, window: usize, place: usize, unit: Unit, x: &Tensor, on_trunk: bool) -> Result<Tensor> {
-        let known =
-            self.trunks.get_mut(window).and_then(|trunk| trunk.get_mut(place + 1)).filter(|_| on_trunk);
+    fn unit(&mut self, place: usize, unit: Unit, x: &Tensor, on_trunk: bool) -> Result<Tensor> {
+        let known = self.window.trunk.get_mut(place + 1).filter(|_| on_trunk);
         if let Some(Some(state)) = &known {
             return Ok(state.clone());
         }
-        let state = self.decoder.run_unit(unit, x, &self.pass)?;
-        self.half_runs += if unit.part == Part::Whole { 2 } else { 1 };
+        let state = self.shared.decoder.run_unit(unit, x, &self.shared.pass)?;
+        self.window.half_runs += if unit.part == Part::Whole { 2 } else { 1 };
         if let Some(slot) = known {
             *slot = Some(state.clone());
         }
         Ok(state)
     }
-}
-
-/// What stays the same on the way down one window's tree.
-struct Branch<'a> {
-    window: usize,
-    sets: &'a [Removed],
-    leaf: &'a mut dyn FnMut(&Tensor) -> Result<f64>,
-    results: &'a mut [f64],
 }

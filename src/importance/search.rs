@@ -43,6 +43,11 @@ impl Search<'_> {
         starts: &[Set],
         mut measure: impl FnMut(&[Set], f64) -> Result<Option<Vec<f64>>>,
     ) -> Result<Vec<(Set, f64)>> {
+        // Whatever the budget, there is a set to return.
+        let unknown: Vec<Set> = starts.iter().filter(|set| !self.knows(set)).cloned().collect();
+        if let Some(losses) = measure(&unknown, f64::INFINITY)? {
+            self.add(unknown, losses)?;
+        }
         let above = self.count.saturating_sub(3);
         for step in 0..above.min(STEPS) {
             let size = 3 + step * above / above.min(STEPS);
@@ -68,18 +73,26 @@ impl Search<'_> {
                 break;
             }
             let Some(losses) = measure(&batch)? else { break };
-            for (set, loss) in batch.into_iter().zip(losses) {
-                if !loss.is_finite() {
-                    let what = "the loss of a set of removals".into();
-                    return Err(Error::NotFinite { what, value: loss });
-                }
-                self.measured.push((set, loss));
-            }
+            self.add(batch, losses)?;
             let now = lowest(self);
             stale = if now < best { 0 } else { stale + 1 };
             best = best.min(now);
         }
         Ok(())
+    }
+
+    fn add(&mut self, sets: Vec<Set>, losses: Vec<f64>) -> Result<()> {
+        for (set, loss) in sets.into_iter().zip(losses) {
+            if !loss.is_finite() {
+                return Err(Error::NotFinite { what: "the loss of a set of removals".into(), value: loss });
+            }
+            self.measured.push((set, loss));
+        }
+        Ok(())
+    }
+
+    fn knows(&self, set: &Set) -> bool {
+        self.measured.iter().any(|(measured, _)| measured == set)
     }
 
     /// The measured sets of this size that may be removed, best first, at most `count`.
@@ -117,11 +130,10 @@ impl Search<'_> {
         let mut candidates: Vec<Set> = (optima.iter().flat_map(|set| swaps(set, self.free)))
             .chain(optima.clone())
             .chain(extended.filter(|set| size_of(set) == size))
-            .chain(starts.iter().cloned())
             .collect();
         candidates.sort();
         candidates.dedup();
-        candidates.retain(|set| !self.measured.iter().any(|(measured, _)| measured == set));
+        candidates.retain(|set| !self.knows(set));
         let mut ranked: Vec<(f64, Set)> = candidates.into_iter().map(|set| (predict(&set), set)).collect();
         ranked.sort_by(|a, b| a.0.total_cmp(&b.0));
         let rest = ranked.split_off(ranked.len().min(self.batch.div_ceil(2)));

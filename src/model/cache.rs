@@ -41,6 +41,16 @@ impl KvCache {
         self.len == 0
     }
 
+    /// The bytes of the keys and values of one token of each text of the batch, at all depths; 0 while empty.
+    #[must_use]
+    pub fn bytes_per_token(&self) -> usize {
+        let buffers = self.slots.iter().filter(|slot| slot.len > 0).filter_map(|slot| slot.buffers.as_ref());
+        let row = |tensor: &Tensor| {
+            tensor.dims().last().copied().unwrap_or_default() * tensor.dtype().size_in_bytes()
+        };
+        buffers.map(|(keys, values)| row(keys) + row(values)).sum()
+    }
+
     /// Forgets every token from position `len` on; keeps all where there are no more than `len`.
     pub fn truncate(&mut self, len: usize) {
         self.len = self.len.min(len);

@@ -44,7 +44,7 @@ impl FoldedBlock {
     }
 
     /// Whether it has the half that `part` is, or is in.
-    pub(super) fn has(&self, part: Part) -> bool {
+    pub(crate) fn has(&self, part: Part) -> bool {
         self.part == Part::Whole || self.part == part
     }
 }

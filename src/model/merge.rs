@@ -73,11 +73,12 @@ impl Decoder {
         Ok((Arc::new(weights), projections))
     }
 
-    /// A new value of a parameter as it will be read back: rounded to the stored type, in the type that this decoder
-    /// holds it in.
+    /// A new value of a parameter as it will be read back, in the type that this decoder holds it in. Matrices are
+    /// rounded to the stored type; vectors, which are stored in f32 where they have to, are not.
     pub(crate) fn rounded(&self, param: Param, value: &Tensor) -> Result<Tensor> {
         let held = param.dtype_in_memory(self.dtype(), value.device());
-        Ok(value.detach().to_dtype(self.stored_dtype())?.to_dtype(held)?)
+        let stored = if param.is_matrix() { self.stored_dtype() } else { held };
+        Ok(value.detach().to_dtype(stored)?.to_dtype(held)?)
     }
 }
 

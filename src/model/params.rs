@@ -109,8 +109,13 @@ impl Param {
     /// The type that a decoder with matrices of `dtype` holds this in: on the CPU vectors stay in f32 beside
     /// matrices of half precision.
     pub(crate) fn dtype_in_memory(self, dtype: DType, device: &Device) -> DType {
+        if device.is_cpu() { self.dtype_on_cpu(dtype) } else { dtype }
+    }
+
+    /// As [`dtype_in_memory`](Self::dtype_in_memory), on the CPU.
+    pub(crate) fn dtype_on_cpu(self, dtype: DType) -> DType {
         let half = matches!(dtype, DType::BF16 | DType::F16);
-        if half && device.is_cpu() && !self.is_matrix() { DType::F32 } else { dtype }
+        if half && !self.is_matrix() { DType::F32 } else { dtype }
     }
 }
 
@@ -282,6 +287,12 @@ impl Architecture {
             }
         }
         params
+    }
+
+    /// The number of parameters of a decoder of this architecture; what depths share counts once.
+    #[must_use]
+    pub fn parameter_count(&self) -> usize {
+        self.params().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum()
     }
 
     /// The parameters of one block, or of one of its halves.

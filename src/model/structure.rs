@@ -148,13 +148,14 @@ impl Decoder {
         self.tensors().map(Tensor::elem_count).sum()
     }
 
-    /// A hash that tells decoders apart at little cost: of the architecture, and of the first few values of every
-    /// tensor.
+    /// A hash that tells decoders apart at little cost: of the architecture, and of the type and the first few values of
+    /// every tensor.
     pub(crate) fn fingerprint(&self) -> Result<String> {
         const VALUES: usize = 64;
         let mut hash = Sha256::new();
         hash.update(format!("{:?}", self.architecture));
         for (_, tensor) in self.params() {
+            hash.update(tensor.dtype().as_str());
             let values = tensor.flatten_all()?.narrow(0, 0, tensor.elem_count().min(VALUES))?;
             for value in values.to_dtype(DType::F32)?.to_vec1::<f32>()? {
                 hash.update(value.to_le_bytes());

@@ -1,68 +1,28 @@
 //! What is to be done to a model, as data.
 
+mod builder;
+mod shape;
+mod sharing;
+mod target;
+mod validate;
+
+pub use builder::PlanBuilder;
+pub use sharing::{
+    Budget, Calibration, Donor, Group, Groups, Matrices, Own, RankTable, Ranks, Residual, ResidualStart,
+    ScaleStart, Sharing,
+};
+pub use target::Target;
+
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::importance::{BlockScore, Scores};
+use crate::importance::Scores;
 use crate::model::{Architecture, Part, Unit};
 
 /// The version of the format that this crate writes, and the newest that it reads.
-pub const PLAN_VERSION: u32 = 1;
+pub const PLAN_VERSION: u32 = 2;
 
-/// How much is to be removed.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-#[non_exhaustive]
-pub enum Target {
-    /// This many blocks.
-    Blocks(usize),
-    /// This share of the blocks, from 0 to below 1; the number is rounded to the nearest, halves up.
-    Rate(f64),
-    /// As few blocks as leave at most this many parameters in the whole model.
-    Parameters(usize),
-}
-
-impl Target {
-    /// The number of blocks that have to go.
-    ///
-    /// # Errors
-    /// A target that no number of blocks meets.
-    pub fn blocks(self, arch: &Architecture) -> Result<usize> {
-        let depth = arch.depth();
-        match self {
-            Self::Blocks(count) if count < depth => Ok(count),
-            Self::Blocks(count) => {
-                Err(Error::argument("blocks to remove", count, format!("fewer than the {depth} there are")))
-            }
-            Self::Rate(rate) if (0.0..1.0).contains(&rate) => {
-                // The product of 0.15 and 30 lies a hair below 4.5; the tolerance lets it round as it reads.
-                let count = (rate * depth as f64 + 0.5 + 1e-9).floor() as usize;
-                if count < depth {
-                    return Ok(count);
-                }
-                let expected = format!("a rate that leaves one of the {depth} blocks");
-                Err(Error::argument("removal rate", rate, expected))
-            }
-            Self::Rate(rate) => Err(Error::argument("removal rate", rate, "at least 0 and below 1")),
-            Self::Parameters(budget) => {
-                let total = parameter_count(arch.params().iter().map(|(_, shape)| shape.as_slice()));
-                let block = parameter_count(arch.block_params().iter().map(|(_, shape)| shape.as_slice()));
-                let count = total.saturating_sub(budget).div_ceil(block.max(1));
-                if count < depth {
-                    return Ok(count);
-                }
-                let least = total - (depth - 1) * block;
-                Err(Error::argument(
-                    "parameter budget",
-                    budget,
-                    format!("at least {least}, with one block left"),
-                ))
-            }
-        }
-    }
-}
-
-/// Which blocks go and which stay, why, and from what this was decided.
+/// Which blocks go, which stay and which of those share their matrices, why, and from what this was decided.
 ///
 /// A plan is validated once, when it is made or read; a plan that exists is consistent.
 ///
@@ -97,37 +57,37 @@ struct Fields {
     removed: Vec<usize>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     removed_halves: Vec<Unit>,
-    scores: Scores,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    scores: Option<Scores>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    sharing: Option<Sharing>,
 }
 
 impl Plan {
-    /// Removes as many blocks as `target` asks for; blocks of `protected` stay. Where the method chose a set of this
-    /// size itself, that set goes, otherwise the blocks of least importance. Scores of halves remove halves, as many as
-    /// have, as nearly as they can, the parameters of that many blocks.
+    /// A plan that does nothing yet.
+    pub fn builder() -> PlanBuilder {
+        PlanBuilder::default()
+    }
+
+    /// The plan in the making again, with all that was asked for: another rate needs no scores but those it has.
+    pub fn to_builder(&self) -> PlanBuilder {
+        let sharing = self.0.sharing.as_ref();
+        PlanBuilder {
+            removal: self.0.scores.clone().map(|scores| (self.0.target, scores)),
+            protected: self.0.protected.clone(),
+            groups: sharing.map(|sharing| sharing.asked.clone()),
+            donor: sharing.map(|sharing| sharing.donor).unwrap_or_default(),
+            own: sharing.map(|sharing| sharing.own).unwrap_or_default(),
+            model_sha256: self.0.model_sha256.clone(),
+        }
+    }
+
+    /// A plan that removes blocks and shares nothing: [`PlanBuilder::remove`] and [`PlanBuilder::protect`].
     ///
     /// # Errors
     /// A target that cannot be met, scores of another model, or a protected block that does not exist.
     pub fn new(arch: &Architecture, scores: &Scores, target: Target, protected: &[usize]) -> Result<Self> {
-        let count = target.blocks(arch)?;
-        let units = match scores.chosen.as_deref().filter(|chosen| suits(chosen, count, protected)) {
-            Some(chosen) => chosen.iter().copied().map(Unit::whole).collect(),
-            None => lowest(arch, scores, count, protected)?,
-        };
-        let (removed, removed_halves) = merged(&units);
-        let mut protected = protected.to_vec();
-        protected.sort_unstable();
-        protected.dedup();
-        Self::try_from(Fields {
-            version: PLAN_VERSION,
-            model_type: arch.model_type.clone(),
-            depth: arch.depth(),
-            model_sha256: None,
-            target,
-            protected,
-            removed,
-            removed_halves,
-            scores: scores.clone(),
-        })
+        Self::builder().remove(target, scores).protect(protected).build(arch)
     }
 
     /// The plan with the hash of the model that it was made for, [`Checkpoint::sha256`](crate::Checkpoint::sha256).
@@ -203,10 +163,22 @@ impl Plan {
         self.0.target
     }
 
-    /// The scores that decided.
+    /// The scores that decided what goes; a plan that removes nothing may have none.
     #[must_use]
-    pub fn scores(&self) -> &Scores {
-        &self.0.scores
+    pub fn scores(&self) -> Option<&Scores> {
+        self.0.scores.as_ref()
+    }
+
+    /// What is shared, where anything is.
+    #[must_use]
+    pub fn sharing(&self) -> Option<&Sharing> {
+        self.0.sharing.as_ref()
+    }
+
+    /// The index among the blocks that stay of a block of the original model.
+    pub(crate) fn depth_of(&self, block: usize) -> Result<usize> {
+        let missing = || Error::Plan(format!("block {block} does not stay"));
+        self.kept().iter().position(|&kept| kept == block).ok_or_else(missing)
     }
 
     /// Whether the plan is for a model of this architecture.
@@ -223,57 +195,13 @@ impl Plan {
     }
 }
 
-impl Fields {
-    fn validate(&self) -> Result<()> {
-        check_version(self.version)?;
-        let units: Vec<Unit> = self.scores.blocks.iter().map(BlockScore::unit).collect();
-        if units != Unit::blocks(self.depth) && units != Unit::halves(self.depth) {
-            let reason = format!("{} scores for a model of {} blocks", units.len(), self.depth);
-            return Err(Error::Plan(format!("{reason}, expected one for each block or half, in order")));
-        }
-        self.validate_halves()?;
-        let ascending = self.removed.iter().zip(self.removed.iter().skip(1)).all(|(a, b)| a < b);
-        if !ascending {
-            return Err(Error::Plan(format!("removed blocks {:?} are not ascending", self.removed)));
-        }
-        if let Some(&index) = self.removed.iter().chain(&self.protected).find(|&&index| index >= self.depth) {
-            return Err(Error::NoSuchBlock { index, depth: self.depth });
-        }
-        if let Some(index) = self.removed.iter().find(|index| self.protected.contains(index)) {
-            return Err(Error::Plan(format!("block {index} is protected and removed")));
-        }
-        if self.removed.len() >= self.depth {
-            return Err(Error::Plan("no block would be left".into()));
-        }
-        Ok(())
-    }
-
-    fn validate_halves(&self) -> Result<()> {
-        let halves = &self.removed_halves;
-        let ascending = halves.iter().zip(halves.iter().skip(1)).all(|(a, b)| a.block < b.block);
-        let sound = |unit: &Unit| {
-            unit.part != Part::Whole
-                && !self.removed.contains(&unit.block)
-                && !self.protected.contains(&unit.block)
-        };
-        if let Some(unit) = halves.iter().find(|unit| unit.block >= self.depth) {
-            return Err(Error::NoSuchBlock { index: unit.block, depth: self.depth });
-        }
-        if ascending && halves.iter().all(sound) {
-            return Ok(());
-        }
-        let names: Vec<String> = halves.iter().map(ToString::to_string).collect();
-        let reason = "expected one half each of blocks that stay and are not protected, ascending";
-        Err(Error::Plan(format!("removed halves {names:?}, {reason}")))
-    }
-}
-
 impl TryFrom<Fields> for Plan {
     type Error = Error;
 
     fn try_from(fields: Fields) -> Result<Self> {
         fields.validate()?;
-        Ok(Self(fields))
+        // What was read from an older version is written as this one.
+        Ok(Self(Fields { version: PLAN_VERSION, ..fields }))
     }
 }
 
@@ -282,6 +210,20 @@ fn check_version(version: u32) -> Result<()> {
         return Ok(());
     }
     Err(Error::Plan(format!("version {version} is not known, expected at most {PLAN_VERSION}")))
+}
+
+/// The blocks that go, and the halves of others.
+fn choose(
+    arch: &Architecture,
+    scores: &Scores,
+    count: usize,
+    protected: &[usize],
+) -> Result<(Vec<usize>, Vec<Unit>)> {
+    let units: Vec<Unit> = match scores.chosen.as_deref().filter(|chosen| suits(chosen, count, protected)) {
+        Some(chosen) => chosen.iter().copied().map(Unit::whole).collect(),
+        None => lowest(arch, scores, count, protected)?,
+    };
+    Ok(merged(&units))
 }
 
 fn suits(chosen: &[usize], count: usize, protected: &[usize]) -> bool {
@@ -319,8 +261,4 @@ fn merged(units: &[Unit]) -> (Vec<usize>, Vec<Unit>) {
         units.iter().copied().filter(|unit| unit.part != Part::Whole && !whole(unit.block)).collect();
     halves.sort_unstable();
     (blocks.into_iter().filter(|&block| whole(block)).collect(), halves)
-}
-
-fn parameter_count<'a>(shapes: impl Iterator<Item = &'a [usize]>) -> usize {
-    shapes.map(|shape| shape.iter().product::<usize>()).sum()
 }

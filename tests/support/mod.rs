@@ -6,7 +6,8 @@ use std::path::PathBuf;
 
 use foldgpt::candle::{DType, Device, Tensor};
 use foldgpt::model::{Adapter, LowRank, Projection};
-use foldgpt::{Checkpoint, Decoder};
+use foldgpt::plan::{Budget, Donor, Groups, Ranks, ResidualStart, ScaleStart};
+use foldgpt::{Checkpoint, Decoder, Plan, Scores, Target, Windows, fold_on};
 
 /// The checkpoints in `tests/fixtures`, one a family.
 pub const FAMILIES: [&str; 11] = [
@@ -72,6 +73,61 @@ pub fn adapted(decoder: &Decoder) -> Decoder {
         }
     }
     adapted
+}
+
+/// Some windows of a fixture's tokens.
+pub fn windows(family: &str) -> Windows {
+    let vocab = load(family).architecture().vocab_size as u32;
+    let ids = (0..6u32)
+        .map(|window| (0..24).map(|place| (window * 31 + place * place * 7 + 3 * place) % vocab).collect());
+    Windows::from_ids(ids.collect()).unwrap()
+}
+
+/// Plans of every kind of group, donor and start, for a fixture of four blocks.
+pub fn kinds(family: &str) -> Vec<(&'static str, Plan)> {
+    let decoder = load(family);
+    let (arch, windows) = (decoder.architecture(), windows(family));
+    let scores = Scores::new("test", &windows, vec![0.4, 0.1, 0.3, 0.2]).unwrap();
+    let (ones, fit) = (ScaleStart::Ones, ScaleStart::LeastSquares);
+    let budget = Groups::until(Budget::Parameters(decoder.parameter_count() - 1));
+    let rank = Ranks::Uniform(3);
+    let plans = [
+        ("pairs", Plan::builder().share(Groups::of(2)).build(arch)),
+        ("all, mean", Plan::builder().share(Groups::of(4)).donor(Donor::Mean).build(arch)),
+        ("range, scales of one", Plan::builder().share(Groups::of_within(2, 1..=2)).scales(ones).build(arch)),
+        (
+            "apart, shared norms",
+            Plan::builder().share(Groups::Explicit(vec![vec![0, 3]])).share_norms().build(arch),
+        ),
+        (
+            "after removal, incomplete",
+            Plan::builder().remove(Target::Blocks(1), &scores).share(Groups::of(2)).scales(fit).build(arch),
+        ),
+        (
+            "best donors, scales, whitened",
+            Plan::builder()
+                .share(Groups::of(2))
+                .donor(Donor::Best)
+                .scales(fit)
+                .residual(rank, ResidualStart::Whitened)
+                .measure(&decoder, &windows, &mut ()),
+        ),
+        ("svd", Plan::builder().share(Groups::of(3)).residual(rank, ResidualStart::Svd).build(arch)),
+        ("budget", Plan::builder().share(budget).donor(Donor::Mean).measure(&decoder, &windows, &mut ())),
+        (
+            "spread",
+            Plan::builder()
+                .share(Groups::of(2))
+                .residual(Ranks::Parameters(2000), ResidualStart::Whitened)
+                .measure(&decoder, &windows, &mut ()),
+        ),
+    ];
+    plans.into_iter().map(|(name, plan)| (name, plan.unwrap())).collect()
+}
+
+/// A fixture folded by a plan.
+pub fn folded(family: &str, plan: &Plan) -> Decoder {
+    fold_on(&load(family), plan, &windows(family), &mut ()).unwrap()
 }
 
 /// The largest distance of two tensors, as a share of the largest magnitude of `expected`.

@@ -1,0 +1,301 @@
+//! What folding costs without any healing: the loss against the parameters that are stored, for removal alone, blocks
+//! tied in pairs with ever more of their own, groups for a budget, and mixes of all. Then how fast a tied model decodes.
+//!
+//! ```text
+//! cargo run --release --example folding -- --model M --text F --work DIR
+//! ```
+//!
+//! The first 80 % of the text calibrate, the last 20 % evaluate, always in f32. What was measured is kept in DIR: an
+//! interrupted run goes on where it was.
+#![allow(clippy::print_stdout)]
+
+mod cli;
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::Context;
+use clap::Parser;
+use foldgpt::candle::{DType, Tensor};
+use foldgpt::importance::{GreedyPerplexity, Importance};
+use foldgpt::plan::{Budget, Donor, Groups, PlanBuilder, Ranks, ResidualStart, ScaleStart};
+use foldgpt::{
+    Candidate, Checkpoint, Decoder, Mix, Plan, Scores, Target, Windows, fold_on, output_errors, pareto_front,
+    perplexity,
+};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// What folding costs without any healing, and how fast a tied model decodes
+#[derive(Parser)]
+struct Args {
+    #[command(flatten)]
+    model: cli::ModelArgs,
+    /// Text: its first 80 % calibrate, its last 20 % evaluate
+    #[arg(long)]
+    text: PathBuf,
+    /// Where results are kept
+    #[arg(long)]
+    work: PathBuf,
+    /// Calibrate on at most this many windows
+    #[arg(long, default_value_t = 16)]
+    windows: usize,
+    /// Measure ties and mixes on at most this many of them
+    #[arg(long, default_value_t = 4)]
+    tie_windows: usize,
+    /// Evaluate on at most this many windows
+    #[arg(long, default_value_t = 32)]
+    eval_windows: usize,
+    /// Ranks of residuals
+    #[arg(long, value_delimiter = ',', default_values_t = [8, 32, 64])]
+    ranks: Vec<usize>,
+    /// Shares of the parameters for budgets
+    #[arg(long, value_delimiter = ',', default_values_t = [0.9, 0.8, 0.7, 0.6])]
+    budgets: Vec<f64>,
+    /// Tokens decoded for the speed; 0 measures none
+    #[arg(long, default_value_t = 128)]
+    decode: usize,
+    #[command(flatten)]
+    window: cli::WindowArgs,
+}
+
+/// One line of the table.
+#[derive(Debug, Serialize, Deserialize)]
+struct Line {
+    name: String,
+    parameters: usize,
+    nll: f64,
+    /// The mean over projections that differ of `E‖Ŵx − Wx‖² / E‖Wx‖²` on text that none has seen.
+    output_error: Option<f64>,
+}
+
+/// All that a line needs.
+struct Bench<'a> {
+    args: &'a Args,
+    dense: &'a Decoder,
+    calibration: Windows,
+    few: Windows,
+    held_out: Windows,
+}
+
+fn main() -> anyhow::Result<()> {
+    let args = Args::parse();
+    let checkpoint = args.model.open()?;
+    let dense = cli::load(&checkpoint, DType::F32)?;
+    let bench = Bench::new(&args, &checkpoint, &dense)?;
+    let scores = bench.scores()?;
+    println!("| | parameters | share | nll | output error |\n|---|---:|---:|---:|---:|");
+    let print = |line: Line| {
+        let share = line.parameters as f64 / dense.parameter_count() as f64;
+        let error = line.output_error.map(|error| format!("{error:.4}")).unwrap_or_default();
+        println!("| {} | {} | {share:.3} | {:.4} | {error} |", line.name, line.parameters, line.nll);
+    };
+    print(bench.line("dense", Plan::builder(), false)?);
+    bench.removals(&scores)?.into_iter().for_each(print);
+    bench.pairs()?.into_iter().for_each(print);
+    bench.budgets()?.into_iter().for_each(print);
+    for Candidate { mix, plan, .. } in bench.mixes(&scores)? {
+        let removed = plan.removed().len();
+        let name = format!(
+            "mix: {} parameters, {removed} removed, {} for residuals",
+            mix.parameters, mix.residual_share
+        );
+        print(bench.planned(&name, &plan, false)?);
+    }
+    println!("\nnll in nats per token, in f32, on {}", cli::protocol(&bench.held_out));
+    println!("calibrated on {}", cli::protocol(&bench.calibration));
+    println!("ties and mixes measured on {}", cli::protocol(&bench.few));
+    if args.decode > 0 {
+        bench.speed()?;
+    }
+    Ok(())
+}
+
+impl<'a> Bench<'a> {
+    fn new(args: &'a Args, checkpoint: &Checkpoint, dense: &'a Decoder) -> anyhow::Result<Self> {
+        let tokenizer = checkpoint.tokenizer()?;
+        let text = cli::read_text(&args.text)?;
+        let (calibration, held_out) = cli::split_text(&text);
+        let calibration =
+            args.window.cut(&tokenizer, calibration, Some(args.windows)).context("the first 80 %")?;
+        let held_out =
+            args.window.cut(&tokenizer, held_out, Some(args.eval_windows)).context("the last 20 %")?;
+        let few = calibration.spread(args.tie_windows)?;
+        std::fs::create_dir_all(&args.work)
+            .with_context(|| format!("cannot create {}", args.work.display()))?;
+        let bench = Self { args, dense, calibration, few, held_out };
+        // Results of other texts, windows or models would be no results of this one.
+        let model = checkpoint.sha256(&mut cli::Bars::default())?;
+        let protocol = [&bench.calibration, &bench.few, &bench.held_out].map(cli::protocol);
+        let found: (String, [String; 3]) =
+            bench.kept("protocol", || Ok((model.clone(), protocol.clone())))?;
+        anyhow::ensure!(found == (model, protocol), "{} holds results of another run", args.work.display());
+        Ok(bench)
+    }
+
+    /// What `make` makes, kept under this name.
+    fn kept<T: Serialize + DeserializeOwned>(
+        &self,
+        name: &str,
+        make: impl FnOnce() -> anyhow::Result<T>,
+    ) -> anyhow::Result<T> {
+        let file: String =
+            name.chars().map(|c| if c.is_ascii_alphanumeric() || c == '.' { c } else { '-' }).collect();
+        let path = self.args.work.join(format!("{file}.json"));
+        if path.exists() {
+            let text = std::fs::read_to_string(&path)?;
+            return serde_json::from_str(&text).with_context(|| format!("{} is no result", path.display()));
+        }
+        let made = make()?;
+        let partial = path.with_extension("partial");
+        std::fs::write(&partial, serde_json::to_string_pretty(&made)?)?;
+        std::fs::rename(&partial, &path)?;
+        Ok(made)
+    }
+
+    /// The scores that removal goes by: a third of the blocks, one after the other.
+    fn scores(&self) -> anyhow::Result<Scores> {
+        self.kept("scores", || {
+            let method = GreedyPerplexity { remove: self.dense.depth() / 3, ..GreedyPerplexity::default() };
+            Ok(method.score(self.dense, &self.few, &mut cli::Bars::default())?)
+        })
+    }
+
+    /// Plans, measuring ties on few windows, and measures what that makes of the model.
+    fn line(&self, name: &str, builder: PlanBuilder, errors: bool) -> anyhow::Result<Line> {
+        let plan: Plan = self.kept(&format!("plan {name}"), || {
+            Ok(builder.measure(self.dense, &self.few, &mut cli::Bars::default())?)
+        })?;
+        self.planned(name, &plan, errors)
+    }
+
+    fn planned(&self, name: &str, plan: &Plan, errors: bool) -> anyhow::Result<Line> {
+        self.kept(&format!("line {name}"), || {
+            let mut bars = cli::Bars::default();
+            let folded = fold_on(self.dense, plan, &self.calibration, &mut bars)?;
+            let nll = perplexity(&folded, &self.held_out, &mut bars)?.mean_nll;
+            let mut found = Vec::new();
+            if errors {
+                found = output_errors(self.dense, &folded, &self.held_out, &mut bars)?;
+            }
+            let total: f64 = found.iter().map(|error| error.relative).sum();
+            let output_error = Some(total / found.len() as f64).filter(|_| !found.is_empty());
+            Ok(Line { name: name.into(), parameters: folded.parameter_count(), nll, output_error })
+        })
+    }
+
+    fn removals(&self, scores: &Scores) -> anyhow::Result<Vec<Line>> {
+        let most = scores.chosen.as_ref().map(Vec::len).unwrap_or_default();
+        let counts = [1, 2, 3].into_iter().map(|third| (most * third).div_ceil(3));
+        let lines = counts.map(|count| {
+            // In the order of removal: the first of them are what fewer removals would have chosen.
+            let mut scores = scores.clone();
+            if let Some(chosen) = &mut scores.chosen {
+                chosen.truncate(count);
+            }
+            let builder = Plan::builder().remove(Target::Blocks(count), &scores);
+            self.line(&format!("{count} blocks removed"), builder, false)
+        });
+        lines.collect()
+    }
+
+    fn pairs(&self) -> anyhow::Result<Vec<Line>> {
+        let pairs = |donor| Plan::builder().share(Groups::of(2)).donor(donor);
+        let mut lines = Vec::new();
+        for (name, donor) in [("first", Donor::First), ("mean", Donor::Mean), ("best", Donor::Best)] {
+            lines.push(self.line(&format!("pairs, {name} donor"), pairs(donor), true)?);
+        }
+        let scaled = || pairs(Donor::Mean).scales(ScaleStart::LeastSquares);
+        lines.push(self.line("pairs, mean, scales", scaled(), true)?);
+        for &rank in &self.args.ranks {
+            for (name, start) in [("plain", ResidualStart::Svd), ("whitened", ResidualStart::Whitened)] {
+                let builder = scaled().residual(Ranks::Uniform(rank), start);
+                lines.push(self.line(&format!("pairs, mean, scales, rank {rank} {name}"), builder, true)?);
+            }
+            // The same number of parameters, where they help most.
+            let uniform = pairs(Donor::Mean).residual(Ranks::Uniform(rank), ResidualStart::Svd);
+            let size = |builder: PlanBuilder| -> anyhow::Result<usize> {
+                let arch = self.dense.architecture();
+                Ok(builder.build(arch)?.architecture(arch)?.parameter_count())
+            };
+            let budget = size(uniform)? - size(pairs(Donor::Mean))?;
+            let builder = scaled().residual(Ranks::Parameters(budget), ResidualStart::Whitened);
+            lines.push(self.line(
+                &format!("pairs, mean, scales, rank {rank} spread, whitened"),
+                builder,
+                true,
+            )?);
+        }
+        Ok(lines)
+    }
+
+    fn parameters(&self, share: f64) -> usize {
+        (share * self.dense.parameter_count() as f64) as usize
+    }
+
+    fn budgets(&self) -> anyhow::Result<Vec<Line>> {
+        let lines = self.args.budgets.iter().map(|&share| {
+            let groups = Groups::until(Budget::Parameters(self.parameters(share)));
+            let builder = Plan::builder().share(groups).donor(Donor::Mean).scales(ScaleStart::LeastSquares);
+            self.line(&format!("groups for a budget of {share}, mean, scales"), builder, true)
+        });
+        lines.collect()
+    }
+
+    fn mixes(&self, scores: &Scores) -> anyhow::Result<Vec<Candidate>> {
+        let mut candidates = Vec::new();
+        let third = scores.chosen.as_ref().map(Vec::len).unwrap_or_default().div_ceil(3);
+        for &share in &self.args.budgets {
+            for mix in Mix::new(self.parameters(share)).variants(&[0, third, 2 * third], &[0.0, 0.1, 0.2]) {
+                let name = format!("mix {share} {} {}", mix.removed, mix.residual_share);
+                let measured = || match mix.measure(self.dense, scores, &self.few, &mut cli::Bars::default())
+                {
+                    Ok(candidate) => Ok(Some(candidate)),
+                    // A budget that this mix cannot meet.
+                    Err(foldgpt::Error::Budget { .. }) => Ok(None),
+                    Err(error) => Err(error.into()),
+                };
+                candidates.extend(self.kept(&name, measured)?);
+            }
+        }
+        Ok(pareto_front(candidates))
+    }
+
+    /// Decoding speed of the model tied in pairs beside that of the same depth untied, alternating.
+    fn speed(&self) -> anyhow::Result<()> {
+        let plan = Plan::builder().share(Groups::of(2)).build(self.dense.architecture())?;
+        let tied = fold_on(self.dense, &plan, &self.few, &mut ())?;
+        let mut rates = [Vec::new(), Vec::new()];
+        for _ in 0..5 {
+            for (decoder, rates) in [self.dense, &tied].into_iter().zip(&mut rates) {
+                rates.push(tokens_per_second(decoder, self.args.decode)?);
+            }
+        }
+        let median = |rates: &mut Vec<f64>| {
+            rates.sort_by(f64::total_cmp);
+            rates.get(rates.len() / 2).copied().unwrap_or_default()
+        };
+        let [untied, tied] = rates.each_mut().map(median);
+        println!("decoding, medians of 5: {untied:.1} tokens/s untied, {tied:.1} tied in pairs");
+        Ok(())
+    }
+}
+
+/// Tokens per second of greedy decoding, after a first token.
+fn tokens_per_second(decoder: &Decoder, tokens: usize) -> anyhow::Result<f64> {
+    let mut cache = decoder.cache();
+    let mut next = 1u32;
+    let mut start = Instant::now();
+    for place in 0..=tokens {
+        if place == 1 {
+            start = Instant::now();
+        }
+        let ids = Tensor::new(&[[next]], decoder.device())?;
+        let logits = decoder.logits(&decoder.extend(&ids, &mut cache)?)?;
+        next = logits.flatten_all()?.argmax(0)?.to_scalar::<u32>()?;
+    }
+    Ok(tokens as f64 / start.elapsed().as_secs_f64())
+}

@@ -1,0 +1,282 @@
+//! What tying blocks costs, measured: the best donors, and the cheapest neighbours for a budget.
+
+use std::collections::BTreeMap;
+
+use candle_core::Tensor;
+
+use super::donors::tie;
+use super::starts::States;
+use crate::data::Windows;
+use crate::error::{Error, Result};
+use crate::model::{Architecture, Block, Decoder};
+use crate::plan::{Budget, Donor, Group, Matrices, Own, Plan, Ranks};
+use crate::progress::{self, Observer};
+
+/// Losses of a decoder whose blocks are tied step by step. The states at every depth of what was decided are kept,
+/// so that a trial runs only from the first block that it changes.
+struct Trials<'a> {
+    /// Before any tying: donors and means are taken from here.
+    cut: Decoder,
+    /// What was decided so far.
+    tied: Decoder,
+    windows: &'a Windows,
+    own_norms: bool,
+    /// The input of every block on every window: `states[depth][window]`, and at last what the final norm sees.
+    states: Vec<Vec<Tensor>>,
+    loss: f64,
+}
+
+impl<'a> Trials<'a> {
+    fn new(cut: Decoder, own_norms: bool, windows: &'a Windows) -> Result<Self> {
+        let states = vec![States::new(&cut, windows)?.0];
+        let mut trials = Self { tied: cut.clone(), cut, windows, own_norms, states, loss: 0.0 };
+        trials.settle(trials.cut.clone(), 0)?;
+        Ok(trials)
+    }
+
+    /// Makes `decoder`, which differs from depth `from` on, what was decided.
+    fn settle(&mut self, decoder: Decoder, from: usize) -> Result<()> {
+        self.states.truncate(from + 1);
+        let pass = decoder.pass(0, self.windows.seq_len())?;
+        for depth in from..decoder.depth() {
+            let Some(inputs) = self.states.last() else { break };
+            let run = |x: &Tensor| decoder.run_block(depth, x, &pass);
+            let outputs = inputs.iter().map(run).collect::<Result<Vec<_>>>()?;
+            self.states.push(outputs);
+        }
+        self.loss = match self.states.last() {
+            Some(last) => self.mean_loss(&decoder, last.iter().cloned().map(Ok))?,
+            None => 0.0,
+        };
+        self.tied = decoder;
+        Ok(())
+    }
+
+    /// The mean loss in nats per token from the final states of every window.
+    fn mean_loss(&self, decoder: &Decoder, states: impl Iterator<Item = Result<Tensor>>) -> Result<f64> {
+        let (mut total, mut tokens) = (0.0, 0);
+        for (window, state) in states.enumerate() {
+            let targets = self.windows.window(window)?.get(1..).unwrap_or_default();
+            let rows = state?.squeeze(0)?.narrow(0, 0, targets.len())?;
+            let losses = decoder.nll(&rows, targets)?.to_vec1::<f32>()?;
+            total += losses.into_iter().map(f64::from).sum::<f64>();
+            tokens += targets.len();
+        }
+        let mean = total / tokens as f64;
+        if mean.is_finite() {
+            Ok(mean)
+        } else {
+            Err(Error::NotFinite { what: "a loss with tied blocks".into(), value: mean })
+        }
+    }
+
+    /// What was decided, with these depths tied too.
+    fn with_tie(&self, depths: &[usize], donor: Option<usize>) -> Result<Decoder> {
+        let mut blocks: Vec<Block> = self.tied.blocks().to_vec();
+        tie(&self.cut, &mut blocks, depths, donor, self.own_norms)?;
+        Ok(self.tied.of_blocks(blocks))
+    }
+
+    /// By how much the loss rises when these depths are tied.
+    fn cost(&self, depths: &[usize], donor: Option<usize>) -> Result<f64> {
+        let decoder = self.with_tie(depths, donor)?;
+        let from = depths.first().copied().unwrap_or_default();
+        let pass = decoder.pass(0, self.windows.seq_len())?;
+        let finals = self.states.get(from).into_iter().flatten().map(|x| {
+            (from..decoder.depth()).try_fold(x.clone(), |x, depth| decoder.run_block(depth, &x, &pass))
+        });
+        Ok(self.mean_loss(&decoder, finals)? - self.loss)
+    }
+
+    /// What each donor that `asked` allows would cost, the cheapest first; of equals the mean, then the first block.
+    fn donors(&self, depths: &[usize], asked: Donor) -> Result<Vec<(Option<usize>, f64)>> {
+        let candidates: Vec<Option<usize>> = match asked {
+            Donor::First => vec![depths.first().copied()],
+            Donor::Mean => vec![None],
+            Donor::Best => std::iter::once(None).chain(depths.iter().copied().map(Some)).collect(),
+        };
+        let costs = candidates.into_iter().map(|donor| Ok((donor, self.cost(depths, donor)?)));
+        let mut costs = costs.collect::<Result<Vec<_>>>()?;
+        costs.sort_by(|a, b| a.1.total_cmp(&b.1));
+        Ok(costs)
+    }
+}
+
+/// A group of depths as a group of blocks of the original model.
+fn group(kept: &[usize], depths: &[usize], donors: &[(Option<usize>, f64)]) -> Result<Group> {
+    let block =
+        |depth: usize| kept.get(depth).copied().ok_or(Error::NoSuchBlock { index: depth, depth: kept.len() });
+    let matrices =
+        |donor: Option<usize>| donor.map_or(Ok(Matrices::Mean), |depth| block(depth).map(Matrices::Block));
+    let tried =
+        donors.iter().map(|(donor, cost)| Ok((matrices(*donor)?, *cost))).collect::<Result<Vec<_>>>()?;
+    let Some(&(donor, cost)) = tried.first() else {
+        return Err(Error::Plan("a group without a donor".into()));
+    };
+    let blocks = depths.iter().map(|&depth| block(depth)).collect::<Result<_>>()?;
+    Ok(Group { blocks, donor, cost: Some(cost), tried: if tried.len() > 1 { tried } else { Vec::new() } })
+}
+
+/// The groups of these blocks, each with the donor that costs the least, first to last: each is measured with those
+/// before it tied.
+pub(crate) fn best_donors(
+    decoder: &Decoder,
+    plan: &Plan,
+    blocks: &[Vec<usize>],
+    own_norms: bool,
+    windows: &Windows,
+    observer: &mut dyn Observer,
+) -> Result<Vec<Group>> {
+    let kept = plan.kept();
+    let mut trials = Trials::new(decoder.without(&plan.units())?, own_norms, windows)?;
+    let mut groups = Vec::with_capacity(blocks.len());
+    progress::steps("donors", blocks.len(), observer, |place| {
+        let Some(blocks) = blocks.get(place) else { return Ok(()) };
+        let depths = blocks.iter().map(|&block| plan.depth_of(block)).collect::<Result<Vec<_>>>()?;
+        let donors = trials.donors(&depths, Donor::Best)?;
+        groups.push(group(&kept, &depths, &donors)?);
+        if let (Some((donor, _)), Some(&first)) = (donors.first(), depths.iter().min()) {
+            let tied = trials.with_tie(&depths, *donor)?;
+            trials.settle(tied, first)?;
+        }
+        Ok(())
+    })?;
+    Ok(groups)
+}
+
+/// How neighbours are tied until a budget is met.
+pub(crate) struct Ties {
+    pub budget: Budget,
+    pub largest: Option<usize>,
+    pub donor: Donor,
+    pub own: Own,
+}
+
+/// Two neighbouring groups that might become one.
+struct Candidate {
+    depths: Vec<usize>,
+    donors: Vec<(Option<usize>, f64)>,
+    /// How many ties there were when it was measured.
+    age: usize,
+}
+
+impl Candidate {
+    fn cost(&self) -> f64 {
+        self.donors.first().map_or(f64::INFINITY, |(_, cost)| *cost)
+    }
+}
+
+impl Ties {
+    /// Ties the neighbours that cost the least, measured with all earlier ties in place, and again until the budget
+    /// is met. A cost that was measured before the last tie is measured again only when it is the lowest: ties make
+    /// others dearer much more often than cheaper.
+    pub(crate) fn choose(
+        &self,
+        decoder: &Decoder,
+        plan: &Plan,
+        windows: &Windows,
+        observer: &mut dyn Observer,
+    ) -> Result<Vec<Group>> {
+        const STAGE: &str = "ties";
+        let (arch, kept) = (decoder.architecture(), plan.kept());
+        let mut trials = Trials::new(decoder.without(&plan.units())?, self.own.norms, windows)?;
+        let mut groups: Vec<(Vec<usize>, Option<Group>)> =
+            (0..kept.len()).map(|depth| (vec![depth], None)).collect();
+        let mut known: BTreeMap<Vec<usize>, Candidate> = BTreeMap::new();
+        let start = self.size(arch, plan, &[], decoder)?;
+        let total = start.saturating_sub(self.limit()) as u64;
+        progress::stage(STAGE, total, observer, |observer| {
+            for age in 0.. {
+                let chosen: Vec<Group> = groups.iter().filter_map(|(_, group)| group.clone()).collect();
+                let size = self.size(arch, plan, &chosen, decoder)?;
+                let done = (start.saturating_sub(size) as u64).min(total);
+                progress::advance(STAGE, done, total, observer)?;
+                if size <= self.limit() {
+                    break;
+                }
+                let mut heard = || progress::advance(STAGE, done, total, observer);
+                let best = self.cheapest(&trials, &groups, &mut known, (age, &mut heard))?;
+                let Some(best) = best else {
+                    let (budget, reason) = (self.limit(), "all neighbours that may be are tied");
+                    return Err(Error::Budget { what: "sharing", budget, least: size, reason });
+                };
+                let Some((donor, _)) = best.donors.first() else { break };
+                let tied = trials.with_tie(&best.depths, *donor)?;
+                trials.settle(tied, best.depths.first().copied().unwrap_or_default())?;
+                let mut made = group(&kept, &best.depths, &best.donors)?;
+                let inside = |depths: &[usize]| depths.iter().any(|depth| best.depths.contains(depth));
+                let grown = groups.iter().filter(|(depths, _)| inside(depths));
+                let before: f64 = grown.filter_map(|(_, group)| group.as_ref()?.cost).sum();
+                made.cost = made.cost.map(|cost| cost + before);
+                groups.retain(|(depths, _)| !inside(depths));
+                groups.push((best.depths, Some(made)));
+                groups.sort_by(|a, b| a.0.cmp(&b.0));
+            }
+            Ok(())
+        })?;
+        Ok(groups.into_iter().filter_map(|(_, group)| group).collect())
+    }
+
+    /// The pair of neighbouring groups that costs the least to tie, taken out of what is known.
+    fn cheapest(
+        &self,
+        trials: &Trials<'_>,
+        groups: &[(Vec<usize>, Option<Group>)],
+        known: &mut BTreeMap<Vec<usize>, Candidate>,
+        (age, heard): (usize, &mut dyn FnMut() -> Result<()>),
+    ) -> Result<Option<Candidate>> {
+        let pairs = groups.iter().zip(groups.iter().skip(1)).map(|(a, b)| [a.0.as_slice(), &b.0].concat());
+        let pairs: Vec<Vec<usize>> = pairs
+            .filter(|depths| {
+                self.largest.is_none_or(|largest| depths.len() <= largest) && alike(trials, depths)
+            })
+            .collect();
+        known.retain(|depths, _| pairs.contains(depths));
+        for depths in pairs {
+            if !known.contains_key(&depths) {
+                let donors = trials.donors(&depths, self.donor)?;
+                known.insert(depths.clone(), Candidate { depths, donors, age });
+                heard()?;
+            }
+        }
+        loop {
+            let least = known.values().min_by(|a, b| a.cost().total_cmp(&b.cost()));
+            let Some(depths) = least.map(|candidate| candidate.depths.clone()) else { return Ok(None) };
+            let Some(candidate) = known.remove(&depths) else { return Ok(None) };
+            if candidate.age == age {
+                return Ok(Some(candidate));
+            }
+            let donors = trials.donors(&depths, self.donor)?;
+            known.insert(depths.clone(), Candidate { depths, donors, age });
+            heard()?;
+        }
+    }
+
+    fn limit(&self) -> usize {
+        match self.budget {
+            Budget::Parameters(count) => count,
+            Budget::Bytes(bytes) => bytes as usize,
+        }
+    }
+
+    /// What the whole model takes with these groups and all that blocks keep for themselves, in the budget's unit.
+    fn size(&self, arch: &Architecture, plan: &Plan, groups: &[Group], decoder: &Decoder) -> Result<usize> {
+        let folded = plan.with_groups(arch, groups.to_vec(), self.own)?.architecture(arch)?;
+        let spread = match self.own.residual.map(|residual| residual.ranks) {
+            Some(Ranks::Parameters(count)) if !groups.is_empty() => count,
+            _ => 0,
+        };
+        let parameters = folded.parameter_count() + spread;
+        Ok(match self.budget {
+            Budget::Parameters(_) => parameters,
+            Budget::Bytes(_) => parameters * decoder.stored_dtype().size_in_bytes(),
+        })
+    }
+}
+
+/// Whether the depths have the same halves.
+fn alike(trials: &Trials<'_>, depths: &[usize]) -> bool {
+    let mut parts = depths.iter().filter_map(|&depth| trials.cut.blocks().get(depth)).map(Block::part);
+    let first = parts.next();
+    parts.all(|part| Some(part) == first)
+}

@@ -1,0 +1,262 @@
+//! Plans, step by step.
+
+use std::collections::BTreeMap;
+
+use super::sharing::{
+    Budget, Calibration, Donor, Group, Groups, Matrices, Own, RankTable, Ranks, Residual, ResidualStart,
+    ScaleStart, Sharing,
+};
+use super::target::Target;
+use super::{Fields, PLAN_VERSION, Plan, choose};
+use crate::data::Windows;
+use crate::error::{Error, Result};
+use crate::fold;
+use crate::importance::Scores;
+use crate::model::{Architecture, Decoder, Projection, Unit};
+use crate::progress::Observer;
+
+/// A plan in the making: what goes, what is shared, what stays each block's own.
+///
+/// ```
+/// use foldgpt::importance::{BlockInfluence, Importance};
+/// use foldgpt::{Bos, Checkpoint, Plan, Target, Windows, candle::{DType, Device}, fold_on};
+/// use foldgpt::plan::{Donor, Groups, Ranks, ResidualStart, ScaleStart};
+///
+/// let checkpoint = Checkpoint::open("examples/tiny-stories")?;
+/// let decoder = checkpoint.decoder(DType::F32, &Device::Cpu)?;
+/// let text = "Once there was a kite. ".repeat(40);
+/// let windows = Windows::from_text(&checkpoint.tokenizer()?, &text, 64, Some(2), Bos::Auto)?;
+/// let scores = BlockInfluence::default().score(&decoder, &windows, &mut ())?;
+/// let plan = Plan::builder()
+///     .remove(Target::Rate(0.2), &scores)
+///     .protect(&[0])
+///     .share(Groups::of(2))
+///     .donor(Donor::Mean)
+///     .scales(ScaleStart::LeastSquares)
+///     .residual(Ranks::Uniform(4), ResidualStart::Whitened)
+///     .build(decoder.architecture())?;
+/// let folded = fold_on(&decoder, &plan, &windows, &mut ())?;
+/// assert_eq!(folded.architecture(), &plan.architecture(decoder.architecture())?);
+/// # Ok::<(), foldgpt::Error>(())
+/// ```
+#[derive(Debug, Clone, Default)]
+#[must_use = "a builder makes a plan when it is built"]
+pub struct PlanBuilder {
+    pub(super) removal: Option<(Target, Scores)>,
+    pub(super) protected: Vec<usize>,
+    pub(super) groups: Option<Groups>,
+    pub(super) donor: Donor,
+    pub(super) own: Own,
+    pub(super) model_sha256: Option<String>,
+}
+
+impl PlanBuilder {
+    /// Removes as many blocks as `target` asks for: the set that the method chose where it chose one of this size,
+    /// else the blocks of least importance. Scores of halves remove halves, as many as have, as nearly as they can,
+    /// the parameters of that many blocks.
+    pub fn remove(mut self, target: Target, scores: &Scores) -> Self {
+        self.removal = Some((target, scores.clone()));
+        self
+    }
+
+    /// Removes another number of blocks by the scores that there are; nothing is scored again.
+    pub fn at(mut self, target: Target) -> Self {
+        if let Some((old, _)) = &mut self.removal {
+            *old = target;
+        }
+        self
+    }
+
+    /// Blocks that may not be removed.
+    pub fn protect(mut self, blocks: &[usize]) -> Self {
+        self.protected = blocks.to_vec();
+        self
+    }
+
+    /// Ties blocks: those of a group use the same matrices.
+    pub fn share(mut self, groups: Groups) -> Self {
+        self.groups = Some(groups);
+        self
+    }
+
+    /// Whose matrices a group uses; those of its first block unless this says otherwise.
+    pub fn donor(mut self, donor: Donor) -> Self {
+        self.donor = donor;
+        self
+    }
+
+    /// Ties norms too: the blocks of a group use those of its donor, or their mean.
+    pub fn share_norms(mut self) -> Self {
+        self.own.norms = false;
+        self
+    }
+
+    /// Gives every block that uses matrices of others a factor for each output.
+    pub fn scales(mut self, start: ScaleStart) -> Self {
+        self.own.scales = Some(start);
+        self
+    }
+
+    /// Gives every block that uses matrices of others a low-rank residual for each projection.
+    pub fn residual(mut self, ranks: Ranks, start: ResidualStart) -> Self {
+        self.own.residual = Some(Residual { ranks, start });
+        self
+    }
+
+    /// Notes the hash of the model that the plan is made for, [`Checkpoint::sha256`](crate::Checkpoint::sha256).
+    pub fn for_model(mut self, sha256: impl Into<String>) -> Self {
+        self.model_sha256 = Some(sha256.into());
+        self
+    }
+
+    /// Makes the plan, where nothing in it has to be measured.
+    ///
+    /// # Errors
+    /// What has to be measured ([`Groups::Budget`], [`Donor::Best`], [`Ranks::Parameters`]); a target that cannot be
+    /// met; scores or blocks of another model.
+    pub fn build(self, arch: &Architecture) -> Result<Plan> {
+        let plan = self.removed(arch)?;
+        let Some(asked) = self.groups.clone() else { return Ok(plan) };
+        let matrices = |blocks: &[usize]| match self.donor {
+            Donor::First => blocks.first().copied().map(Matrices::Block),
+            Donor::Mean => Some(Matrices::Mean),
+            Donor::Best => None,
+        };
+        let unmeasured = |what| Error::Plan(format!("{what} have to be measured on calibration windows"));
+        let blocks = asked.decide(&plan.kept(), plan.removed_halves())?;
+        let blocks = blocks.ok_or_else(|| unmeasured("groups for a budget"))?;
+        let groups = blocks.into_iter().map(|blocks| {
+            let donor = matrices(&blocks).ok_or_else(|| unmeasured("best donors"))?;
+            Ok(Group { blocks, donor, cost: None, tried: Vec::new() })
+        });
+        if matches!(self.own.residual, Some(Residual { ranks: Ranks::Parameters(_), .. })) {
+            return Err(unmeasured("ranks for a budget"));
+        }
+        let groups = groups.collect::<Result<_>>()?;
+        plan.share(arch, Sharing { groups, ..self.sharing(asked) })
+    }
+
+    /// Makes the plan, measuring on calibration windows what has to be measured.
+    ///
+    /// # Errors
+    /// As [`build`](Self::build); a budget that no grouping meets, a loss that is not finite, or a cancelling
+    /// observer.
+    pub fn measure(self, decoder: &Decoder, windows: &Windows, observer: &mut dyn Observer) -> Result<Plan> {
+        let (arch, own) = (decoder.architecture(), self.own);
+        let plan = self.removed(arch)?;
+        let Some(asked) = self.groups.clone() else { return Ok(plan) };
+        let groups = match (asked.decide(&plan.kept(), plan.removed_halves())?, &asked) {
+            (Some(_), _) if self.donor != Donor::Best => {
+                let unranked = Self { own: Own { residual: None, ..own }, ..self.clone() };
+                unranked.build(arch)?.sharing().map(|sharing| sharing.groups.clone()).unwrap_or_default()
+            }
+            (Some(blocks), _) => fold::best_donors(decoder, &plan, &blocks, own.norms, windows, observer)?,
+            (None, Groups::Budget { budget, largest }) => {
+                let ties = fold::Ties { budget: *budget, largest: *largest, donor: self.donor, own };
+                ties.choose(decoder, &plan, windows, observer)?
+            }
+            (None, _) => Vec::new(),
+        };
+        let measured = Some(Calibration::from(windows));
+        let plan = plan.share(arch, Sharing { groups, measured, ..self.sharing(asked) })?;
+        match own.residual {
+            Some(residual) => plan.with_residual(decoder, residual, windows, observer),
+            None => Ok(plan),
+        }
+    }
+
+    /// What was asked for, with nothing decided.
+    fn sharing(&self, asked: Groups) -> Sharing {
+        let (groups, ranks, measured) = (Vec::new(), BTreeMap::new(), None);
+        Sharing { asked, donor: self.donor, own: self.own, groups, ranks, measured }
+    }
+
+    /// The plan of the removal alone.
+    fn removed(&self, arch: &Architecture) -> Result<Plan> {
+        let mut protected = self.protected.clone();
+        protected.sort_unstable();
+        protected.dedup();
+        let (target, scores) = match &self.removal {
+            Some((target, scores)) => (*target, Some(scores.clone())),
+            None => (Target::Blocks(0), None),
+        };
+        let (removed, removed_halves) = match &scores {
+            Some(scores) => choose(arch, scores, target.blocks(arch)?, &protected)?,
+            None => (Vec::new(), Vec::new()),
+        };
+        Plan::try_from(Fields {
+            version: PLAN_VERSION,
+            model_type: arch.model_type.clone(),
+            depth: arch.depth(),
+            model_sha256: self.model_sha256.clone(),
+            target,
+            protected,
+            removed,
+            removed_halves,
+            scores,
+            sharing: None,
+        })
+    }
+}
+
+impl Plan {
+    /// The plan with these groups and own parameters in place of those it has; ranks for a budget are left out.
+    pub(crate) fn with_groups(&self, arch: &Architecture, groups: Vec<Group>, own: Own) -> Result<Self> {
+        let asked = Groups::Explicit(groups.iter().map(|group| group.blocks.clone()).collect());
+        let sharing = PlanBuilder { own, ..PlanBuilder::default() }.sharing(asked);
+        self.share(arch, Sharing { groups, ..sharing })
+    }
+
+    /// The plan with this residual in place of the one it has; groups stay as they were decided.
+    ///
+    /// # Errors
+    /// A plan that shares nothing or is for another model, a failed computation, or a cancelling observer.
+    pub fn with_residual(
+        &self,
+        decoder: &Decoder,
+        residual: Residual,
+        windows: &Windows,
+        observer: &mut dyn Observer,
+    ) -> Result<Self> {
+        self.check_model(decoder.architecture())?;
+        let mut sharing = self.sharing().cloned().ok_or_else(|| Error::Plan("shares nothing".into()))?;
+        sharing.own.residual = Some(residual);
+        sharing.measured = Some(Calibration::from(windows));
+        sharing.ranks = match residual.ranks {
+            Ranks::Uniform(_) => RankTable::new(),
+            Ranks::Parameters(count) => {
+                // The budget is that of the whole model: asked again, it gives the same groups.
+                let own = Own { residual: None, ..sharing.own };
+                let bare = self.with_groups(decoder.architecture(), sharing.groups.clone(), own)?;
+                let bare = bare.architecture(decoder.architecture())?.parameter_count();
+                if let Groups::Budget { budget: Budget::Parameters(budget), .. } = &mut sharing.asked {
+                    *budget = (*budget).max(bare + count);
+                }
+                fold::spread_ranks(decoder, self, (count, residual.start), windows, observer)?
+            }
+        };
+        self.share(decoder.architecture(), sharing)
+    }
+
+    /// The plan that shares so, with uniform ranks where these were asked for.
+    fn share(&self, arch: &Architecture, mut sharing: Sharing) -> Result<Self> {
+        if let Some(Residual { ranks: Ranks::Uniform(rank), .. }) = sharing.own.residual {
+            sharing.ranks = uniform(arch, &sharing.groups, self.removed_halves(), rank)?;
+        }
+        Self::try_from(Fields { sharing: Some(sharing), ..self.0.clone() })
+    }
+}
+
+/// The same rank for every projection of every block that uses matrices of others, as far as its size allows.
+fn uniform(arch: &Architecture, groups: &[Group], halves: &[Unit], rank: usize) -> Result<RankTable> {
+    if rank == 0 {
+        return Err(Error::argument("rank", rank, "at least 1"));
+    }
+    let projections = |block: usize| -> BTreeMap<Projection, usize> {
+        let has = |projection: &Projection| !halves.contains(&Unit { block, part: projection.half() });
+        let shapes = Projection::ALL.into_iter().filter(has);
+        let shapes = shapes.filter_map(|projection| Some((projection, arch.projection_shape(projection)?)));
+        shapes.map(|(projection, (output, input))| (projection, rank.min(output).min(input))).collect()
+    };
+    Ok(groups.iter().flat_map(Group::strangers).map(|block| (block, projections(block))).collect())
+}

@@ -1,0 +1,276 @@
+//! Which blocks share matrices, whose matrices these are, and what each block keeps for itself.
+
+use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
+
+use serde::{Deserialize, Serialize};
+
+use crate::data::Windows;
+use crate::error::{Error, Result};
+use crate::model::{Projection, Unit};
+
+/// Which of the blocks that stay share their matrices, as it is asked for. Blocks go by their index in the original
+/// model.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Groups {
+    /// Blocks that follow one another among those that stay, `size` at a time; the last group may have fewer.
+    Consecutive {
+        /// Blocks in a group.
+        size: usize,
+        /// Only blocks from the first to the last of these.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        within: Option<(usize, usize)>,
+    },
+    /// These blocks, group by group.
+    Explicit(Vec<Vec<usize>>),
+    /// Neighbours whose tying costs the least loss, one after the other, until the whole model is as small as that.
+    Budget {
+        /// What the model may take.
+        budget: Budget,
+        /// Blocks in the largest group, where there is a limit; with one, a budget may be out of reach.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        largest: Option<usize>,
+    },
+}
+
+/// What a whole model may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Budget {
+    /// Parameters, each shared one counted once.
+    Parameters(usize),
+    /// Bytes of all tensors, in the type in which they are stored.
+    Bytes(u64),
+}
+
+/// Whose matrices a group shares, as it is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Donor {
+    /// Those of its first block.
+    #[default]
+    First,
+    /// The mean of all its blocks' matrices.
+    Mean,
+    /// Whichever of the mean and its blocks costs the least loss on calibration windows.
+    Best,
+}
+
+/// Whose matrices a group shares, as it was decided.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Matrices {
+    /// Those of this block.
+    Block(usize),
+    /// The mean of all its blocks' matrices.
+    Mean,
+}
+
+/// Blocks that share their matrices.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Group {
+    /// The blocks, two or more, ascending.
+    pub blocks: Vec<usize>,
+    /// What they share.
+    pub donor: Matrices,
+    /// What tying them costs in nats per token on the calibration windows, with all that was decided before in place;
+    /// of a group that grew, the sum of its steps. Absent where nothing was measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cost: Option<f64>,
+    /// What every donor that was tried would cost, the cheapest first; of a group that grew, at its last step.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tried: Vec<(Matrices, f64)>,
+}
+
+/// What every block of a group keeps for itself. Biases are always its own.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
+pub struct Own {
+    /// The gains (and biases) of its norms.
+    pub norms: bool,
+    /// A factor for each output of each projection.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub scales: Option<ScaleStart>,
+    /// A residual of low rank for each projection.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub residual: Option<Residual>,
+}
+
+impl Default for Own {
+    /// Norms alone.
+    fn default() -> Self {
+        Self { norms: true, scales: None, residual: None }
+    }
+}
+
+/// What scales are before any training.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum ScaleStart {
+    /// 1: the shared matrix as it is.
+    Ones,
+    /// The least-squares fit to the original block's outputs on calibration windows.
+    LeastSquares,
+}
+
+/// A low-rank residual on every projection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Residual {
+    /// How high its ranks are.
+    pub ranks: Ranks,
+    /// What it is before any training.
+    pub start: ResidualStart,
+}
+
+/// The ranks of residuals.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Ranks {
+    /// The same for every projection, or as high as a smaller projection allows.
+    Uniform(usize),
+    /// As many parameters in all, each unit of rank going where it removes the most error for each parameter.
+    Parameters(usize),
+}
+
+/// What a residual is before any training.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum ResidualStart {
+    /// The truncated singular value decomposition of what the shared matrix lacks: least error of the matrix.
+    Svd,
+    /// The same, whitened by the second moment of the inputs: least error of the outputs on calibration windows.
+    Whitened,
+}
+
+/// The ranks of the residuals that each block has, by its index in the original model.
+pub type RankTable = BTreeMap<usize, BTreeMap<Projection, usize>>;
+
+/// All that a plan says about sharing: what was asked for, and what was decided.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct Sharing {
+    /// The groups that were asked for.
+    pub asked: Groups,
+    /// The donors that were asked for.
+    pub donor: Donor,
+    /// What every block of a group keeps for itself.
+    pub own: Own,
+    /// The groups.
+    pub groups: Vec<Group>,
+    /// The ranks of residuals.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub ranks: RankTable,
+    /// What was measured on, where anything was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub measured: Option<Calibration>,
+}
+
+/// The windows that something was measured on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Calibration {
+    /// Number of windows.
+    pub windows: usize,
+    /// Tokens in each window.
+    pub seq_len: usize,
+    /// Whether each window began with the begin-of-text token.
+    pub bos: bool,
+    /// SHA-256 of the text.
+    pub text_sha256: String,
+}
+
+impl From<&Windows> for Calibration {
+    fn from(windows: &Windows) -> Self {
+        Self {
+            windows: windows.len(),
+            seq_len: windows.seq_len(),
+            bos: windows.bos(),
+            text_sha256: windows.text_sha256().into(),
+        }
+    }
+}
+
+impl Groups {
+    /// Blocks that follow one another among those that stay, `size` at a time.
+    #[must_use]
+    pub fn of(size: usize) -> Self {
+        Self::Consecutive { size, within: None }
+    }
+
+    /// The same, of blocks of this range alone.
+    #[must_use]
+    pub fn of_within(size: usize, blocks: RangeInclusive<usize>) -> Self {
+        Self::Consecutive { size, within: Some((*blocks.start(), *blocks.end())) }
+    }
+
+    /// Neighbours whose tying costs the least loss, until the whole model fits the budget; groups grow as they come.
+    #[must_use]
+    pub fn until(budget: Budget) -> Self {
+        Self::Budget { budget, largest: None }
+    }
+
+    /// The blocks of each group of two or more, or `None` where they have to be measured. Blocks that lost a half
+    /// share only with others that have the same one.
+    ///
+    /// # Errors
+    /// A size of 0, or a range that is empty.
+    pub(super) fn decide(&self, kept: &[usize], halves: &[Unit]) -> Result<Option<Vec<Vec<usize>>>> {
+        match self {
+            Self::Budget { largest: Some(largest), .. } if *largest < 2 => {
+                Err(Error::argument("largest group", largest, "at least 2"))
+            }
+            Self::Budget { .. } => Ok(None),
+            Self::Explicit(groups) => Ok(Some(groups.clone())),
+            Self::Consecutive { size: 0, .. } => Err(Error::argument("group size", 0, "at least 1")),
+            Self::Consecutive { within: Some((first, last)), .. } if first > last => {
+                let found = format!("{first} to {last}");
+                Err(Error::argument("range of blocks", found, "the first no greater than the last"))
+            }
+            Self::Consecutive { size, within } => {
+                let inside = |block: &&usize| within.is_none_or(|(a, b)| (a..=b).contains(block));
+                let blocks: Vec<usize> = kept.iter().filter(inside).copied().collect();
+                let runs = blocks.chunk_by(|&a, &b| lost(a, halves) == lost(b, halves));
+                let groups = runs.flat_map(|run| run.chunks(*size)).filter(|group| group.len() > 1);
+                Ok(Some(groups.map(<[usize]>::to_vec).collect()))
+            }
+        }
+    }
+}
+
+/// The half that a block lost.
+pub(super) fn lost(block: usize, halves: &[Unit]) -> Option<&Unit> {
+    halves.iter().find(|unit| unit.block == block)
+}
+
+impl Own {
+    /// Whether blocks get scales or residuals.
+    #[must_use]
+    pub fn adapts(&self) -> bool {
+        self.scales.is_some() || self.residual.is_some()
+    }
+
+    /// Whether its starts depend on calibration windows.
+    #[must_use]
+    pub fn needs_windows(&self) -> bool {
+        let whitened = self.residual.is_some_and(|residual| residual.start == ResidualStart::Whitened);
+        whitened || self.scales == Some(ScaleStart::LeastSquares)
+    }
+}
+
+impl Group {
+    /// The blocks that do not use their own matrices, and so may need adapting.
+    pub fn strangers(&self) -> impl Iterator<Item = usize> {
+        self.blocks.iter().copied().filter(|&block| self.donor != Matrices::Block(block))
+    }
+}

@@ -1,0 +1,349 @@
+//! Folding in memory: what is shared exists once, and every kind of group computes what it should.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::sync::Arc;
+
+use foldgpt::candle::{DType, Device, Tensor};
+use foldgpt::model::{Part, Projection, Unit};
+use foldgpt::plan::{Budget, Donor, Groups, Ranks, ResidualStart, ScaleStart};
+use foldgpt::{Account, Decoder, Held, Plan, Scores, Target, Windows, fold, fold_on, output_errors};
+use support::{FAMILIES, distance, folded, input_ids, kinds, load, windows};
+
+fn resident_bytes(decoder: &Decoder) -> usize {
+    Account::counted(decoder, 1).unwrap().resident_bytes as usize
+}
+
+#[test]
+fn matrices_of_a_group_exist_once_through_every_conversion() {
+    for family in FAMILIES {
+        for (name, plan) in kinds(family) {
+            let folded = folded(family, &plan);
+            for decoder in [
+                folded.clone(),
+                folded.to_dtype(DType::BF16).unwrap(),
+                folded.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap(),
+                folded.to_device(&Device::Cpu).unwrap(),
+            ] {
+                let group = &plan.sharing().unwrap().groups[0].blocks;
+                let depths: Vec<usize> = group
+                    .iter()
+                    .map(|block| plan.kept().iter().position(|kept| kept == block).unwrap())
+                    .collect();
+                let first = &decoder.blocks()[depths[0]];
+                for &depth in &depths {
+                    let block = &decoder.blocks()[depth];
+                    assert!(Arc::ptr_eq(&first.weights, &block.weights), "{family} {name}");
+                    for at in Projection::ALL {
+                        let ids = [first, block].map(|block| block.weights.get(at).map(Tensor::id));
+                        assert_eq!(ids[0], ids[1], "{family} {name}");
+                    }
+                }
+                assert_eq!(decoder.architecture(), folded.architecture(), "{family} {name}");
+                let size = |(param, shape): (foldgpt::model::Param, Vec<usize>)| {
+                    let narrow = decoder.dtype() == DType::BF16 && param.is_matrix();
+                    shape.iter().product::<usize>() * if narrow { 2 } else { 4 }
+                };
+                let expected: usize = decoder.architecture().params().into_iter().map(size).sum();
+                assert_eq!(resident_bytes(&decoder), expected, "{family} {name}");
+            }
+            let whole = resident_bytes(&load(family));
+            assert!(resident_bytes(&folded) < whole, "{family} {name}");
+        }
+    }
+}
+
+#[test]
+fn a_plan_alone_says_what_folding_makes() {
+    for family in FAMILIES {
+        for (name, plan) in kinds(family) {
+            let folded = folded(family, &plan);
+            let planned = plan.architecture(load(family).architecture()).unwrap();
+            assert_eq!(&planned, folded.architecture(), "{family} {name}");
+            let count: usize =
+                planned.params().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+            assert_eq!(count, folded.parameter_count(), "{family} {name}");
+        }
+    }
+}
+
+#[test]
+fn accounts_from_a_plan_are_those_counted_from_the_model() {
+    for family in FAMILIES {
+        let dense = load(family);
+        let mut models = vec![("dense", dense.architecture().clone(), dense.clone())];
+        for (name, plan) in kinds(family) {
+            models.push((name, plan.architecture(dense.architecture()).unwrap(), folded(family, &plan)));
+        }
+        let halves = [Unit { block: 0, part: Part::Mlp }, Unit { block: 3, part: Part::Attention }];
+        let cut = dense.without(&halves).unwrap();
+        models.push(("halves", cut.architecture().clone(), cut));
+        for (name, arch, decoder) in models {
+            for resident in [DType::F32, DType::BF16] {
+                for context in [1, 7, 1000] {
+                    let held = Held { stored: DType::F32, resident, context };
+                    let counted = Account::counted(&decoder.to_dtype(resident).unwrap(), context).unwrap();
+                    assert_eq!(Account::planned(&arch, held), counted, "{family} {name} {resident:?}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn sharing_saves_memory_and_no_work() {
+    // llama's fixture: the account of the dense model from its shapes alone.
+    let decoder = load("llama");
+    let arch = decoder.architecture();
+    let held = Held { stored: DType::BF16, resident: DType::F32, context: 10 };
+    let dense = Account::planned(arch, held);
+    let matrices: usize =
+        Projection::ALL.iter().map(|&at| arch.projection_shape(at).unwrap()).map(|(o, i)| o * i).sum();
+    let block = matrices + 2 * arch.hidden_size;
+    let outside = 2 * arch.vocab_size * arch.hidden_size + arch.hidden_size;
+    assert!(!arch.tied);
+    assert_eq!(dense.parameters, 4 * block + outside);
+    assert_eq!(dense.stored_bytes, 2 * dense.parameters as u64);
+    let attention = 4 * 10 * arch.query_width();
+    assert_eq!(
+        dense.flops_per_token as usize,
+        4 * (2 * matrices + attention) + 2 * arch.vocab_size * arch.hidden_size
+    );
+    assert_eq!(dense.kv_bytes_per_token as usize, 4 * 2 * 4 * arch.key_width());
+    let pairs = Plan::builder().share(Groups::of(2)).build(arch).unwrap().architecture(arch).unwrap();
+    let pairs = Account::planned(&pairs, held);
+    assert_eq!(pairs.parameters, dense.parameters - 2 * matrices);
+    assert_eq!(pairs.flops_per_token, dense.flops_per_token);
+    assert_eq!(pairs.kv_bytes_per_token, dense.kv_bytes_per_token);
+}
+
+#[test]
+fn decoding_with_a_cache_is_the_whole_pass_for_every_kind_of_group() {
+    for family in FAMILIES {
+        for (name, plan) in kinds(family) {
+            let decoder = folded(family, &plan);
+            let ids = input_ids(family);
+            let seq = ids.dim(1).unwrap();
+            let whole = decoder.forward(&ids).unwrap();
+            let mut cache = decoder.cache();
+            let mut pieces = Vec::new();
+            for (start, len) in [(0, 3), (3, 1), (4, seq - 4)] {
+                let hidden = decoder.extend(&ids.narrow(1, start, len).unwrap(), &mut cache).unwrap();
+                pieces.push(decoder.logits(&hidden).unwrap());
+            }
+            let pieces = Tensor::cat(&pieces, 1).unwrap();
+            assert!(distance(&pieces, &whole) < 1e-5, "{family} {name}");
+        }
+    }
+}
+
+#[test]
+fn donors_give_what_their_names_say() {
+    let decoder = load("llama");
+    let matrix = |decoder: &Decoder, depth: usize| {
+        decoder.blocks()[depth].weights.get(Projection::Up).unwrap().clone()
+    };
+    let make = |donor| {
+        let plan = Plan::builder().share(Groups::of(2)).donor(donor).build(decoder.architecture()).unwrap();
+        fold(&decoder, &plan).unwrap()
+    };
+    assert_eq!(matrix(&make(Donor::First), 3).id(), matrix(&decoder, 2).id(), "nothing is copied");
+    let mean = ((matrix(&decoder, 2) + matrix(&decoder, 3)).unwrap() / 2.0).unwrap();
+    assert!(distance(&matrix(&make(Donor::Mean), 3), &mean) < 1e-6);
+    let norm = |decoder: &Decoder, depth: usize| {
+        decoder.blocks()[depth].own.norms[foldgpt::model::NormSite::MlpIn].as_ref().unwrap().gain.id()
+    };
+    assert_eq!(norm(&make(Donor::First), 3), norm(&decoder, 3), "norms stay its own");
+    let plan = Plan::builder().share(Groups::of(2)).share_norms().build(decoder.architecture()).unwrap();
+    assert_eq!(norm(&fold(&decoder, &plan).unwrap(), 3), norm(&decoder, 2), "unless they are shared too");
+}
+
+#[test]
+fn a_full_rank_residual_gives_the_original_back() {
+    for start in [ResidualStart::Svd, ResidualStart::Whitened] {
+        for family in FAMILIES {
+            let decoder = load(family);
+            let plan = Plan::builder().share(Groups::of(2)).donor(Donor::Mean);
+            let plan = plan.residual(Ranks::Uniform(10_000), start).build(decoder.architecture()).unwrap();
+            let folded = fold_on(&decoder, &plan, &windows(family), &mut ()).unwrap();
+            let ids = input_ids(family);
+            let off = distance(&folded.forward(&ids).unwrap(), &decoder.forward(&ids).unwrap());
+            assert!(off < 2e-4, "{family} {start:?}: off by {off}");
+        }
+    }
+}
+
+/// The mean relative output error of all projections that differ.
+fn mean_error(original: &Decoder, folded: &Decoder, windows: &Windows) -> f64 {
+    let errors = output_errors(original, folded, windows, &mut ()).unwrap();
+    errors.iter().map(|error| error.relative).sum::<f64>() / errors.len() as f64
+}
+
+#[test]
+fn scales_and_whitened_residuals_lower_the_output_error() {
+    for family in FAMILIES {
+        let decoder = load(family);
+        let windows = windows(family);
+        let error = |builder: foldgpt::PlanBuilder| {
+            let plan = builder.build(decoder.architecture()).unwrap();
+            mean_error(&decoder, &fold_on(&decoder, &plan, &windows, &mut ()).unwrap(), &windows)
+        };
+        let pairs = || Plan::builder().share(Groups::of(2)).donor(Donor::Mean);
+        let tied = error(pairs());
+        let scaled = error(pairs().scales(ScaleStart::LeastSquares));
+        assert!(scaled < tied, "{family}: {scaled} with scales, {tied} without");
+        for rank in [1, 4] {
+            let plain = error(pairs().residual(Ranks::Uniform(rank), ResidualStart::Svd));
+            let whitened = error(pairs().residual(Ranks::Uniform(rank), ResidualStart::Whitened));
+            assert!(
+                plain < tied && whitened < plain,
+                "{family} rank {rank}: {whitened}, plain {plain}, tied {tied}"
+            );
+        }
+    }
+}
+
+#[test]
+fn least_squares_scales_are_those_of_the_normal_equations() {
+    // One factor a row: the best approximation of W x by s V x over the tokens has s = Σ (w·x)(v·x) / Σ (v·x)².
+    let decoder = load("llama");
+    let windows = windows("llama");
+    let plan = Plan::builder().share(Groups::Explicit(vec![vec![0, 1]])).scales(ScaleStart::LeastSquares);
+    let plan = plan.build(decoder.architecture()).unwrap();
+    let folded = fold_on(&decoder, &plan, &windows, &mut ()).unwrap();
+    let scale =
+        folded.blocks()[1].own.adapters[Projection::Up].scale.as_ref().unwrap().to_vec1::<f32>().unwrap();
+    let weight =
+        |depth: usize| decoder.blocks()[depth].weights.get(Projection::Up).unwrap().to_vec2::<f32>().unwrap();
+    let (shared, target) = (weight(0), weight(1));
+    let wrong: Vec<f32> = scale.iter().map(|s| s + 0.05).collect();
+    // The fit is where the error is stationary: a scale moved either way is worse. Checked through the errors.
+    let moved = |scale: Vec<f32>| {
+        let scale = Tensor::from_vec(scale, shared.len(), &Device::Cpu).unwrap();
+        let adapter = foldgpt::model::Adapter::new(Some(scale), None);
+        let decoder = folded.with_adapter(1, Projection::Up, adapter).unwrap();
+        let original = load("llama");
+        let errors = output_errors(&original, &decoder, &windows, &mut ()).unwrap();
+        errors.iter().find(|e| (e.depth, e.projection) == (1, Projection::Up)).unwrap().relative
+    };
+    assert_eq!(target.len(), scale.len());
+    let lower = scale.iter().map(|s| s - 0.05).collect();
+    let fitted = moved(scale);
+    assert!(fitted < moved(wrong) && fitted < moved(lower));
+}
+
+#[test]
+fn ranks_go_where_they_help_and_keep_their_budget() {
+    let decoder = load("llama");
+    let windows = windows("llama");
+    let arch = decoder.architecture();
+    let pairs = || Plan::builder().share(Groups::of(2)).donor(Donor::Mean);
+    let uniform = pairs().residual(Ranks::Uniform(3), ResidualStart::Whitened).build(arch).unwrap();
+    let size = |plan: &Plan| {
+        let params = plan.architecture(arch).unwrap().params();
+        params.iter().map(|(_, shape)| shape.iter().product::<usize>()).sum::<usize>()
+    };
+    let budget = size(&uniform) - size(&pairs().build(arch).unwrap());
+    let spread = pairs().residual(Ranks::Parameters(budget), ResidualStart::Whitened);
+    let spread = spread.measure(&decoder, &windows, &mut ()).unwrap();
+    assert!(size(&spread) <= size(&uniform) && size(&spread) + 300 > size(&uniform));
+    let error =
+        |plan: &Plan| mean_error(&decoder, &fold_on(&decoder, plan, &windows, &mut ()).unwrap(), &windows);
+    assert!(error(&spread) < error(&uniform));
+    assert!(
+        pairs().residual(Ranks::Parameters(9), ResidualStart::Svd).build(arch).is_err(),
+        "has to be measured"
+    );
+}
+
+#[test]
+fn budgeted_groups_meet_their_budget_with_the_cheapest_ties() {
+    for donor in [Donor::First, Donor::Mean, Donor::Best] {
+        let decoder = load("qwen3");
+        let windows = windows("qwen3");
+        let (arch, total) = (decoder.architecture(), decoder.parameter_count());
+        let matrices =
+            arch.block_params().iter().filter(|(_, shape)| shape.len() == 2).cloned().collect::<Vec<_>>();
+        let block: usize = matrices.iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+        for (budget, ties) in [(total, 0), (total - 1, 1), (total - block, 1), (total - block - 1, 2)] {
+            let builder = Plan::builder().share(Groups::until(Budget::Parameters(budget))).donor(donor);
+            let plan = builder.measure(&decoder, &windows, &mut ()).unwrap();
+            let sharing = plan.sharing().unwrap();
+            let found: usize = sharing.groups.iter().map(|group| group.blocks.len() - 1).sum();
+            assert_eq!(found, ties, "{donor:?} {budget}");
+            assert!(fold(&decoder, &plan).unwrap().parameter_count() <= budget);
+            assert_eq!(Plan::from_json(&plan.to_json().unwrap()).unwrap(), plan);
+            if ties == 1 {
+                // The pair that was chosen is the one whose tying costs the least, measured by hand.
+                let loss = |plan: &Plan| {
+                    foldgpt::perplexity(&fold(&decoder, plan).unwrap(), &windows, &mut ()).unwrap().mean_nll
+                };
+                let dense = foldgpt::perplexity(&decoder, &windows, &mut ()).unwrap().mean_nll;
+                let cost = sharing.groups[0].cost.unwrap();
+                assert!((loss(&plan) - dense - cost).abs() < 1e-6);
+                for pair in [[0, 1], [1, 2], [2, 3]] {
+                    let other = Plan::builder().share(Groups::Explicit(vec![pair.to_vec()]));
+                    let other = other.donor(donor).measure(&decoder, &windows, &mut ()).unwrap();
+                    assert!(loss(&other) - dense > cost - 1e-6, "{pair:?} would have been cheaper");
+                }
+            }
+        }
+        let builder = Plan::builder().share(Groups::until(Budget::Parameters(10))).donor(donor);
+        let error = builder.measure(&decoder, &windows, &mut ()).unwrap_err().to_string();
+        assert!(error.contains("budget for sharing is 10"), "{error}");
+        let bytes = Budget::Bytes((4 * total - 4) as u64);
+        let plan = Plan::builder().share(Groups::until(bytes)).measure(&decoder, &windows, &mut ()).unwrap();
+        assert_eq!(plan.sharing().unwrap().groups.len(), 1);
+    }
+}
+
+#[test]
+fn folding_is_the_same_bit_for_bit_every_time() {
+    let decoder = load("gemma2");
+    let windows = windows("gemma2");
+    let run = || {
+        let plan = Plan::builder()
+            .share(Groups::of(2))
+            .donor(Donor::Best)
+            .scales(ScaleStart::LeastSquares)
+            .residual(Ranks::Parameters(3000), ResidualStart::Whitened)
+            .measure(&decoder, &windows, &mut ())
+            .unwrap();
+        let logits =
+            fold_on(&decoder, &plan, &windows, &mut ()).unwrap().forward(&input_ids("gemma2")).unwrap();
+        (plan, logits.flatten_all().unwrap().to_vec1::<f32>().unwrap())
+    };
+    assert_eq!(run(), run());
+}
+
+#[test]
+fn what_needs_windows_says_so() {
+    let decoder = load("llama");
+    let plan = Plan::builder().share(Groups::of(2)).scales(ScaleStart::LeastSquares);
+    let plan = plan.build(decoder.architecture()).unwrap();
+    assert!(fold(&decoder, &plan).unwrap_err().to_string().contains("calibration windows"));
+    assert!(fold(&load("gpt2"), &plan).is_err());
+}
+
+#[test]
+fn a_folded_model_can_be_cut_and_folded_again() {
+    let decoder = load("llama");
+    let windows = windows("llama");
+    let first = Plan::builder().share(Groups::of(2)).donor(Donor::Mean);
+    let first = first.residual(Ranks::Uniform(2), ResidualStart::Svd).build(decoder.architecture()).unwrap();
+    let folded = fold(&decoder, &first).unwrap();
+    let scores = Scores::new("test", &windows, vec![0.1, 0.4, 0.3, 0.2]).unwrap();
+    for builder in [
+        Plan::builder().remove(Target::Blocks(1), &scores),
+        Plan::builder().share(Groups::Explicit(vec![vec![1, 2]])),
+        Plan::builder().remove(Target::Blocks(1), &scores).share(Groups::of(3)).donor(Donor::Mean),
+    ] {
+        let plan = builder.build(folded.architecture()).unwrap();
+        let again = fold(&folded, &plan).unwrap();
+        assert_eq!(again.architecture(), &plan.architecture(folded.architecture()).unwrap());
+        let count: usize =
+            again.architecture().params().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+        assert_eq!(count, again.parameter_count());
+    }
+}

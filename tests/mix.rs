@@ -1,0 +1,88 @@
+//! Meeting a total: removal first, then sharing, then rank; and the front of a search.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use foldgpt::{Decoder, Error, Mix, Scores, fold_on, perplexity, search_mixes};
+use support::{load, windows};
+
+fn model() -> (Decoder, Scores) {
+    let decoder = load("qwen3");
+    let scores = Scores::new("test", &windows("qwen3"), vec![0.4, 0.1, 0.3, 0.2]).unwrap();
+    (decoder, scores)
+}
+
+fn mix(parameters: usize, removed: usize, residual_share: f64) -> Mix {
+    let mut mix = Mix::new(parameters);
+    (mix.removed, mix.residual_share) = (removed, residual_share);
+    mix
+}
+
+/// The parameters of one block, matrices and all.
+fn block(decoder: &Decoder) -> usize {
+    let params = decoder.architecture().block_params();
+    params.iter().map(|(_, shape)| shape.iter().product::<usize>()).sum()
+}
+
+#[test]
+fn removal_comes_first_then_sharing_then_rank() {
+    let (decoder, scores) = model();
+    let windows = windows("qwen3");
+    let (total, block) = (decoder.parameter_count(), block(&decoder));
+    let plan = |mix: Mix| mix.plan(&decoder, &scores, &windows, &mut ()).unwrap();
+    // Removal alone, and no more of it than it takes.
+    let cut = plan(mix(total - block, 3, 0.05));
+    assert_eq!((cut.removed(), cut.sharing()), (&[1][..], None));
+    // Two blocks may go, and it takes a tie besides; what is left over is rank.
+    let tied = plan(mix(total - 2 * block - block / 2, 2, 0.05));
+    assert_eq!(tied.removed(), [1, 3]);
+    assert_eq!(tied.sharing().unwrap().groups.len(), 1);
+    assert!(!tied.sharing().unwrap().ranks.is_empty());
+    // The total is met, and used up to the last unit of rank.
+    let folded = fold_on(&decoder, &tied, &windows, &mut ()).unwrap().parameter_count();
+    let unit = decoder.architecture().intermediate_size + decoder.architecture().hidden_size;
+    assert!(folded <= total - 2 * block - block / 2);
+    assert!(folded + unit > total - 2 * block - block / 2, "{folded}");
+    // Asked again, the plan is the same.
+    assert_eq!(tied.to_builder().measure(&decoder, &windows, &mut ()).unwrap(), tied);
+    // Nothing kept for residuals, no residuals.
+    assert!(plan(mix(total - block / 2, 0, 0.0)).sharing().unwrap().ranks.is_empty());
+}
+
+#[test]
+fn a_search_returns_what_no_other_beats_and_measures_it() {
+    let (decoder, scores) = model();
+    let windows = windows("qwen3");
+    let total = decoder.parameter_count();
+    let mut mixes = mix(total * 4 / 5, 0, 0.0).variants(&[0, 1], &[0.0, 0.1]);
+    mixes.extend(mix(total * 7 / 10, 0, 0.0).variants(&[0, 1], &[0.0, 0.1]));
+    mixes.push(mix(10, 0, 0.0)); // passed over
+    let front = search_mixes(&decoder, &scores, &mixes, &windows, &mut ()).unwrap();
+    assert!(!front.is_empty());
+    for pair in front.windows(2) {
+        assert!(pair[0].parameters < pair[1].parameters && pair[0].loss > pair[1].loss);
+    }
+    for candidate in &front {
+        let folded = fold_on(&decoder, &candidate.plan, &windows, &mut ()).unwrap();
+        assert_eq!(folded.parameter_count(), candidate.parameters);
+        assert!(candidate.parameters <= candidate.mix.parameters);
+        assert_eq!(
+            perplexity(&folded, &windows, &mut ()).unwrap().mean_nll.to_bits(),
+            candidate.loss.to_bits()
+        );
+    }
+    // No mix that was tried beats one of the front.
+    for mix in &mixes[..mixes.len() - 1] {
+        let tried = mix.measure(&decoder, &scores, &windows, &mut ()).unwrap();
+        assert!(front.iter().any(|best| best.parameters <= tried.parameters && best.loss <= tried.loss));
+    }
+}
+
+#[test]
+fn a_budget_that_cannot_be_met_says_what_could() {
+    let (decoder, scores) = model();
+    let windows = windows("qwen3");
+    let error = search_mixes(&decoder, &scores, &[mix(10, 1, 0.0)], &windows, &mut ()).unwrap_err();
+    assert!(matches!(error, Error::Budget { budget: 10, .. }), "{error}");
+    assert!(mix(100, 0, 1.0).plan(&decoder, &scores, &windows, &mut ()).is_err());
+}
