@@ -16,10 +16,10 @@ mod cli;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use anyhow::Context;
 use clap::Parser;
 use cli::heal::{Distill, Train};
-use foldgpt::candle::{DType, Device};
+use cli::work::Work;
+use foldgpt::candle::DType;
 use foldgpt::eval::{Task, accuracy};
 use foldgpt::heal::{HealReport, Teacher};
 use foldgpt::{Checkpoint, Decoder, Tokenizer, Windows, perplexity};
@@ -66,8 +66,6 @@ struct Args {
 /// One line of the table.
 #[derive(Debug, Serialize, Deserialize)]
 struct Row {
-    /// What it was measured on, and with.
-    protocol: String,
     model: String,
     train: String,
     distill: String,
@@ -86,6 +84,7 @@ struct Setting<'a> {
     held_out: Windows,
     tasks: Vec<Task>,
     dense: Decoder,
+    work: Work,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -97,14 +96,11 @@ fn main() -> anyhow::Result<()> {
     let tasks = args.tasks.iter().map(|path| Task::read(path, args.limit)).collect::<foldgpt::Result<_>>()?;
     let checkpoint = Checkpoint::open(&args.dense)?;
     let tokenizer = checkpoint.tokenizer()?;
-    let text = cli::read_text(&args.text)?;
-    let (first, last) = cli::split_text(&text);
-    let (train, choosing) =
-        cli::heal::split(&args.window.cut(&tokenizer, first, None).context("the first 80 %")?)?;
-    let held_out = args.window.cut(&tokenizer, last, args.eval_windows).context("the last 20 %")?;
-    std::fs::create_dir_all(&args.work).with_context(|| format!("cannot create {}", args.work.display()))?;
+    let (first, held_out) = args.window.split(&tokenizer, &args.text, None, args.eval_windows)?;
+    let (train, choosing) = cli::heal::split(&first)?;
     let dense = cli::load(&checkpoint, args.dtype.dtype())?;
-    let setting = Setting { args: &args, tokenizer, train, choosing, held_out, tasks, dense };
+    let work = open_work(&args, &checkpoint, &tasks, [&train, &choosing, &held_out])?;
+    let setting = Setting { args: &args, tokenizer, train, choosing, held_out, tasks, dense, work };
 
     let mut rows = Vec::new();
     let all = [Train::Norms, Train::Scales, Train::Lora];
@@ -112,7 +108,9 @@ fn main() -> anyhow::Result<()> {
     rows.push(setting.row("dense", &setting.dense, &all, Distill::None)?);
     for model in &args.models {
         let name = Path::new(model).file_name().map_or(model.clone(), |name| name.to_string_lossy().into());
-        let student = cli::load(&Checkpoint::open(model)?, args.dtype.dtype())?.sharing(&setting.dense)?;
+        let checkpoint = Checkpoint::open(model)?;
+        let name = format!("{name} {:.8}", checkpoint.sha256(&mut cli::Bars::default())?);
+        let student = cli::load(&checkpoint, args.dtype.dtype())?.sharing(&setting.dense)?;
         rows.push(setting.row(&name, &student, &[], Distill::None)?);
         for train in [&all[..1], &all[..2], &all[..]] {
             for distill in [Distill::None, Distill::Logits, Distill::Tail] {
@@ -131,29 +129,20 @@ impl Setting<'_> {
     fn row(&self, model: &str, decoder: &Decoder, train: &[Train], distill: Distill) -> anyhow::Result<Row> {
         let mut args = self.args.heal.clone();
         (args.train, args.distill) = (train.to_vec(), distill);
-        let name = format!("{model}-{}-{}", names(train, "+"), lower(&distill));
-        let path = self.args.work.join(format!("{name}.json"));
-        let state = path.with_extension("state");
-        (args.heal_state, args.heal_log) = (Some(state.clone()), Some(path.with_extension("jsonl")));
-        let protocol = self.protocol(&args, decoder)?;
-        if path.exists() {
-            let row: Row = serde_json::from_str(&cli::read_text(&path)?)
-                .with_context(|| format!("{} is no result", path.display()))?;
-            anyhow::ensure!(row.protocol == protocol, "{} is of another setting", path.display());
-            return Ok(row);
-        }
-        let mut bars = cli::Bars::default();
-        let (healed, report) = match args.heal(self.args.seed)?.filter(|_| !train.is_empty()) {
-            Some(heal) => {
-                let teacher = heal.losses.need_teacher().then_some(Teacher::Model(&self.dense));
-                let healed = heal.run(decoder, &self.train, Some(&self.choosing), teacher, &mut bars)?;
-                (healed.decoder, Some(healed.report))
-            }
-            None => (decoder.clone(), None),
-        };
-        let row = self.measure(
-            Row {
-                protocol,
+        let name = format!("{model} {} {}", names(train, " "), lower(&distill));
+        let state = self.work.path(&name, "state");
+        (args.heal_state, args.heal_log) = (Some(state.clone()), Some(self.work.path(&name, "jsonl")));
+        let row = self.work.kept(&name, || {
+            let mut bars = cli::Bars::default();
+            let (healed, report) = match args.heal(self.args.seed)?.filter(|_| !train.is_empty()) {
+                Some(heal) => {
+                    let teacher = heal.losses.need_teacher().then_some(Teacher::Model(&self.dense));
+                    let healed = heal.run(decoder, &self.train, Some(&self.choosing), teacher, &mut bars)?;
+                    (healed.decoder, Some(healed.report))
+                }
+                None => (decoder.clone(), None),
+            };
+            let row = Row {
                 model: model.into(),
                 train: names(train, " + "),
                 distill: lower(&distill),
@@ -161,10 +150,9 @@ impl Setting<'_> {
                 nll: 0.0,
                 accuracy: BTreeMap::new(),
                 report,
-            },
-            &healed.to_dtype(DType::F32)?,
-        )?;
-        cli::keep(&path, &row)?;
+            };
+            self.measure(row, &healed.to_dtype(DType::F32)?)
+        })?;
         if state.exists() {
             std::fs::remove_file(&state)?;
         }
@@ -179,18 +167,22 @@ impl Setting<'_> {
         }
         Ok(row)
     }
+}
 
-    /// All that a row depends on.
-    fn protocol(&self, args: &cli::heal::HealArgs, decoder: &Decoder) -> anyhow::Result<String> {
-        let heal = args.heal(self.args.seed)?;
-        let tasks: Vec<(&str, usize)> =
-            self.tasks.iter().map(|task| (task.name.as_str(), task.items.len())).collect();
-        // A few logits tell models apart.
-        let ids = foldgpt::candle::Tensor::new(&[[1u32, 2, 3]], &Device::Cpu)?;
-        let logits = decoder.forward(&ids)?.narrow(2, 0, 4)?.flatten_all()?.to_vec1::<f32>()?;
-        let texts = [&self.train, &self.choosing, &self.held_out].map(cli::protocol);
-        Ok(serde_json::to_string(&(heal, tasks, logits, texts, self.args.dtype.to_string()))?)
-    }
+/// The directory of rows, for one setting: all that every row depends on.
+fn open_work(args: &Args, dense: &Checkpoint, tasks: &[Task], texts: [&Windows; 3]) -> anyhow::Result<Work> {
+    let tasks: Vec<(&str, usize)> = tasks.iter().map(|task| (task.name.as_str(), task.items.len())).collect();
+    let [train, choosing, held_out] = texts.map(cli::protocol);
+    let protocol = [
+        dense.sha256(&mut cli::Bars::default())?,
+        args.dtype.to_string(),
+        serde_json::to_string(&args.heal.heal(args.seed)?)?,
+        format!("{tasks:?}"),
+        train,
+        choosing,
+        held_out,
+    ];
+    Work::open(&args.work, &protocol)
 }
 
 fn names(train: &[Train], between: &str) -> String {

@@ -88,9 +88,8 @@ fn main() -> anyhow::Result<()> {
     }
     let tokenizer = checkpoint.tokenizer()?;
     let text = cli::read_text(&args.text)?;
-    let (first, held_out) = cli::split_text(&text);
-    let calibration = args.window.cut(&tokenizer, first, Some(args.windows)).context("the first 80 %")?;
-    let held_out = args.window.cut(&tokenizer, held_out, Some(args.eval_windows)).context("the last 20 %")?;
+    let (windows, evaluated) = (Some(args.windows), Some(args.eval_windows));
+    let (calibration, held_out) = args.window.split(&tokenizer, &text, windows, evaluated)?;
 
     let plan = plan(&args, &dense, (target, count), &calibration, &mut bars)?;
     let plan = plan.for_model(checkpoint.sha256(&mut bars)?);
@@ -98,7 +97,8 @@ fn main() -> anyhow::Result<()> {
     let cut = folded.clone();
     let mut report = None;
     if let Some(heal) = args.heal.heal(args.seed)? {
-        let (train, choosing) = cli::heal::split(&args.window.cut(&tokenizer, first, None)?)?;
+        let (all, _) = args.window.split(&tokenizer, &text, None, Some(1))?;
+        let (train, choosing) = cli::heal::split(&all)?;
         let teacher = heal.losses.need_teacher().then_some(Teacher::Model(&dense));
         let healed = heal.run(&folded, &train, Some(&choosing), teacher, &mut bars)?;
         folded = healed.decoder;

@@ -14,7 +14,6 @@ mod table;
 
 use std::path::PathBuf;
 
-use anyhow::Context;
 use clap::Parser;
 use foldgpt::candle::DType;
 use foldgpt::checkpoint::check_destination;
@@ -70,10 +69,9 @@ fn main() -> anyhow::Result<()> {
     let (checkpoint, decoder) = args.model.load()?;
     let tokenizer = checkpoint.tokenizer()?;
     let text = cli::read_documents(&args.text, &args.field)?;
-    let (train, held_out) = cli::split_text(&text);
-    let train = args.window.cut(&tokenizer, train, args.windows).context("the first 80 %")?;
+    let (train, held_out) =
+        args.window.split(&tokenizer, &text, args.windows, Some(args.eval_windows))?;
     let (train, choosing) = cli::heal::split(&train)?;
-    let held_out = args.window.cut(&tokenizer, held_out, Some(args.eval_windows)).context("the last 20 %")?;
 
     let needed = heal.losses.need_teacher();
     let name = args.teacher.as_ref().filter(|_| needed);
