@@ -90,13 +90,15 @@ struct Setting<'a> {
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     anyhow::ensure!(
-        args.heal.heal(0)?.is_some(),
+        args.heal.heal(0).is_some(),
         "one of --heal-steps, --heal-tokens and --heal-minutes is needed"
     );
-    let tasks = args.tasks.iter().map(|path| Task::read(path, args.limit)).collect::<foldgpt::Result<_>>()?;
+    let tasks =
+        args.tasks.iter().map(|path| Task::read(path, args.limit)).collect::<foldgpt::Result<Vec<_>>>()?;
     let checkpoint = Checkpoint::open(&args.dense)?;
     let tokenizer = checkpoint.tokenizer()?;
-    let (first, held_out) = args.window.split(&tokenizer, &args.text, None, args.eval_windows)?;
+    let (first, held_out) =
+        args.window.split(&tokenizer, &cli::read_text(&args.text)?, None, args.eval_windows)?;
     let (train, choosing) = cli::heal::split(&first)?;
     let dense = cli::load(&checkpoint, args.dtype.dtype())?;
     let work = open_work(&args, &checkpoint, &tasks, [&train, &choosing, &held_out])?;
@@ -134,7 +136,7 @@ impl Setting<'_> {
         (args.heal_state, args.heal_log) = (Some(state.clone()), Some(self.work.path(&name, "jsonl")));
         let row = self.work.kept(&name, || {
             let mut bars = cli::Bars::default();
-            let (healed, report) = match args.heal(self.args.seed)?.filter(|_| !train.is_empty()) {
+            let (healed, report) = match args.heal(self.args.seed).filter(|_| !train.is_empty()) {
                 Some(heal) => {
                     let teacher = heal.losses.need_teacher().then_some(Teacher::Model(&self.dense));
                     let healed = heal.run(decoder, &self.train, Some(&self.choosing), teacher, &mut bars)?;
@@ -176,7 +178,7 @@ fn open_work(args: &Args, dense: &Checkpoint, tasks: &[Task], texts: [&Windows; 
     let protocol = [
         dense.sha256(&mut cli::Bars::default())?,
         args.dtype.to_string(),
-        serde_json::to_string(&args.heal.heal(args.seed)?)?,
+        serde_json::to_string(&args.heal.heal(args.seed))?,
         format!("{tasks:?}"),
         train,
         choosing,

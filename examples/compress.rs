@@ -96,7 +96,7 @@ fn main() -> anyhow::Result<()> {
     let mut folded = fold_on(&dense, &plan, &calibration, &mut bars)?;
     let cut = folded.clone();
     let mut report = None;
-    if let Some(heal) = args.heal.heal(args.seed)? {
+    if let Some(heal) = args.heal.heal(args.seed) {
         let (all, _) = args.window.split(&tokenizer, &text, None, Some(1))?;
         let (train, choosing) = cli::heal::split(&all)?;
         let teacher = heal.losses.need_teacher().then_some(Teacher::Model(&dense));

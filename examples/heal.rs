@@ -61,7 +61,7 @@ struct Args {
 
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
-    let Some(heal) = args.heal.heal(args.seed)? else {
+    let Some(heal) = args.heal.heal(args.seed) else {
         anyhow::bail!("one of --heal-steps, --heal-tokens and --heal-minutes is needed");
     };
     check_destination(&args.out)?;
@@ -69,8 +69,7 @@ fn main() -> anyhow::Result<()> {
     let (checkpoint, decoder) = args.model.load()?;
     let tokenizer = checkpoint.tokenizer()?;
     let text = cli::read_documents(&args.text, &args.field)?;
-    let (train, held_out) =
-        args.window.split(&tokenizer, &text, args.windows, Some(args.eval_windows))?;
+    let (train, held_out) = args.window.split(&tokenizer, &text, args.windows, Some(args.eval_windows))?;
     let (train, choosing) = cli::heal::split(&train)?;
 
     let needed = heal.losses.need_teacher();

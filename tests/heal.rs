@@ -11,8 +11,8 @@ use foldgpt::heal::{
     Budget, CacheOptions, Decay, Heal, Lora, Losses, ParamGroup, Record, Teacher, TeacherCache, Trainable,
 };
 use foldgpt::model::Block;
-use foldgpt::{Decoder, Error, Observer, Windows, perplexity};
-use support::{distance, input_ids, load};
+use foldgpt::{Checkpoint, Decoder, Error, Observer, SaveOptions, Windows, perplexity};
+use support::{distance, input_ids, load, open};
 
 /// Windows of a text in which tokens follow each other by a rule.
 fn windows(count: usize, seed: u32, decoder: &Decoder) -> Windows {
@@ -129,6 +129,25 @@ fn untouched_tensors_are_those_of_the_original() {
         }
     }
     assert!(!same(&dense, &healed));
+}
+
+#[test]
+fn small_steps_of_norms_and_scales_are_saved_with_all_their_digits() {
+    let checkpoint = open("llama").stored_as(DType::BF16);
+    let dense = checkpoint.decoder(DType::F32, &Device::Cpu).unwrap();
+    let mut heal = heal(3);
+    heal.groups = vec![ParamGroup::new(Trainable::Norms, 1e-4), ParamGroup::new(Trainable::Scales, 1e-4)];
+    let healed = heal.run(&dense, &windows(4, 0, &dense), None, None, &mut ()).unwrap().decoder;
+    // Scales are there for the training: what is left has the shape of what was healed.
+    assert_eq!(healed.architecture(), dense.architecture());
+    // A gain of about 1 moves by less than bf16 can say.
+    let moved = |(before, after): (&Tensor, &Tensor)| distance(after, before) > 0.0;
+    assert!(dense.tensors().zip(healed.tensors()).filter(|(before, _)| before.rank() == 1).all(moved));
+    let scratch = tempfile::tempdir().unwrap();
+    let out = scratch.path().join("healed");
+    checkpoint.save(&healed, None, &out, &SaveOptions::default(), &mut ()).unwrap();
+    let reloaded = Checkpoint::open(&out).unwrap().decoder(DType::F32, &Device::Cpu).unwrap();
+    assert!(same(&healed, &reloaded));
 }
 
 #[test]

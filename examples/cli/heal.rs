@@ -122,11 +122,10 @@ impl Distill {
 
 impl HealArgs {
     /// The healing that was asked for, or none.
-    pub fn heal(&self, seed: u64) -> Result<Option<Heal>> {
+    pub fn heal(&self, seed: u64) -> Option<Heal> {
         let steps = self.heal_steps.map(Budget::Steps);
         let budget =
-            steps.or(self.heal_tokens.map(Budget::Tokens)).or(self.heal_minutes.map(Budget::Minutes));
-        let Some(budget) = budget else { return Ok(None) };
+            steps.or(self.heal_tokens.map(Budget::Tokens)).or(self.heal_minutes.map(Budget::Minutes))?;
         let mut heal = Heal::default();
         (heal.budget, heal.seed, heal.patience) = (budget, seed, self.patience);
         (heal.batch, heal.micro_batch) = (self.batch, self.micro_batch);
@@ -134,7 +133,7 @@ impl HealArgs {
         heal.groups = self.train.iter().map(|train| self.group(*train)).collect();
         heal.state_file.clone_from(&self.heal_state);
         heal.log_file.clone_from(&self.heal_log);
-        Ok(Some(heal))
+        Some(heal)
     }
 
     fn group(&self, train: Train) -> ParamGroup {
