@@ -12,9 +12,8 @@
 mod cli;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use anyhow::Context;
 use clap::Parser;
 use foldgpt::candle::DType;
 use foldgpt::importance::losses_without;
@@ -65,16 +64,15 @@ fn main() -> anyhow::Result<()> {
     let checkpoint = args.model.open()?;
     let dense = cli::load(&checkpoint, DType::F32)?;
     let scored = dense.to_dtype(args.model.dtype.dtype())?;
-    let tokenizer = checkpoint.tokenizer()?;
-    let text = cli::read_text(&args.text)?;
-    let (calibration, held_out) = cli::split_text(&text);
-    let calibration =
-        args.window.cut(&tokenizer, calibration, Some(args.windows)).context("the first 80 %")?;
-    let held_out = args.window.cut(&tokenizer, held_out, args.eval_windows).context("the last 20 %")?;
-    std::fs::create_dir_all(&args.work).with_context(|| format!("cannot create {}", args.work.display()))?;
+    let (tokenizer, text) = (checkpoint.tokenizer()?, cli::read_text(&args.text)?);
+    let (calibration, held_out) =
+        args.window.split(&tokenizer, &text, Some(args.windows), args.eval_windows)?;
+    let (model, dtype) = (checkpoint.sha256(&mut cli::Bars::default())?, args.model.dtype.to_string());
+    let protocol = [model, dtype, cli::protocol(&calibration), format!("seed {}", args.seed)];
+    let work = cli::work::Work::open(&args.work, &protocol)?;
 
     let methods = if args.methods.is_empty() { cli::Method::ALL.to_vec() } else { args.methods.clone() };
-    let lines = methods.into_iter().map(|method| run(method, &args, &scored, &calibration));
+    let lines = methods.into_iter().map(|method| run(method, &args, &scored, &calibration, &work));
     let lines = lines.collect::<anyhow::Result<Vec<Line>>>()?;
 
     let mut sets: Vec<Vec<usize>> = lines.iter().flat_map(|line| line.chosen.values().cloned()).collect();
@@ -88,12 +86,23 @@ fn main() -> anyhow::Result<()> {
 }
 
 /// What a method chooses for every number of blocks.
-fn run(method: cli::Method, args: &Args, decoder: &Decoder, windows: &Windows) -> anyhow::Result<Line> {
+fn run(
+    method: cli::Method,
+    args: &Args,
+    decoder: &Decoder,
+    windows: &Windows,
+    work: &cli::work::Work,
+) -> anyhow::Result<Line> {
     let mut line = Line { method, chosen: BTreeMap::new(), seconds: 0.0, block_runs: 0.0 };
     let most = args.blocks.iter().copied().max().unwrap_or_default();
     let counts = if method.depends_on_count() { args.blocks.clone() } else { vec![most] };
     for count in counts {
-        let scores = kept_or_scored(method, count, args, decoder, windows)?;
+        let name = format!("{}-{count}", method.name());
+        let scores = work.kept(&name, || {
+            let scoring = cli::ScoringArgs { state: Some(args.work.clone()), ..cli::ScoringArgs::default() };
+            let method = method.build(count, &[], args.seed, &scoring)?;
+            Ok(method.score(decoder, windows, &mut cli::Bars::default())?)
+        })?;
         line.seconds += scores.seconds;
         line.block_runs += scores.block_runs;
         for &blocks in args.blocks.iter().filter(|blocks| !method.depends_on_count() || **blocks == count) {
@@ -112,40 +121,6 @@ fn first(scores: &Scores, blocks: usize) -> Scores {
         chosen.truncate(blocks);
     }
     scores
-}
-
-fn kept_or_scored(
-    method: cli::Method,
-    count: usize,
-    args: &Args,
-    decoder: &Decoder,
-    windows: &Windows,
-) -> anyhow::Result<Scores> {
-    let path = args.work.join(format!("{}-{count}.json", method.name()));
-    let same = |scores: &Scores| {
-        let found = (scores.text_sha256.as_str(), scores.windows, scores.seq_len);
-        found == (windows.text_sha256(), windows.len(), windows.seq_len())
-    };
-    if let Some(scores) = read(&path)?.filter(same) {
-        return Ok(scores);
-    }
-    let state = path.with_extension("state");
-    let scoring = cli::ScoringArgs { state: Some(state.clone()), ..cli::ScoringArgs::default() };
-    let method = method.build(count, &[], args.seed, &scoring)?;
-    let scores = method.score(decoder, windows, &mut cli::Bars::default())?;
-    let partial = path.with_extension("partial");
-    std::fs::write(&partial, serde_json::to_string_pretty(&scores)?)?;
-    std::fs::rename(&partial, &path)?;
-    std::fs::remove_dir_all(&state)?;
-    Ok(scores)
-}
-
-fn read(path: &Path) -> anyhow::Result<Option<Scores>> {
-    if !path.exists() {
-        return Ok(None);
-    }
-    let text = std::fs::read_to_string(path)?;
-    Ok(Some(serde_json::from_str(&text).with_context(|| format!("{} is no result", path.display()))?))
 }
 
 fn print_table(blocks: &[usize], lines: &[Line], losses: &[f64], dense: f64) {

@@ -84,10 +84,8 @@ fn main() -> anyhow::Result<()> {
     }
     let tokenizer = checkpoint.tokenizer()?;
     let text = cli::read_text(&args.text)?;
-    let (calibration, held_out) = cli::split_text(&text);
-    let calibration =
-        args.window.cut(&tokenizer, calibration, Some(args.windows)).context("the first 80 %")?;
-    let held_out = args.window.cut(&tokenizer, held_out, Some(args.eval_windows)).context("the last 20 %")?;
+    let (windows, evaluated) = (Some(args.windows), Some(args.eval_windows));
+    let (calibration, held_out) = args.window.split(&tokenizer, &text, windows, evaluated)?;
 
     let plan = plan(&args, &dense, (target, count), &calibration, &mut bars)?;
     let plan = plan.for_model(checkpoint.sha256(&mut bars)?);

@@ -14,7 +14,6 @@ mod cli;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::Context;
 use clap::Parser;
 use foldgpt::candle::{DType, Tensor};
 use foldgpt::importance::{GreedyPerplexity, Importance};
@@ -23,7 +22,6 @@ use foldgpt::{
     Candidate, Checkpoint, Decoder, Mix, Plan, Scores, Target, Windows, fold_on, output_errors, pareto_front,
     perplexity,
 };
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 #[global_allocator]
@@ -79,6 +77,7 @@ struct Bench<'a> {
     calibration: Windows,
     few: Windows,
     held_out: Windows,
+    work: cli::work::Work,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -116,49 +115,19 @@ fn main() -> anyhow::Result<()> {
 
 impl<'a> Bench<'a> {
     fn new(args: &'a Args, checkpoint: &Checkpoint, dense: &'a Decoder) -> anyhow::Result<Self> {
-        let tokenizer = checkpoint.tokenizer()?;
-        let text = cli::read_text(&args.text)?;
-        let (calibration, held_out) = cli::split_text(&text);
-        let calibration =
-            args.window.cut(&tokenizer, calibration, Some(args.windows)).context("the first 80 %")?;
-        let held_out =
-            args.window.cut(&tokenizer, held_out, Some(args.eval_windows)).context("the last 20 %")?;
+        let (tokenizer, text) = (checkpoint.tokenizer()?, cli::read_text(&args.text)?);
+        let (windows, evaluated) = (Some(args.windows), Some(args.eval_windows));
+        let (calibration, held_out) = args.window.split(&tokenizer, &text, windows, evaluated)?;
         let few = calibration.spread(args.tie_windows)?;
-        std::fs::create_dir_all(&args.work)
-            .with_context(|| format!("cannot create {}", args.work.display()))?;
-        let bench = Self { args, dense, calibration, few, held_out };
-        // Results of other texts, windows or models would be no results of this one.
         let model = checkpoint.sha256(&mut cli::Bars::default())?;
-        let protocol = [&bench.calibration, &bench.few, &bench.held_out].map(cli::protocol);
-        let found: (String, [String; 3]) =
-            bench.kept("protocol", || Ok((model.clone(), protocol.clone())))?;
-        anyhow::ensure!(found == (model, protocol), "{} holds results of another run", args.work.display());
-        Ok(bench)
-    }
-
-    /// What `make` makes, kept under this name.
-    fn kept<T: Serialize + DeserializeOwned>(
-        &self,
-        name: &str,
-        make: impl FnOnce() -> anyhow::Result<T>,
-    ) -> anyhow::Result<T> {
-        let file: String =
-            name.chars().map(|c| if c.is_ascii_alphanumeric() || c == '.' { c } else { '-' }).collect();
-        let path = self.args.work.join(format!("{file}.json"));
-        if path.exists() {
-            let text = std::fs::read_to_string(&path)?;
-            return serde_json::from_str(&text).with_context(|| format!("{} is no result", path.display()));
-        }
-        let made = make()?;
-        let partial = path.with_extension("partial");
-        std::fs::write(&partial, serde_json::to_string_pretty(&made)?)?;
-        std::fs::rename(&partial, &path)?;
-        Ok(made)
+        let [calibrated, tied, evaluated] = [&calibration, &few, &held_out].map(cli::protocol);
+        let work = cli::work::Work::open(&args.work, &[model, calibrated, tied, evaluated])?;
+        Ok(Self { args, dense, calibration, few, held_out, work })
     }
 
     /// The scores that removal goes by: a third of the blocks, one after the other.
     fn scores(&self) -> anyhow::Result<Scores> {
-        self.kept("scores", || {
+        self.work.kept("scores", || {
             let method = GreedyPerplexity { remove: self.dense.depth() / 3, ..GreedyPerplexity::default() };
             Ok(method.score(self.dense, &self.few, &mut cli::Bars::default())?)
         })
@@ -166,14 +135,14 @@ impl<'a> Bench<'a> {
 
     /// Plans, measuring ties on few windows, and measures what that makes of the model.
     fn line(&self, name: &str, builder: PlanBuilder, errors: bool) -> anyhow::Result<Line> {
-        let plan: Plan = self.kept(&format!("plan {name}"), || {
+        let plan: Plan = self.work.kept(&format!("plan {name}"), || {
             Ok(builder.measure(self.dense, &self.few, &mut cli::Bars::default())?)
         })?;
         self.planned(name, &plan, errors)
     }
 
     fn planned(&self, name: &str, plan: &Plan, errors: bool) -> anyhow::Result<Line> {
-        self.kept(&format!("line {name}"), || {
+        self.work.kept(&format!("line {name}"), || {
             let mut bars = cli::Bars::default();
             let folded = fold_on(self.dense, plan, &self.calibration, &mut bars)?;
             let nll = perplexity(&folded, &self.held_out, &mut bars)?.mean_nll;
@@ -258,7 +227,7 @@ impl<'a> Bench<'a> {
                     Err(foldgpt::Error::Budget { .. }) => Ok(None),
                     Err(error) => Err(error.into()),
                 };
-                candidates.extend(self.kept(&name, measured)?);
+                candidates.extend(self.work.kept(&name, measured)?);
             }
         }
         Ok(pareto_front(candidates))

@@ -310,15 +310,20 @@ fn an_interrupted_search_goes_on_from_what_it_measured() {
         let text = std::fs::read_to_string(&path).unwrap();
         assert!(text.lines().count() > 2, "{name}: {text}");
         std::fs::write(&path, &text[..text.len() - 10]).unwrap();
+        let lines = || std::fs::read_to_string(&path).unwrap().lines().count();
+        let left = lines() - 1;
         let resumed = kept.score(&decoder, &windows, &mut ()).unwrap();
         let whole = plain.score(&decoder, &windows, &mut ()).unwrap();
         assert_eq!((resumed.importance(), &resumed.chosen), (whole.importance(), &whole.chosen), "{name}");
         // The finalists are measured on windows that the search has seen, which kept losses do not run again.
         let least = if name == "greedy" { whole.block_runs } else { 0.0 };
         assert!(resumed.block_runs > least, "{name}: what was lost was run again");
+        let grown = lines();
+        assert!(grown > left, "{name}: what was lost was not measured again");
         // Everything is known: nothing of a third run's losses is measured.
         let again = kept.score(&decoder, &windows, &mut ()).unwrap();
         assert_eq!(again.chosen, whole.chosen, "{name}");
+        assert_eq!(lines(), grown, "{name}: what was known was measured again");
         let error = kept.score(&load("qwen3"), &windows, &mut ()).unwrap_err().to_string();
         assert!(error.contains("another model"), "{name}: {error}");
     }

@@ -1,8 +1,10 @@
 //! What the examples have in common: flags that mean the same everywhere, and bars for progress.
 #![allow(dead_code, unreachable_pub, clippy::print_stdout, clippy::print_stderr)]
 
+pub mod work;
+
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
@@ -21,7 +23,7 @@ pub struct ModelArgs {
     /// A directory in the Hugging Face layout, a GGUF file, or a hub id (`org/name`, feature `hub`)
     #[arg(long)]
     pub model: String,
-    /// How matrices are held in memory; bf16 takes half the room and, on CPUs with AVX-512 bf16, about half the time
+    /// How matrices are held in memory; bf16 takes half the room and, on CPUs with AVX-512 bf16, less time
     #[arg(long, value_enum, default_value = "f32")]
     pub dtype: DtypeArg,
 }
@@ -89,6 +91,23 @@ impl WindowArgs {
     }
 }
 
+impl WindowArgs {
+    /// The windows that calibrate, from the first 80 % of a text, and those that evaluate, from the rest; of each at
+    /// most so many.
+    pub fn split(
+        &self,
+        tokenizer: &Tokenizer,
+        text: &str,
+        calibrate: Option<usize>,
+        evaluate: Option<usize>,
+    ) -> Result<(Windows, Windows)> {
+        let (calibration, held_out) = split_text(text);
+        let calibration = self.cut(tokenizer, calibration, calibrate).context("the first 80 %")?;
+        let held_out = self.cut(tokenizer, held_out, evaluate).context("the last 20 %")?;
+        Ok((calibration, held_out))
+    }
+}
+
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub enum BosArg {
     /// As the tokenizer does it
@@ -153,8 +172,8 @@ impl Method {
     ) -> Result<Box<dyn Importance>> {
         anyhow::ensure!(!scoring.halves || self == Self::Gates, "--halves is for --method gates");
         let protected = protected.to_vec();
-        let state_file = scoring.file("gates.json")?;
-        let values = scoring.file(&format!("{}.jsonl", self.name()))?;
+        let state_file = scoring.file(&format!("{}-{remove}-gates.json", self.name()))?;
+        let values = scoring.file(&format!("{}-values.jsonl", self.name()))?;
         let configured = |mut gates: Gates| {
             (gates.remove, gates.protected, gates.seed) = (remove, protected.clone(), seed);
             gates.steps = scoring.gate_steps.unwrap_or(gates.steps);
@@ -343,7 +362,7 @@ impl SharingArgs {
     }
 }
 
-pub fn read_text(path: &PathBuf) -> Result<String> {
+pub fn read_text(path: &Path) -> Result<String> {
     std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
 }
 

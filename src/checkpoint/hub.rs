@@ -182,12 +182,13 @@ mod remote {
 
         #[test]
         fn a_complete_snapshot_is_found_and_a_partial_one_is_not() {
-            let index =
+            let index = index(STANDARD);
+            let map =
                 r#"{"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors", "c": "m-1.safetensors"}}"#;
             let mut files = vec![
                 ("config.json", "{}"),
                 ("tokenizer.json", "{}"),
-                (INDEX, index),
+                (index.as_str(), map),
                 ("m-1.safetensors", ""),
             ];
             let root = tempfile::tempdir().unwrap();
@@ -201,7 +202,7 @@ mod remote {
         #[test]
         fn a_shard_outside_of_the_snapshot_is_refused() {
             let root = tempfile::tempdir().unwrap();
-            let index = root.path().join(INDEX);
+            let index = root.path().join(index(STANDARD));
             fs::write(&index, r#"{"weight_map": {"a": "../m.safetensors"}}"#).unwrap();
             assert!(shards("org/name", &index).unwrap_err().to_string().contains("../m.safetensors"));
         }

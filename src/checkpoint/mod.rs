@@ -159,8 +159,7 @@ impl Checkpoint {
     /// Reads the weights, one tensor at a time: peak memory is the model and one tensor.
     ///
     /// With `DType::BF16` on the CPU matrices are held in bf16 and computed with by the dot-product instructions of
-    /// AVX-512 where there are any: half the memory, and nearly twice the speed. Norms, biases and activations stay
-    /// in f32 there.
+    /// AVX-512 where there are any: half the memory, and less time. Norms, biases and activations stay in f32 there.
     ///
     /// # Errors
     /// A file that cannot be read, or a weight that is NaN or infinite.

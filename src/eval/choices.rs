@@ -143,8 +143,7 @@ impl<'a> Reader<'a> {
     fn ids(&self, choice: &Choice) -> Result<(Vec<u32>, usize)> {
         // Spaces that end a context belong to what follows: tokens begin with a space, they do not end with one.
         let context = choice.context.trim_end_matches(' ');
-        let spaces = &choice.context[context.len()..];
-        let whole = self.tokenizer.encode(&format!("{context}{spaces}{}", choice.continuation))?;
+        let whole = self.tokenizer.encode(&format!("{}{}", choice.context, choice.continuation))?;
         let mut first = self.tokenizer.encode(context)?.len();
         let begins = self.tokenizer.adds_bos() || first == 0;
         let bos = self.tokenizer.bos().or(self.tokenizer.eos().first().copied()).filter(|_| begins);

@@ -42,7 +42,7 @@ impl Importance for MacroInfluence {
             file: self.values_file.as_deref(),
         };
         let mut scores = greedy.run(decoder, windows, observer, |removals, sets, report| {
-            let leaf = |window: usize, state: &Tensor| {
+            let leaf = |window: usize, _: &[u32], state: &Tensor| {
                 let Some(whole) = wholes.get(window) else { return Ok(0.0) };
                 let cosines = (dots(whole, state)? / (norms(whole)? * norms(state)?)?)?;
                 Ok(1.0 - f64::from(cosines.mean_all()?.to_scalar::<f32>()?))

@@ -17,16 +17,28 @@ use crate::model::{Decoder, Unit};
 pub(super) struct Memo {
     path: PathBuf,
     state: Mutex<State>,
-    /// What earlier runs spent.
-    pub seconds: f64,
-    pub block_runs: f64,
 }
 
 #[derive(Debug)]
 struct State {
     file: File,
-    known: HashMap<(String, String), f64>,
+    known: HashMap<(String, String), Known>,
     last: Instant,
+    used: Cost,
+}
+
+/// A value, and its share of what an earlier run took for it, until that is counted.
+#[derive(Debug, Clone, Copy)]
+struct Known {
+    value: f64,
+    cost: Cost,
+}
+
+/// What measuring took.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Cost {
+    pub seconds: f64,
+    pub block_runs: f64,
 }
 
 /// The first line.
@@ -70,12 +82,7 @@ impl Memo {
         let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
         let whole = text.rfind('\n').map_or(0, |end| end + 1);
         let mut lines = text.get(..whole).unwrap_or_default().lines();
-        let mut memo = State {
-            file: file.try_clone().map_err(Error::io("open", path))?,
-            known: HashMap::new(),
-            last: Instant::now(),
-        };
-        let (mut seconds, mut block_runs) = (0.0, 0.0);
+        let mut known = HashMap::new();
         match lines.next() {
             None => {
                 file.set_len(0).map_err(Error::io("write", path))?;
@@ -89,25 +96,39 @@ impl Memo {
                 for (index, line) in lines.enumerate() {
                     let line: Line = serde_json::from_str(line)
                         .map_err(|error| Error::format(path, format!("line {}: {error}", index + 2)))?;
-                    seconds += line.seconds;
-                    block_runs += line.block_runs;
-                    memo.known.extend(
-                        line.values.into_iter().map(|(set, value)| ((line.window.clone(), set), value)),
-                    );
+                    let share = 1.0 / line.values.len() as f64;
+                    let cost = Cost { seconds: line.seconds * share, block_runs: line.block_runs * share };
+                    line.remember(cost, &mut known);
                 }
                 file.set_len(whole as u64).map_err(Error::io("write", path))?;
             }
         }
         file.seek(SeekFrom::End(0)).map_err(Error::io("read", path))?;
-        Ok(Some(Self { path: path.to_path_buf(), state: Mutex::new(memo), seconds, block_runs }))
+        let state = State { file, known, last: Instant::now(), used: Cost::default() };
+        Ok(Some(Self { path: path.to_path_buf(), state: Mutex::new(state) }))
     }
 
     /// The value of a set on a window, where it is known.
     pub(super) fn value(&self, window: &str, set: &[bool]) -> Option<f64> {
-        self.state().known.get(&(window.to_string(), name(set))).copied()
+        let mut state = self.state();
+        let known = state.known.get_mut(&(window.to_string(), name(set)))?;
+        let (value, cost) = (known.value, std::mem::take(&mut known.cost));
+        state.used.seconds += cost.seconds;
+        state.used.block_runs += cost.block_runs;
+        Some(value)
     }
 
-    /// Keeps values measured on a window, and what they took.
+    /// What the values took that were used and came from earlier runs.
+    pub(super) fn used(&self) -> Cost {
+        self.state().used
+    }
+
+    /// Begins to measure: time before this is no part of what the next values took.
+    pub(super) fn start_clock(&self) {
+        self.state().last = Instant::now();
+    }
+
+    /// Keeps values measured on a window, and the time since the clock was started or values last came.
     pub(super) fn add(&self, window: &str, values: &[(&[bool], f64)], block_runs: f64) -> Result<()> {
         let values: Vec<(String, f64)> = values.iter().map(|(set, value)| (name(set), *value)).collect();
         let mut state = self.state();
@@ -115,12 +136,19 @@ impl Memo {
         let seconds = now.duration_since(std::mem::replace(&mut state.last, now)).as_secs_f64();
         let line = Line { window: window.into(), values, seconds, block_runs };
         append(&mut state.file, &self.path, &line)?;
-        state.known.extend(line.values.into_iter().map(|(set, value)| ((line.window.clone(), set), value)));
+        line.remember(Cost::default(), &mut state.known);
         Ok(())
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Line {
+    fn remember(self, cost: Cost, known: &mut HashMap<(String, String), Known>) {
+        let entry = |(set, value)| ((self.window.clone(), set), Known { value, cost });
+        known.extend(self.values.into_iter().map(entry));
     }
 }
 

@@ -236,12 +236,11 @@ impl Scores {
         self
     }
 
-    /// And what earlier runs, whose values were kept, cost.
+    /// And what the values cost that an earlier run kept.
     fn costing_before(mut self, memo: Option<&Memo>) -> Self {
-        if let Some(memo) = memo {
-            self.seconds += memo.seconds;
-            self.block_runs += memo.block_runs;
-        }
+        let before = memo.map(Memo::used).unwrap_or_default();
+        self.seconds += before.seconds;
+        self.block_runs += before.block_runs;
         self
     }
 }

@@ -45,8 +45,9 @@ struct Window {
 /// A set of units, by place: true where the unit is removed.
 pub(super) type Removed = Vec<bool>;
 
-/// Gives a set's value on a window, by index, from the final state before the final norm, `(1, seq, hidden)`.
-pub(super) type Leaf<'a> = &'a (dyn Fn(usize, &Tensor) -> Result<f64> + Sync);
+/// Gives a set's value on a window, from the window's index, its targets, and the final state before the final norm,
+/// `(1, seq, hidden)`.
+pub(super) type Leaf<'a> = &'a (dyn Fn(usize, &[u32], &Tensor) -> Result<f64> + Sync);
 
 /// Hears from time to time how many values are there; an error ends the work.
 pub(super) type Report<'a> = &'a mut dyn FnMut(u64) -> Result<()>;
@@ -118,12 +119,10 @@ impl<'a> Removals<'a> {
 
     /// The loss of each set on each window: a row a window.
     pub(super) fn losses(&mut self, sets: &[Removed], report: Report<'_>) -> Result<Vec<Vec<f64>>> {
-        let targets: Vec<Vec<u32>> = self.windows.iter().map(|window| window.targets.clone()).collect();
         let decoder = self.shared.decoder;
         self.values(
             sets,
-            &|window, state| {
-                let targets = targets.get(window).map_or(&[][..], Vec::as_slice);
+            &|_, targets, state| {
                 let rows = state.squeeze(0)?.narrow(0, 0, targets.len())?;
                 let losses = decoder.nll(&rows, targets)?.to_vec1::<f32>()?;
                 Ok(losses.into_iter().map(f64::from).sum::<f64>() / targets.len() as f64)
@@ -141,13 +140,16 @@ impl<'a> Removals<'a> {
     ) -> Result<Vec<Vec<f64>>> {
         let (done, stop, finished) = (AtomicU64::new(0), AtomicBool::new(false), AtomicBool::new(false));
         let (shared, windows) = (&self.shared, &mut self.windows);
+        if let Some(memo) = shared.memo {
+            memo.start_clock();
+        }
         let mut rows: Result<Vec<Vec<f64>>> = Ok(Vec::new());
         let mut told = Ok(());
         rayon::in_place_scope(|scope| {
             scope.spawn(|_| {
                 let _finished = SetOnDrop(&finished);
                 let row = |(index, window): (usize, &mut Window)| {
-                    let mut walk = Walk {
+                    let mut descent = Descent {
                         shared,
                         window,
                         index,
@@ -157,8 +159,8 @@ impl<'a> Removals<'a> {
                         done: &done,
                         stop: &stop,
                     };
-                    walk.run()?;
-                    Ok(walk.values)
+                    descent.run()?;
+                    Ok(descent.values)
                 };
                 rows = windows.par_iter_mut().enumerate().map(row).collect();
             });
@@ -193,7 +195,7 @@ impl Drop for SetOnDrop<'_> {
 }
 
 /// One window's way through the tree of sets.
-struct Walk<'w, 'a> {
+struct Descent<'w, 'a> {
     shared: &'w Shared<'a>,
     window: &'w mut Window,
     index: usize,
@@ -204,12 +206,11 @@ struct Walk<'w, 'a> {
     stop: &'w AtomicBool,
 }
 
-impl Walk<'_, '_> {
+impl Descent<'_, '_> {
     fn run(&mut self) -> Result<()> {
-        let start = self.shared.decoder.embed(&self.window.ids, &self.shared.pass)?;
         let Some(memo) = self.shared.memo else {
             let all: Vec<usize> = (0..self.sets.len()).collect();
-            return self.descend(0, start, &all, true);
+            return self.descend_from_the_top(&all);
         };
         let mut unknown = Vec::new();
         for (index, (set, slot)) in self.sets.iter().zip(&mut self.values).enumerate() {
@@ -223,11 +224,17 @@ impl Walk<'_, '_> {
             return Ok(());
         }
         let before = self.window.half_runs;
-        self.descend(0, start, &unknown, true)?;
+        self.descend_from_the_top(&unknown)?;
         let measured: Vec<(&[bool], f64)> = (unknown.iter())
             .filter_map(|&index| Some((self.sets.get(index)?.as_slice(), *self.values.get(index)?)))
             .collect();
         memo.add(&self.window.sha256, &measured, (self.window.half_runs - before) as f64 / 2.0)
+    }
+
+    /// Takes a group of sets from the embedding to the end.
+    fn descend_from_the_top(&mut self, group: &[usize]) -> Result<()> {
+        let state = self.shared.decoder.embed(&self.window.ids, &self.shared.pass)?;
+        self.descend(0, state, group, true)
     }
 
     /// Takes a group of sets that agree before `place` from there to the end.
@@ -258,9 +265,10 @@ impl Walk<'_, '_> {
             place += 1;
         }
         if self.stop.load(Ordering::Relaxed) {
+            // Only ends the windows: the caller hears what the report failed with.
             return Err(Error::Cancelled { stage: "removals" });
         }
-        let value = (self.leaf)(self.index, &state)?;
+        let value = (self.leaf)(self.index, &self.window.targets, &state)?;
         self.done.fetch_add(group.len() as u64, Ordering::Relaxed);
         for index in group {
             if let Some(slot) = self.values.get_mut(index) {

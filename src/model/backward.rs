@@ -3,7 +3,7 @@
 //! Only the input of every unit is kept; each unit is computed again on the way back, so that no graph ever spans
 //! more than one. Memory beyond the weights: one input a unit, one unit's activations, one chunk of logits.
 
-use candle_core::{Tensor, Var};
+use candle_core::{DType, Tensor, Var};
 
 use super::decoder::{Decoder, Pass};
 use super::params::BlockParam;
@@ -74,7 +74,7 @@ impl<'a> Walk<'a> {
             }
             if gate == 0.0 {
                 let y = self.decoder.run_unit(unit, &x, &self.pass)?;
-                *gradient = inner(&upstream, &(y - x)?)?;
+                *gradient = value(&self.pass.kernels.inner(&(y - x)?, &upstream)?)?;
             } else {
                 let (effect, through) = self.decoder.unit_vjp(unit, &x, &upstream, &self.pass)?;
                 *gradient = if wanted(place) { effect } else { 0.0 };
@@ -136,18 +136,21 @@ impl Decoder {
             Some(ending) => {
                 let (state, inside) = block.before(&ending, unit.part, x.as_tensor(), pass)?;
                 let into = kernels.linear_back(upstream, &ending.weight)?;
-                let mut effect = inner(&into, &inside.detach())?;
-                if !matches!(unit.part, Part::Attention | Part::Mlp) {
-                    effect += inner(upstream, &(state.detach() - x.as_tensor().detach())?)?;
+                let last = kernels.inner(&inside, &into)?;
+                let mut effect = value(&last)?;
+                if unit.part == Part::Whole {
+                    let before = (state.detach() - x.as_tensor().detach())?;
+                    effect += value(&kernels.inner(&before, upstream)?)?;
                 }
                 if let Some(bias) = &ending.bias {
-                    effect += inner(upstream, &bias.broadcast_as(upstream.shape())?)?;
+                    effect += value(&kernels.inner(&bias.broadcast_as(upstream.shape())?, upstream)?)?;
                 }
-                (effect, (kernels.inner(&state, upstream)? + kernels.inner(&inside, &into)?)?)
+                (effect, (kernels.inner(&state, upstream)? + last)?)
             }
             None => {
                 let y = block.forward_part(unit.part, x.as_tensor(), pass, None)?;
-                let effect = inner(upstream, &(y.detach() - x.as_tensor().detach())?)?;
+                let added = (y.detach() - x.as_tensor().detach())?;
+                let effect = value(&kernels.inner(&added, upstream)?)?;
                 (effect, kernels.inner(&y, upstream)?)
             }
         };
@@ -185,8 +188,6 @@ fn gated(x: &Tensor, y: &Tensor, gate: f64) -> Result<Tensor> {
     Ok((x + ((y - x)? * gate)?)?)
 }
 
-/// Σ `a ⊙ b` in f64 over rows summed in f32.
-fn inner(a: &Tensor, b: &Tensor) -> Result<f64> {
-    let rows = (a * b)?.sum(candle_core::D::Minus1)?.flatten_all()?;
-    Ok(rows.to_dtype(candle_core::DType::F64)?.sum_all()?.to_scalar()?)
+fn value(scalar: &Tensor) -> Result<f64> {
+    Ok(scalar.to_dtype(DType::F64)?.to_scalar()?)
 }

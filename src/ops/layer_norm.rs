@@ -1,10 +1,9 @@
 //! Layer normalisation.
 
 use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor};
-use rayon::prelude::*;
 
 use super::simd::{sum, sum2};
-use super::{Kernels, by_rows, elements, task_rows, with_elements};
+use super::{Kernels, by_rows, elements, over_rows, with_elements};
 
 impl Kernels {
     /// `(x − mean) / sqrt(var + eps) · gain + bias` over the last dimension.
@@ -62,22 +61,14 @@ impl LayerNorm {
 
     /// The gradients of gain and bias: Σ over rows of `g · x̂` and of `g`, one after the other.
     fn parameter_gradients(&self, x: &[f32], grad: &[f32], width: usize) -> Vec<f32> {
-        let rows = task_rows(width) * width;
-        let partial: Vec<Vec<f32>> = (x.par_chunks(rows).zip(grad.par_chunks(rows)))
-            .map(|(x, grad)| {
-                let mut sums = vec![0.0f32; 2 * width];
-                let (gain, bias) = sums.split_at_mut(width);
-                for (x, grad) in x.chunks_exact(width).zip(grad.chunks_exact(width)) {
-                    let (mean, r) = self.moments(x);
-                    for (((dw, db), &x), &g) in gain.iter_mut().zip(bias.iter_mut()).zip(x).zip(grad) {
-                        *dw += g * (x - mean) * r;
-                        *db += g;
-                    }
-                }
-                sums
-            })
-            .collect();
-        super::sum_in_order(&partial, 2 * width)
+        over_rows(width, 2 * width, [x, grad], |sums, x, grad| {
+            let (gain, bias) = sums.split_at_mut(width);
+            let (mean, r) = self.moments(x);
+            for (((dw, db), &x), &g) in gain.iter_mut().zip(bias).zip(x).zip(grad) {
+                *dw += g * (x - mean) * r;
+                *db += g;
+            }
+        })
     }
 }
 

@@ -11,7 +11,6 @@ mod bf16;
 mod cross_entropy;
 mod frozen;
 mod gemm;
-
 mod inner;
 mod layer_norm;
 mod linear;
@@ -102,11 +101,27 @@ fn checked_width(layout: &Layout, width: usize) -> Result<usize> {
     }
 }
 
-/// Σ of the rows, first to last: the order does not depend on the number of threads.
-fn sum_in_order(rows: &[Vec<f32>], width: usize) -> Vec<f32> {
-    let mut total = vec![0.0f32; width];
-    for row in rows {
-        simd::add_scaled(&mut total, 1.0, row);
+/// `sums` values added up over the rows of two operands by `row`, in parallel; in an order that depends on the shape
+/// alone, and not on the number of threads.
+fn over_rows(
+    width: usize,
+    sums: usize,
+    [x, grad]: [&[f32]; 2],
+    row: impl Fn(&mut [f32], &[f32], &[f32]) + Sync,
+) -> Vec<f32> {
+    let task = task_rows(width) * width;
+    let partial: Vec<Vec<f32>> = (x.par_chunks(task).zip(grad.par_chunks(task)))
+        .map(|(x, grad)| {
+            let mut sum = vec![0.0f32; sums];
+            for (x, grad) in x.chunks_exact(width).zip(grad.chunks_exact(width)) {
+                row(&mut sum, x, grad);
+            }
+            sum
+        })
+        .collect();
+    let mut total = vec![0.0f32; sums];
+    for sum in &partial {
+        simd::add_scaled(&mut total, 1.0, sum);
     }
     total
 }

@@ -1,10 +1,9 @@
 //! Root-mean-square normalisation.
 
 use candle_core::{CpuStorage, CustomOp2, D, DType, Layout, Result, Shape, Tensor};
-use rayon::prelude::*;
 
 use super::simd::{dot, sum2};
-use super::{Kernels, by_rows, elements, task_rows, with_elements};
+use super::{Kernels, by_rows, elements, over_rows, with_elements};
 
 impl Kernels {
     /// `x / sqrt(mean(x²) + eps) · (offset + gain)` over the last dimension.
@@ -58,20 +57,12 @@ impl RmsNorm {
 
     /// The gradient of the gain: Σ over rows of `g · x̂`.
     fn gain_gradient(&self, x: &[f32], grad: &[f32], width: usize) -> Vec<f32> {
-        let rows = task_rows(width) * width;
-        let partial: Vec<Vec<f32>> = (x.par_chunks(rows).zip(grad.par_chunks(rows)))
-            .map(|(x, grad)| {
-                let mut sum = vec![0.0f32; width];
-                for (x, grad) in x.chunks_exact(width).zip(grad.chunks_exact(width)) {
-                    let r = self.inverse_rms(x);
-                    for ((s, &x), &g) in sum.iter_mut().zip(x).zip(grad) {
-                        *s += g * x * r;
-                    }
-                }
-                sum
-            })
-            .collect();
-        super::sum_in_order(&partial, width)
+        over_rows(width, width, [x, grad], |sum, x, grad| {
+            let r = self.inverse_rms(x);
+            for ((s, &x), &g) in sum.iter_mut().zip(x).zip(grad) {
+                *s += g * x * r;
+            }
+        })
     }
 }
 

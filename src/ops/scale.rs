@@ -1,9 +1,8 @@
 //! Scaling of columns.
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
-use rayon::prelude::*;
 
-use super::{Kernels, by_rows, elements, task_rows, with_elements};
+use super::{Kernels, by_rows, elements, over_rows, with_elements};
 
 impl Kernels {
     /// `x ⊙ scale` over the last dimension: `x` is `(…, width)`, `scale` is `(width)`.
@@ -36,19 +35,11 @@ impl Scale {
 
     /// Σ over rows of `g · x`.
     fn scale_gradient(x: &[f32], grad: &[f32], width: usize) -> Vec<f32> {
-        let rows = task_rows(width) * width;
-        let partial: Vec<Vec<f32>> = (x.par_chunks(rows).zip(grad.par_chunks(rows)))
-            .map(|(x, grad)| {
-                let mut sum = vec![0.0f32; width];
-                for (x, grad) in x.chunks_exact(width).zip(grad.chunks_exact(width)) {
-                    for ((s, &x), &g) in sum.iter_mut().zip(x).zip(grad) {
-                        *s += g * x;
-                    }
-                }
-                sum
-            })
-            .collect();
-        super::sum_in_order(&partial, width)
+        over_rows(width, width, [x, grad], |sum, x, grad| {
+            for ((s, &x), &g) in sum.iter_mut().zip(x).zip(grad) {
+                *s += g * x;
+            }
+        })
     }
 }
 

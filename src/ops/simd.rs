@@ -53,7 +53,7 @@ pub(super) fn tanh(x: f32) -> f32 {
 
 /// Σ `f(a, b)` over two slices of equal length.
 #[inline(always)]
-pub(super) fn sum2(a: &[f32], b: &[f32], f: impl Fn(f32, f32) -> f32) -> f32 {
+pub(super) fn sum2<A: Copy, B: Copy>(a: &[A], b: &[B], f: impl Fn(A, B) -> f32) -> f32 {
     let mut lanes = [0.0f32; LANES];
     let (chunks_a, chunks_b) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
     let rest: f32 = chunks_a.remainder().iter().zip(chunks_b.remainder()).map(|(&a, &b)| f(a, b)).sum();
@@ -87,16 +87,8 @@ pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
 /// As [`dot`], with one side in bf16.
 #[inline(always)]
 pub(super) fn dot_bf16(a: &[f32], b: &[half::bf16]) -> f32 {
-    let mut lanes = [0.0f32; LANES];
-    let wide = |x: &half::bf16| f32::from_bits(u32::from(x.to_bits()) << 16);
-    let (chunks_a, chunks_b) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    let rest: f32 = chunks_a.remainder().iter().zip(chunks_b.remainder()).map(|(&a, b)| a * wide(b)).sum();
-    for (a, b) in chunks_a.zip(chunks_b) {
-        for ((lane, &a), b) in lanes.iter_mut().zip(a).zip(b) {
-            *lane += a * wide(b);
-        }
-    }
-    fold(lanes) + rest
+    // Not `to_f32`, whose care for NaN does not vectorise: a NaN stays one either way.
+    sum2(a, b, |a, b| a * f32::from_bits(u32::from(b.to_bits()) << 16))
 }
 
 /// The largest element; NaNs are passed over, the functions of the result bring them back.

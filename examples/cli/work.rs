@@ -1,0 +1,46 @@
+//! A directory where a long run keeps what it has found, so that an interrupted one goes on.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+/// Results by name, one JSON file each.
+pub struct Work(PathBuf);
+
+impl Work {
+    /// The directory of a run, made where it is missing. `protocol` is what all its results depend on; those of
+    /// another one are refused.
+    pub fn open(directory: &PathBuf, protocol: &[String]) -> Result<Self> {
+        std::fs::create_dir_all(directory)
+            .with_context(|| format!("cannot create {}", directory.display()))?;
+        let work = Self(directory.clone());
+        let found: Vec<String> = work.kept("protocol", || Ok(protocol.to_vec()))?;
+        ensure!(found == protocol, "{} holds results of another run: {found:?}", directory.display());
+        Ok(work)
+    }
+
+    /// What `make` makes, once.
+    pub fn kept<T: Serialize + DeserializeOwned>(
+        &self,
+        name: &str,
+        make: impl FnOnce() -> Result<T>,
+    ) -> Result<T> {
+        let path = self.path(name, "json");
+        if path.exists() {
+            let text = std::fs::read_to_string(&path)?;
+            return serde_json::from_str(&text).with_context(|| format!("{} is no result", path.display()));
+        }
+        let made = make()?;
+        let partial = self.path(name, "partial");
+        std::fs::write(&partial, serde_json::to_string_pretty(&made)?)?;
+        std::fs::rename(&partial, &path)?;
+        Ok(made)
+    }
+
+    fn path(&self, name: &str, extension: &str) -> PathBuf {
+        let plain = |c: char| if c.is_ascii_alphanumeric() || c == '.' { c } else { '-' };
+        self.0.join(format!("{}.{extension}", name.chars().map(plain).collect::<String>()))
+    }
+}
