@@ -39,7 +39,7 @@ fn gates(remove: usize) -> Gates {
 
 fn gates_with_coupling(remove: usize) -> GatesWithCoupling {
     let mut method = GatesWithCoupling::default();
-    method.gates = gates(remove);
+    (method.gates, method.search_windows) = (gates(remove), 2);
     method
 }
 

@@ -93,8 +93,8 @@ impl WindowArgs {
 }
 
 impl WindowArgs {
-    /// The windows that calibrate, from the first 80 % of a text, and those that evaluate, from the rest; of each at
-    /// most so many.
+    /// The windows that calibrate, at most so many, spread over the first 80 % of a text: its beginning alone is about
+    /// a few things only. And those that evaluate, the first of the rest.
     pub fn split(
         &self,
         tokenizer: &Tokenizer,
@@ -103,7 +103,10 @@ impl WindowArgs {
         evaluate: Option<usize>,
     ) -> Result<(Windows, Windows)> {
         let (calibration, held_out) = split_text(text);
-        let calibration = self.cut(tokenizer, calibration, calibrate).context("the first 80 %")?;
+        let mut calibration = self.cut(tokenizer, calibration, None).context("the first 80 %")?;
+        if let Some(count) = calibrate {
+            calibration = calibration.spread(count)?;
+        }
         let held_out = self.cut(tokenizer, held_out, evaluate).context("the last 20 %")?;
         Ok((calibration, held_out))
     }

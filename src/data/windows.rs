@@ -122,9 +122,7 @@ impl Windows {
         if count == 0 {
             return Err(Error::argument("windows", 0, "at least 1"));
         }
-        let count = count.min(self.ids.len());
-        let ids =
-            (0..count).filter_map(|place| self.ids.get(place * self.ids.len() / count).cloned()).collect();
+        let ids = spread(self.ids.len(), count).filter_map(|place| self.ids.get(place).cloned()).collect();
         Ok(Self { ids, ..self.clone() })
     }
 
@@ -143,6 +141,27 @@ impl Windows {
                 Err(Error::argument("windows", count, expected))
             }
         }
+    }
+
+    /// All windows in disjoint parts: `first` of them, as [`spread`](Self::spread) gives them, and then as many again
+    /// as there have been, so that what has been seen doubles with every part.
+    pub(crate) fn doubling(&self, first: usize) -> Result<Vec<Self>> {
+        if first == 0 {
+            return Err(Error::argument("windows", 0, "at least 1"));
+        }
+        let (mut rest, mut parts, mut count) = (self.ids.clone(), Vec::new(), first);
+        while !rest.is_empty() {
+            let places: Vec<usize> = spread(rest.len(), count).collect();
+            let (part, left): (Vec<_>, Vec<_>) =
+                rest.into_iter().enumerate().partition(|(place, _)| places.binary_search(place).is_ok());
+            let windows = |part: Vec<(usize, Vec<u32>)>| part.into_iter().map(|(_, ids)| ids).collect();
+            if !parts.is_empty() {
+                count *= 2;
+            }
+            parts.push(Self { ids: windows(part), ..self.clone() });
+            rest = windows(left);
+        }
+        Ok(parts)
     }
 
     /// Tokens in each window.
@@ -196,4 +215,30 @@ fn check_seq_len(seq_len: usize) -> Result<()> {
         return Err(Error::argument("seq_len", seq_len, "at least 2 tokens, one to see and one to predict"));
     }
     Ok(())
+}
+/// `count` of `len` places, spread evenly; all where there are no more.
+fn spread(len: usize, count: usize) -> impl Iterator<Item = usize> {
+    let count = count.min(len);
+    (0..count).map(move |place| place * len / count)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn doubling_parts_hold_every_window_once_and_begin_with_the_spread_ones() {
+        // Two windows are equal: each counts.
+        let ids: Vec<Vec<u32>> = (0..21u32).map(|i| vec![i.min(19), 1]).collect();
+        let windows = Windows::from_ids(ids.clone()).unwrap();
+        let parts = windows.doubling(3).unwrap();
+        assert_eq!(parts.iter().map(Windows::len).collect::<Vec<_>>(), [3, 3, 6, 9]);
+        assert_eq!(parts[0].ids, windows.spread(3).unwrap().ids);
+        let mut all: Vec<Vec<u32>> = parts.into_iter().flat_map(|part| part.ids).collect();
+        all.sort();
+        assert_eq!(all, ids);
+        assert_eq!(windows.doubling(30).unwrap().len(), 1);
+        assert!(windows.doubling(0).is_err());
+    }
 }

@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use serde::{Deserialize, Serialize};
 
+use super::basis::Basis;
 use super::removals::{Removals, Removed};
 use crate::data::Windows;
 use crate::error::{Error, Result};
@@ -41,23 +42,35 @@ impl Coupling {
         observer: &mut dyn Observer,
     ) -> Result<Self> {
         let mut removals = Removals::new(decoder, windows, units)?;
-        Ok(Self::measure(&mut removals, windows, units.len(), observer)?.1)
+        Ok(Self::measure(&mut removals, units.len(), observer)?.1)
     }
 
     /// As [`exact`](Self::exact), with the loss of every set that was measured.
     pub(super) fn measure(
         removals: &mut Removals<'_>,
-        windows: &Windows,
         n: usize,
         observer: &mut dyn Observer,
     ) -> Result<(Vec<(Removed, f64)>, Self)> {
         let mut sets = vec![removals.set(&[])];
         sets.extend((0..n).map(|place| removals.set(&[place])));
         sets.extend(pairs(n).into_iter().map(|(i, j)| removals.set(&[i, j])));
-        let total = (windows.len() * sets.len()) as u64;
+        let total = (removals.windows() * sets.len()) as u64;
         let losses = progress::counted(EXACT, total, observer, |report| removals.mean_losses(&sets, report))?;
         let coupling = Self::from_losses(n, &losses, removals.block_runs())?;
         Ok((sets.into_iter().zip(losses).collect(), coupling))
+    }
+
+    /// The same pairs with what singles cost on other windows.
+    pub(super) fn with_singles(mut self, basis: &Basis) -> Result<Self> {
+        for (place, increase) in basis.increases().enumerate() {
+            if !increase.is_finite() {
+                let what = format!("the loss without block {place}");
+                return Err(Error::NotFinite { what, value: increase });
+            }
+            self.set(place, place, increase);
+        }
+        self.dense_loss = basis.dense;
+        Ok(self)
     }
 
     /// The matrix from the losses of no removal, of every single one, and of every pair, in the order of

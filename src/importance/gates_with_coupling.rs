@@ -5,12 +5,13 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
+use super::basis::Basis;
 use super::coupling::Coupling;
 use super::memo::Memo;
 use super::removals::Removals;
 use super::search::Search;
 use super::select::{Set, membership, places};
-use super::{Gates, Importance, Scores, check_blocks, check_removal, whole_blocks};
+use super::{Gates, Importance, Scores, check_blocks, check_removal, finalists, whole_blocks};
 use crate::data::Windows;
 use crate::error::{Error, Result};
 use crate::model::Decoder;
@@ -19,8 +20,10 @@ use crate::progress::{self, Observer};
 /// Gates warm-started from the loss without each block, exact pairwise coupling, and a search over sets that is led
 /// by both and decided by true losses.
 ///
-/// Singles and pairs are measured around the whole model; what they cannot know of larger sets is learned from the
-/// sets that the search measures, near the size asked for. The best few sets are then compared on all windows.
+/// Singles are measured on all windows, pairs and larger sets on a few of them: what each block costs alone says how
+/// those differ from all. What pairs cannot know of larger sets is learned from the sets that the search measures, near
+/// the size asked for. The best sets are then compared on all windows, by successive halving (Jamieson and Talwalkar,
+/// 2016, arXiv 1502.07943).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 #[non_exhaustive]
@@ -35,7 +38,8 @@ pub struct GatesWithCoupling {
     pub batch: usize,
     /// Rounds without improvement before the search ends.
     pub patience: usize,
-    /// The best sets that are compared on all windows at the end.
+    /// The best sets of the search, which are then compared on ever more windows: half of them go whenever the
+    /// windows have doubled, until the last few are compared on all.
     pub finalists: usize,
     /// Where measured losses are kept, and gone on from; the gates have a file of their own.
     #[serde(skip)]
@@ -51,7 +55,7 @@ impl Default for GatesWithCoupling {
             budget_block_runs: 20_000.0,
             batch: 8,
             patience: 8,
-            finalists: 10,
+            finalists: 40,
             losses_file: None,
         }
     }
@@ -68,43 +72,32 @@ impl Importance for GatesWithCoupling {
         let start = Instant::now();
         let units = whole_blocks(decoder);
         check_blocks(&self.gates.protected, decoder)?;
-        let free: Vec<usize> =
-            (0..units.len()).filter(|place| !self.gates.protected.contains(place)).collect();
+        let kept = &self.gates.protected;
+        let free: Vec<usize> = (0..units.len()).filter(|place| !kept.contains(place)).collect();
         check_removal(self.gates.remove, free.len())?;
-        let search = windows.spread(self.search_windows)?;
         let memo = Memo::open(self.losses_file.as_deref(), METHOD, decoder, &units)?;
-        let mut removals = Removals::new(decoder, &search, &units)?.remembering(memo.as_ref());
+        let parts = windows.doubling(self.search_windows)?;
+        let parts = parts.iter().map(|part| Removals::new(decoder, part, &units));
+        let parts = parts.map(|part| Ok(part?.remembering(memo.as_ref()))).collect::<Result<Vec<_>>>()?;
+        let mut known = Known::measure(parts, units.len(), observer)?;
 
-        let (measured, coupling) = Coupling::measure(&mut removals, &search, units.len(), observer)?;
-        let singles: Vec<f64> = (0..units.len()).map(|place| coupling.get(place, place)).collect();
-        let gates = Gates { warm_start: Some(singles), ..self.gates.clone() };
+        let gates = Gates { warm_start: Some(known.all.increases().collect()), ..self.gates.clone() };
         let training = Instant::now();
         let trained = gates.train(decoder, windows, &units, observer)?;
         // What an interrupted run spent on the gates counts too.
         let spent_before = trained.seconds - training.elapsed().as_secs_f64();
 
-        let chosen = if self.gates.remove == 0 {
-            None
-        } else {
-            let starts = self.starts(&coupling, &trained.gates, &free)?;
-            let search = Search {
-                measured,
-                dense_loss: coupling.dense_loss,
-                free: &free,
-                count: self.gates.remove,
-                batch: self.batch,
-                patience: self.patience,
-            };
-            let finalists = self.search(search, &starts, &mut removals, observer)?;
-            let on_all = Removals::new(decoder, windows, &units)?.remembering(memo.as_ref());
-            Some(decide(on_all, finalists, &mut removals, observer)?)
+        let chosen = match self.gates.remove {
+            0 => None,
+            _ => self.choose(&mut known, &trained.gates, &free, observer)?,
         };
+        let block_runs = known.parts.iter().map(Removals::block_runs).sum::<f64>() + trained.block_runs;
         let mut scores = Scores::new(METHOD, windows, trained.gates)?;
         scores = scores.with_stability(trained.stability).with_options(self)?;
         scores.trajectory = trained.trajectory;
         scores.chosen = chosen;
-        scores.coupling = Some(coupling.matrix);
-        let mut scores = scores.costing(start, removals.block_runs() + trained.block_runs);
+        scores.coupling = Some(known.coupling.matrix);
+        let mut scores = scores.costing(start, block_runs);
         scores.seconds += spent_before;
         scores = scores.costing_before(memo.as_ref());
         Ok(scores)
@@ -112,6 +105,20 @@ impl Importance for GatesWithCoupling {
 }
 
 impl GatesWithCoupling {
+    /// The set of the lowest loss that the search finds.
+    fn choose(
+        &self,
+        known: &mut Known<'_>,
+        gates: &[f64],
+        free: &[usize],
+        observer: &mut dyn Observer,
+    ) -> Result<Option<Vec<usize>>> {
+        let starts = self.starts(&known.coupling, gates, free)?;
+        let finalists = self.search(known, free, &starts, observer)?;
+        let best = finalists::best_of(finalists, &mut known.parts, &known.bases, observer)?;
+        Ok(best.map(|set| places(&set)))
+    }
+
     /// Where the search begins: the cheapest set by pairs, and the one that the gates closed.
     fn starts(&self, coupling: &Coupling, gates: &[f64], free: &[usize]) -> Result<Vec<Set>> {
         let (n, count) = (gates.len(), self.gates.remove);
@@ -123,15 +130,27 @@ impl GatesWithCoupling {
         Ok(vec![membership(n, &by_pairs), membership(n, &by_gates)])
     }
 
-    /// The best sets that the search finds within its budget, on its windows.
+    /// The best sets that the search finds within its budget, with their losses on its windows.
     fn search(
         &self,
-        mut search: Search<'_>,
+        known: &mut Known<'_>,
+        free: &[usize],
         starts: &[Set],
-        removals: &mut Removals<'_>,
         observer: &mut dyn Observer,
     ) -> Result<Vec<(Set, f64)>> {
         const STAGE: &str = "search";
+        let (basis, all) = (known.bases.first().cloned().unwrap_or_default(), &known.all);
+        let Some(removals) = known.parts.first_mut() else { return Ok(Vec::new()) };
+        let shifted = |(set, loss): (&Set, f64)| loss + basis.shift(all, set);
+        let measured = known.measured.iter().map(|(set, loss)| (set.clone(), shifted((set, *loss))));
+        let mut search = Search {
+            measured: measured.collect(),
+            dense_loss: all.dense,
+            free,
+            count: self.gates.remove,
+            batch: self.batch,
+            patience: self.patience,
+        };
         let (before, budget) = (removals.block_runs(), self.budget_block_runs);
         let mut best = progress::stage(STAGE, budget as u64, observer, |observer| {
             search.run(starts, |sets, share| {
@@ -144,26 +163,56 @@ impl GatesWithCoupling {
                 })?;
                 let spent = (removals.block_runs() - before).min(budget);
                 progress::advance(STAGE, spent as u64, budget as u64, observer)?;
-                Ok(Some(losses))
+                Ok(Some(sets.iter().zip(losses).map(shifted).collect()))
             })
         })?;
         best.truncate(self.finalists.max(1));
-        Ok(best)
+        Ok(best
+            .into_iter()
+            .map(|(set, loss)| {
+                let shift = basis.shift(all, &set);
+                (set, loss - shift)
+            })
+            .collect())
     }
 }
 
-/// The best of the finalists on all windows.
-fn decide(
-    mut removals: Removals<'_>,
-    finalists: Vec<(Set, f64)>,
-    spent: &mut Removals<'_>,
-    observer: &mut dyn Observer,
-) -> Result<Vec<usize>> {
-    let sets: Vec<Set> = finalists.into_iter().map(|(set, _)| set).collect();
-    let total = (removals.windows() * sets.len()) as u64;
-    let losses =
-        progress::counted("finalists", total, observer, |report| removals.mean_losses(&sets, report))?;
-    spent.charge(removals.block_runs());
-    let best = sets.iter().zip(losses).min_by(|a, b| a.1.total_cmp(&b.1));
-    best.map(|(set, _)| places(set)).ok_or_else(|| Error::Plan("the search measured no set".into()))
+/// What is known before anything is chosen: singles on all windows, pairs on those of the search.
+struct Known<'a> {
+    /// The windows in parts, the search's first.
+    parts: Vec<Removals<'a>>,
+    /// What singles cost on each part, and on all.
+    bases: Vec<Basis>,
+    all: Basis,
+    /// Pairs, with what singles cost on all windows in the diagonal.
+    coupling: Coupling,
+    /// All sets measured on the first part.
+    measured: Vec<(Set, f64)>,
+}
+
+impl<'a> Known<'a> {
+    fn measure(mut parts: Vec<Removals<'a>>, units: usize, observer: &mut dyn Observer) -> Result<Self> {
+        const STAGE: &str = "singles";
+        let no_windows = || Error::argument("windows", 0, "at least 1");
+        let first = parts.first_mut().ok_or_else(no_windows)?;
+        let (measured, coupling) = Coupling::measure(first, units, observer)?;
+        let sets: Vec<Set> = measured.iter().take(1 + units).map(|(set, _)| set.clone()).collect();
+        let losses: Vec<f64> = measured.iter().take(1 + units).map(|(_, loss)| *loss).collect();
+        let mut bases = vec![Basis::new(first.windows(), &losses)];
+        let total = parts.iter().skip(1).map(|part| part.windows() * sets.len()).sum::<usize>() as u64;
+        let mut before = 0;
+        progress::stage(STAGE, total, observer, |observer| {
+            for part in parts.iter_mut().skip(1) {
+                let losses = part.mean_losses(&sets, &mut |done| {
+                    progress::advance(STAGE, before + done, total, observer)
+                })?;
+                before += (part.windows() * sets.len()) as u64;
+                bases.push(Basis::new(part.windows(), &losses));
+            }
+            Ok(())
+        })?;
+        let all = Basis::of_all(&bases);
+        let coupling = coupling.with_singles(&all)?;
+        Ok(Self { parts, bases, all, coupling, measured })
+    }
 }

@@ -1,8 +1,10 @@
 //! How much each block matters: one file a method, behind one trait.
 
 mod angular;
+mod basis;
 mod block_influence;
 mod coupling;
+mod finalists;
 mod gate_functions;
 mod gate_state;
 mod gates;

@@ -20,7 +20,6 @@ use crate::model::{Decoder, Part, Pass, Unit};
 pub(super) struct Removals<'a> {
     shared: Shared<'a>,
     windows: Vec<Window>,
-    charged: f64,
 }
 
 /// What is the same for all windows.
@@ -66,7 +65,7 @@ impl<'a> Removals<'a> {
         let pass = decoder.pass(0, windows.seq_len())?;
         let shared = Shared { decoder, units, pass, base: vec![false; units.len()], memo: None };
         let windows = (0..windows.len()).map(window).collect::<Result<_>>()?;
-        Ok(Self { shared, windows, charged: 0.0 })
+        Ok(Self { shared, windows })
     }
 
     /// Keeps every value in a memo, and takes from there what was measured before.
@@ -75,14 +74,9 @@ impl<'a> Removals<'a> {
         self
     }
 
-    /// Adds block runs that were spent elsewhere for the same purpose.
-    pub(super) fn charge(&mut self, block_runs: f64) {
-        self.charged += block_runs;
-    }
-
     /// Blocks computed on a window so far; half a block counts half.
     pub(super) fn block_runs(&self) -> f64 {
-        self.windows.iter().map(|window| window.half_runs).sum::<u64>() as f64 / 2.0 + self.charged
+        self.windows.iter().map(|window| window.half_runs).sum::<u64>() as f64 / 2.0
     }
 
     /// How many windows there are.
