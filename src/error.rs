@@ -93,6 +93,30 @@ pub enum Error {
         reason: &'static str,
     },
 
+    /// A recipe that cannot be read, or asks for what contradicts itself or the model.
+    #[error("recipe{}: {reason}", of_field(field.as_deref()))]
+    Recipe {
+        /// The field, nested ones joined by dots; absent for text that is no recipe at all.
+        field: Option<String>,
+        /// What is wrong with it, and what was expected.
+        reason: String,
+    },
+
+    /// A compressed model that has lost more than it may.
+    #[error(
+        "the compressed model has a loss of {compressed:.4} nats per token and the dense one {dense:.4}: {:.4} more, \
+         where at most {limit} are allowed; nothing was saved",
+        compressed - dense
+    )]
+    QualityGate {
+        /// Loss of the dense model on the evaluation windows, in nats per token.
+        dense: f64,
+        /// Loss of the compressed model on the same windows.
+        compressed: f64,
+        /// The greatest increase that was allowed.
+        limit: f64,
+    },
+
     /// A computation gave NaN or an infinity.
     #[error("{what} is not finite ({value})")]
     NotFinite {
@@ -147,6 +171,10 @@ impl Error {
         Error::Config { path: None, field: field.into(), reason: reason.into() }
     }
 
+    pub(crate) fn recipe(field: impl Into<String>, reason: impl Into<String>) -> Error {
+        Error::Recipe { field: Some(field.into()), reason: reason.into() }
+    }
+
     /// The same error, knowing the file that the configuration came from.
     pub(crate) fn in_config_file(self, file: &Path) -> Error {
         match self {
@@ -186,4 +214,8 @@ pub(crate) fn without_backtrace(error: candle_core::Error) -> candle_core::Error
 
 fn in_file(path: Option<&Path>) -> String {
     path.map(|path| format!("{}: ", path.display())).unwrap_or_default()
+}
+
+fn of_field(field: Option<&str>) -> String {
+    field.map(|field| format!(" field `{field}`")).unwrap_or_default()
 }

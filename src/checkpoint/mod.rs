@@ -207,7 +207,7 @@ impl Checkpoint {
     }
 
     /// The narrowest type that a matrix has on disk, or will have.
-    fn narrowest_dtype(&self) -> DType {
+    pub(crate) fn narrowest_dtype(&self) -> DType {
         let matrices = self.tensors.iter().filter(|stored| stored.shape.len() > 1);
         let types = matrices.map(|stored| self.stored_dtype(&stored.name));
         types.min_by_key(DType::size_in_bytes).unwrap_or(DType::BF16)
@@ -231,6 +231,20 @@ impl Checkpoint {
             stored.shape.iter().product::<usize>() * self.stored_dtype(&stored.name).size_in_bytes()
         };
         self.tensors.iter().map(|stored| bytes(stored) as u64).sum()
+    }
+
+    /// The bytes of each block's tensors as they are stored, or will be.
+    pub(crate) fn block_bytes(&self) -> Vec<u64> {
+        let mut bytes = vec![0; self.architecture.depth()];
+        for stored in &self.tensors {
+            let size = stored.shape.iter().product::<usize>() * self.stored_dtype(&stored.name).size_in_bytes();
+            if let Some((Param::Block(depth, _), _)) = stored.params.first()
+                && let Some(sum) = bytes.get_mut(*depth)
+            {
+                *sum += size as u64;
+            }
+        }
+        bytes
     }
 
     /// The SHA-256 of the files of weights, one after the other, in hexadecimal.

@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::layout::{Stored, stored_tensors};
@@ -18,7 +19,8 @@ use crate::plan::Plan;
 use crate::progress::Observer;
 
 /// In what form a folded model is written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum Format {
     /// A standard Hugging Face directory: every block written out, scales and residuals merged into the matrices.

@@ -1,10 +1,12 @@
 //! Text to tokens to windows.
 
 mod json_lines;
+mod split;
 mod tokenizer;
 mod windows;
 
 pub use json_lines::json_lines;
+pub use split::split_text;
 pub use tokenizer::Tokenizer;
 pub use windows::{Bos, Windows};
 

@@ -1,13 +1,15 @@
 //! Non-overlapping windows of tokens, what scoring and evaluation run on.
 
 use candle_core::{Device, Tensor};
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::{Tokenizer, hex};
+use super::{Tokenizer, hex, split_text};
 use crate::error::{Error, Result};
 
 /// Whether windows begin with the begin-of-text token.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum Bos {
     /// As the tokenizer does it.
@@ -79,6 +81,29 @@ impl Windows {
         }
         let text_sha256 = hex(&Sha256::digest(text.as_bytes()));
         Ok(Self { ids, seq_len, bos: first.is_some(), text_sha256 })
+    }
+
+    /// The windows of the first 80 % of a text, to calibrate and to train on, and of the rest, to evaluate on, at most
+    /// `evaluated` of them: see [`split_text`]. To calibrate on a few of the first, [`spread`](Self::spread) them: the
+    /// beginning alone is about a few things only.
+    ///
+    /// # Errors
+    /// As [`from_text`](Self::from_text), of either part.
+    pub fn split_from_text(
+        tokenizer: &Tokenizer,
+        text: &str,
+        seq_len: usize,
+        evaluated: Option<usize>,
+        bos: Bos,
+    ) -> Result<(Self, Self)> {
+        let (first, rest) = split_text(text);
+        let of = |part: &'static str, text: &str, limit| {
+            Self::from_text(tokenizer, text, seq_len, limit, bos).map_err(|error| match error {
+                Error::Text(reason) => Error::Text(format!("{part}: {reason}")),
+                other => other,
+            })
+        };
+        Ok((of("the first 80 %", first, None)?, of("the last 20 %", rest, evaluated)?))
     }
 
     /// Windows that are token ids already, each of the same length; the hash is of the ids and not of a text.

@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 /// Adam with decoupled weight decay (Loshchilov and Hutter, 2019, arXiv 1711.05101), as `torch.optim.AdamW` computes
 /// it; learning rates and decay belong to the parameter groups.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct AdamW {
     /// Decay of the mean of gradients.

@@ -14,11 +14,11 @@ use half::bf16;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::file;
 use super::losses::Losses;
 use super::teacher::{Lesson, last_states};
 use crate::data::{Windows, hex};
 use crate::error::{Error, Result};
+use crate::file;
 use crate::model::Decoder;
 use crate::ops::TopTokens;
 use crate::progress::{self, Observer};

@@ -13,7 +13,7 @@ use crate::ops::HeadWeights;
 /// blocks, before the final norm, aligned from the end; the ratio is taken token by token, so that a token with a huge
 /// state, as the first one often has, counts as one token.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct Losses {
     /// Weight of the negative log-likelihood of the text.
@@ -65,7 +65,8 @@ impl Losses {
         HeadWeights { cross_entropy, divergence, temperature }
     }
 
-    pub(super) fn check(&self, student: usize, teacher: Option<usize>) -> Result<()> {
+    /// Fails for terms that cannot be computed for a student and a teacher of so many blocks.
+    pub(crate) fn check(&self, student: usize, teacher: Option<usize>) -> Result<()> {
         let weights =
             [("cross_entropy", self.cross_entropy), ("divergence", self.divergence), ("tail", self.tail)];
         if let Some((name, weight)) =

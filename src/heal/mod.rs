@@ -25,7 +25,7 @@
 mod adamw;
 mod backward;
 mod cache;
-mod file;
+mod choosing;
 #[cfg(test)]
 mod gradient_tests;
 mod log;
@@ -40,6 +40,7 @@ mod trainer;
 
 pub use adamw::AdamW;
 pub use cache::{CacheOptions, TeacherCache};
+pub use choosing::hold_out;
 pub use log::Record;
 pub use losses::{Losses, Terms};
 pub use options::{Budget, Heal};

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 /// A small fine-tune that gives a cut and folded model back what it lost, as a `FoldGPT` ends (arXiv 2407.00928): on
 /// the text, the teacher's logits and the teacher's last hidden states.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct Heal {
     /// How long it takes.
@@ -88,7 +88,8 @@ impl Default for Heal {
 }
 
 impl Heal {
-    pub(super) fn check(&self) -> Result<()> {
+    /// Fails for options outside of their range.
+    pub(crate) fn check(&self) -> Result<()> {
         let counts = [
             ("batch", self.batch),
             ("micro_batch", self.micro_batch),
@@ -108,12 +109,13 @@ impl Heal {
         if let Some(limit) = self.max_grad_norm.filter(|limit| limit.is_nan() || *limit <= 0.0) {
             return Err(Error::argument("max_grad_norm", limit, "a positive number"));
         }
+        self.groups.iter().try_for_each(ParamGroup::check)?;
         self.adamw.check()?;
         self.schedule.check()
     }
 
     /// The steps that the budget allows, where it does not depend on time, for windows of `seq_len` tokens.
-    pub(super) fn steps(&self, seq_len: usize) -> Option<usize> {
+    pub(crate) fn steps(&self, seq_len: usize) -> Option<usize> {
         match self.budget {
             Budget::Steps(steps) => Some(steps),
             Budget::Tokens(tokens) => Some(tokens.div_ceil(self.batch * (seq_len - 1))),

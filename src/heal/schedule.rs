@@ -23,7 +23,7 @@ pub enum Decay {
 /// The curves are those of transformers' `get_cosine_schedule_with_warmup` and its siblings. Step `i` of `n` takes its
 /// factor in its middle, at `(i + ½) / n`, so that neither the first nor the last step is wasted on a factor of 0.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct Schedule {
     /// What comes after the warm-up.

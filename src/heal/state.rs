@@ -14,9 +14,9 @@ use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
 
 use super::adamw::Moments;
-use super::file;
 use super::trainable::{Student, Trained};
 use crate::error::{Error, Result};
+use crate::file;
 
 const VERSION: u32 = 1;
 const METADATA: &str = "heal";

@@ -40,7 +40,7 @@ pub enum Trainable {
 /// `A` starts as PEFT's does, uniform within ±1/√in, and `B` at 0. A projection that has a low-rank residual already
 /// gets no second one: the one that it has is trained in its place.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct Lora {
     /// r: rows of `A`, columns of `B`.
@@ -63,6 +63,7 @@ impl Default for Lora {
 
 /// Parameters that are trained alike, as one of torch's `param_groups`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 #[non_exhaustive]
 pub struct ParamGroup {
     /// Which; what several groups ask for belongs to the first of them.
@@ -70,6 +71,7 @@ pub struct ParamGroup {
     /// The highest learning rate.
     pub learning_rate: f64,
     /// Decoupled weight decay.
+    #[serde(default)]
     pub weight_decay: f64,
 }
 
@@ -87,7 +89,7 @@ impl ParamGroup {
         self
     }
 
-    fn check(&self) -> Result<()> {
+    pub(super) fn check(&self) -> Result<()> {
         for (name, value) in [("learning_rate", self.learning_rate), ("weight_decay", self.weight_decay)] {
             if !(value.is_finite() && value >= 0.0) {
                 return Err(Error::argument(
@@ -177,7 +179,6 @@ pub(super) struct Student {
 impl Student {
     /// `decoder` with what the groups name as variables in f32, and what they add.
     pub(super) fn new(decoder: &Decoder, groups: &[ParamGroup], seed: u64) -> Result<Self> {
-        groups.iter().try_for_each(ParamGroup::check)?;
         let (mut grown, mut factors) = (decoder.clone(), HashMap::new());
         let mut rng = StdRng::seed_from_u64(seed);
         for group in groups {

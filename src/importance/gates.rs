@@ -21,7 +21,7 @@ use crate::progress::{self, Observer};
 /// After the gates of `FoldGPT` (arXiv 2407.00928). The two halves of the windows train a set of gates each, in turn;
 /// a block's score is the mean of its two gates, averaged over the last third of the steps.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct Gates {
     /// How many blocks the gates are driven to remove; with `halves`, as many parameters as these have.

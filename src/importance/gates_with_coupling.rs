@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::basis::Basis;
 use super::coupling::Coupling;
@@ -25,10 +25,11 @@ use crate::progress::{self, Observer};
 /// the size asked for. The best sets are then compared on all windows, by successive halving (Jamieson and Talwalkar,
 /// 2016, arXiv 1502.07943).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
+#[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct GatesWithCoupling {
     /// The gates; their number to remove and protected blocks are those of the whole method.
+    #[serde(deserialize_with = "gates_of_the_method")]
     pub gates: Gates,
     /// Windows, spread over all, on which pairs are measured and sets are searched.
     pub search_windows: usize,
@@ -49,8 +50,7 @@ pub struct GatesWithCoupling {
 impl Default for GatesWithCoupling {
     fn default() -> Self {
         Self {
-            // Half as many steps as for gates alone: here they only say where the search begins.
-            gates: Gates { steps: 120, ..Gates::default() },
+            gates: Gates { steps: GATE_STEPS, ..Gates::default() },
             search_windows: 4,
             budget_block_runs: 20_000.0,
             batch: 8,
@@ -62,6 +62,16 @@ impl Default for GatesWithCoupling {
 }
 
 const METHOD: &str = "coupling";
+
+/// Half as many steps as for gates alone: here they only say where the search begins.
+const GATE_STEPS: usize = 120;
+
+/// Gates whose default is that of the method, whichever of their options are there.
+fn gates_of_the_method<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Gates, D::Error> {
+    let mut options = serde_json::Map::deserialize(deserializer)?;
+    options.entry("steps").or_insert_with(|| GATE_STEPS.into());
+    serde_json::from_value(options.into()).map_err(serde::de::Error::custom)
+}
 
 impl Importance for GatesWithCoupling {
     fn method(&self) -> &'static str {

@@ -82,6 +82,19 @@ impl Decoder {
         Ok(self.of_blocks(blocks))
     }
 
+    /// The same decoder with its blocks taken for these ones of an original model: what was read from a checkpoint of
+    /// its own no longer knows them.
+    pub(crate) fn of_origins(&self, origins: &[usize]) -> Result<Self> {
+        if origins.len() != self.depth() {
+            return Err(Error::argument("blocks", origins.len(), format!("the {} there are", self.depth())));
+        }
+        let mut blocks = self.blocks.clone();
+        for (block, origin) in blocks.iter_mut().zip(origins) {
+            block.own.origin = *origin;
+        }
+        Ok(self.of_blocks(blocks))
+    }
+
     /// The same decoder with other blocks.
     pub(crate) fn of_blocks(&self, blocks: Vec<Block>) -> Self {
         let specs = blocks.iter().map(|block| block.own.spec).collect();

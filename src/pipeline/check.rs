@@ -1,0 +1,216 @@
+//! What can be known to be wrong before any work is done.
+
+use super::recipe::{Goal, MixOptions, Recipe, Total};
+use crate::error::{Error, Result};
+use crate::importance::{Gates, Method};
+use crate::model::Architecture;
+use crate::plan::{Budget, Groups, Ranks, Target};
+
+impl Recipe {
+    /// Fails for what contradicts itself, whatever the model.
+    pub(super) fn check(&self) -> Result<()> {
+        self.check_places()?;
+        self.check_windows()?;
+        self.check_method()?;
+        self.check_target()?;
+        self.check_sharing()?;
+        if let Some(mix) = &self.mix {
+            self.check_mix(mix)?;
+        }
+        if let Some(heal) = &self.heal {
+            heal.check().map_err(|error| Error::recipe("heal", error.to_string()))?;
+            refuse(heal.seed != 0 && heal.seed != self.seed, "heal.seed", "the seed is `seed`, for all stages")?;
+        }
+        let limit = self.max_nll_increase.filter(|limit| !limit.is_finite());
+        match limit {
+            Some(limit) => Err(Error::recipe("max_nll_increase", format!("is {limit}, expected a number"))),
+            None => Ok(()),
+        }
+    }
+
+    fn check_places(&self) -> Result<()> {
+        refuse(self.model.is_empty(), "model", "is missing")?;
+        refuse(self.text.as_os_str().is_empty(), "text", "is missing")?;
+        refuse(self.out.file_name().is_none(), "out", "is missing, or no name for a directory")?;
+        let work = self.work_directory();
+        refuse(work == self.out, "work", "is the same directory as `out`")?;
+        refuse(work.starts_with(&self.out), "work", "is inside of `out`, which has to be new")?;
+        refuse(work.exists() && !work.is_dir(), "work", "is a file, expected a directory")
+    }
+
+    fn check_windows(&self) -> Result<()> {
+        let windows = &self.windows;
+        refuse(windows.seq_len < 2, "windows.seq_len", "expected at least 2 tokens")?;
+        refuse(windows.calibrate == 0, "windows.calibrate", "is 0, expected at least 1")?;
+        refuse(windows.evaluate == 0, "windows.evaluate", "is 0, expected at least 1")?;
+        refuse(self.task_items == Some(0), "task_items", "is 0, expected at least 1")?;
+        let idle = self.task_items.is_some() && self.tasks.is_empty();
+        refuse(idle, "task_items", "there are no `tasks`")
+    }
+
+    fn check_method(&self) -> Result<()> {
+        let method = self.method;
+        let other = |name: &str| format!("the method is {method}, which {name} does not concern");
+        refuse(self.gates.is_some() && method != Method::Gates, "gates", &other("gates"))?;
+        refuse(self.coupling.is_some() && method != Method::Coupling, "coupling", &other("coupling"))?;
+        let told = self.gates.iter().map(|gates| ("gates", gates));
+        let told = told.chain(self.coupling.iter().map(|coupling| ("coupling.gates", &coupling.gates)));
+        told.into_iter().try_for_each(|(field, gates)| self.check_gates(field, gates))
+    }
+
+    fn check_gates(&self, field: &str, gates: &Gates) -> Result<()> {
+        let named = |name: &str| format!("{field}.{name}");
+        refuse(gates.remove != 0, named("remove"), "how much is removed is `target`")?;
+        refuse(!gates.protected.is_empty(), named("protected"), "blocks that stay are `protect`")?;
+        let seeded = gates.seed != 0 && gates.seed != self.seed;
+        refuse(seeded, named("seed"), "the seed is `seed`, for all stages")?;
+        refuse(gates.steps < 2, named("steps"), "expected at least 2")?;
+        refuse(gates.batch == 0, named("batch"), "is 0, expected at least 1")?;
+        let halves = gates.halves && self.method == Method::Coupling;
+        refuse(halves, named("halves"), "coupling is of whole blocks; halves are for the method gates")
+    }
+
+    fn check_target(&self) -> Result<()> {
+        let some = self.target.is_some() || self.share.is_some() || self.mix.is_some();
+        refuse(!some, "target", "is missing: one of `target`, `share` and `mix` is needed")?;
+        match self.target {
+            Some(Goal::Rate(rate)) if !(0.0..1.0).contains(&rate) => {
+                Err(Error::recipe("target.rate", format!("is {rate}, expected at least 0 and below 1")))
+            }
+            Some(Goal::NllIncrease(limit)) => {
+                let field = "target.nll-increase";
+                let sound = limit.is_finite() && limit >= 0.0;
+                refuse(!sound, field, &format!("is {limit}, expected a number from 0 on"))?;
+                let sized = self.method.depends_on_count();
+                let reason = format!("the method {} finds sets of one size and no order of blocks", self.method);
+                refuse(sized, field, &reason)?;
+                let more = self.share.is_some() || self.mix.is_some();
+                refuse(more, field, "is met by removal alone: it goes with neither `share` nor `mix`")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn check_sharing(&self) -> Result<()> {
+        let Some(share) = &self.share else { return Ok(()) };
+        refuse(self.mix.is_some(), "share", "contradicts `mix`, which decides what is shared")?;
+        match &share.groups {
+            Groups::Consecutive { size: 0, .. } => Err(Error::recipe("share.groups", "groups of 0 blocks")),
+            Groups::Consecutive { within: Some((first, last)), .. } if first > last => {
+                Err(Error::recipe("share.groups", format!("no block is from {first} to {last}")))
+            }
+            Groups::Budget { largest: Some(largest), .. } if *largest < 2 => {
+                Err(Error::recipe("share.groups", format!("largest is {largest}, expected at least 2")))
+            }
+            _ => {
+                let ranks = share.own.residual.map(|residual| residual.ranks);
+                let none = matches!(ranks, Some(Ranks::Uniform(0) | Ranks::Parameters(0)));
+                refuse(none, "share.own.residual.ranks", "is 0, expected at least 1")
+            }
+        }
+    }
+
+    fn check_mix(&self, mix: &MixOptions) -> Result<()> {
+        let sound = (0.0..1.0).contains(&mix.residual_share);
+        let found = format!("is {}, expected from 0 to below 1", mix.residual_share);
+        refuse(!sound, "mix.residual_share", &found)?;
+        refuse(!self.protect.is_empty(), "protect", "a mix removes by scores alone, and protects no block")?;
+        let halves = self.gates.as_ref().is_some_and(|gates| gates.halves);
+        refuse(halves, "gates.halves", "a mix removes whole blocks")?;
+        match mix.total {
+            Total::Share(share) if !(share > 0.0 && share < 1.0) => {
+                Err(Error::recipe("mix.total.share", format!("is {share}, expected above 0 and below 1")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Fails for what this model cannot do; `remove` is the most that will go.
+    pub(super) fn check_model(&self, arch: &Architecture, remove: usize) -> Result<()> {
+        let depth = arch.depth();
+        let unknown = self.protect.iter().find(|&&index| index >= depth);
+        if let Some(&index) = unknown {
+            return Err(in_field("protect", &Error::NoSuchBlock { index, depth }));
+        }
+        let free = self.free(depth);
+        let found = format!("{remove} of {depth} blocks should go, and only {free} may");
+        refuse(remove > free, "target", &found)?;
+        if let Some(limit) = arch.position_limit() {
+            let found = format!("is {}, and the model knows {limit} positions", self.windows.seq_len);
+            refuse(self.windows.seq_len > limit, "windows.seq_len", &found)?;
+        }
+        if let Some(Groups::Explicit(groups)) = self.share.as_ref().map(|share| &share.groups) {
+            let unknown = groups.iter().flatten().find(|&&index| index >= depth);
+            if let Some(&index) = unknown {
+                return Err(in_field("share.groups", &Error::NoSuchBlock { index, depth }));
+            }
+        }
+        let total = arch.parameter_count();
+        if let Some(Groups::Budget { budget: Budget::Parameters(0) | Budget::Bytes(0), .. }) =
+            self.share.as_ref().map(|share| &share.groups)
+        {
+            return Err(Error::recipe("share.groups.budget", "is 0, and a model takes more"));
+        }
+        if let Some(Total::Parameters(most)) = self.mix.map(|mix| mix.total) {
+            let found = format!("is {most}, and the model has {total}: there is nothing to do");
+            refuse(most >= total, "mix.total.parameters", &found)?;
+        }
+        if let Some(heal) = &self.heal {
+            let teacher = heal.losses.need_teacher().then_some(depth);
+            heal.losses.check(depth - remove, teacher).map_err(|error| in_field("heal.losses", &error))?;
+        }
+        Ok(())
+    }
+
+    /// How many blocks the method may choose at most.
+    pub(super) fn free(&self, depth: usize) -> usize {
+        let ends = [0, depth.saturating_sub(1)];
+        let kept = |index: &usize| {
+            self.protect.contains(index) || (self.method == Method::GreedyPerplexity && ends.contains(index))
+        };
+        (0..depth).filter(|index| !kept(index)).count().min(depth.saturating_sub(1))
+    }
+
+    /// How many blocks a goal removes at most.
+    pub(super) fn most_removed(&self, arch: &Architecture, block_bytes: &[u64], bytes: u64) -> Result<usize> {
+        let named = |name: &'static str, target: Target| {
+            target.blocks(arch).map_err(|error| in_field(&format!("target.{name}"), &error))
+        };
+        match self.target {
+            None if self.mix.is_some() => Ok((arch.depth() + 5) / 10),
+            None => Ok(0),
+            Some(Goal::Rate(rate)) => named("rate", Target::Rate(rate)),
+            Some(Goal::Blocks(count)) => named("blocks", Target::Blocks(count)),
+            Some(Goal::Parameters(most)) => named("parameters", Target::Parameters(most)),
+            Some(Goal::Bytes(most)) => blocks_for_bytes(block_bytes, bytes, most),
+            Some(Goal::NllIncrease(_)) => Ok(self.free(arch.depth())),
+        }
+    }
+}
+
+/// The number of blocks that leave at most `most` of `bytes`, whichever they are.
+fn blocks_for_bytes(block_bytes: &[u64], bytes: u64, most: u64) -> Result<usize> {
+    let mut smallest_first = block_bytes.to_vec();
+    smallest_first.sort_unstable();
+    // One block has to stay.
+    smallest_first.pop();
+    let (mut left, mut count) = (bytes, 0);
+    for block in smallest_first {
+        if left <= most {
+            break;
+        }
+        left -= block;
+        count += 1;
+    }
+    let found = format!("is {most}, expected at least {left}, with one block left");
+    refuse(left > most, "target.bytes", &found)?;
+    Ok(count)
+}
+
+fn in_field(field: &str, error: &Error) -> Error {
+    Error::recipe(field, error.to_string())
+}
+
+fn refuse(wrong: bool, field: impl Into<String>, reason: &str) -> Result<()> {
+    if wrong { Err(Error::recipe(field, reason)) } else { Ok(()) }
+}

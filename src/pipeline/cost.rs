@@ -1,0 +1,128 @@
+//! How much work a stage is: blocks computed on a window, and heads.
+
+use super::inputs::Inputs;
+use super::recipe::Goal;
+use crate::heal::Budget;
+use crate::importance::Method;
+use crate::plan::{Donor, Groups};
+
+/// Work in passes of one window through one block, forwards, and through the head.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(super) struct Cost {
+    pub blocks: f64,
+    pub heads: f64,
+    /// Seconds that were asked for, where the work is told by time.
+    pub seconds: f64,
+}
+
+impl Cost {
+    fn of(blocks: f64, heads: f64) -> Self {
+        Self { blocks, heads, seconds: 0.0 }
+    }
+
+    fn times(self, count: f64) -> Self {
+        Self { blocks: self.blocks * count, heads: self.heads * count, seconds: self.seconds * count }
+    }
+
+    fn and(self, other: Self) -> Self {
+        Self {
+            blocks: self.blocks + other.blocks,
+            heads: self.heads + other.heads,
+            seconds: self.seconds + other.seconds,
+        }
+    }
+}
+
+/// One window without each block of `depth` apart: what comes before the block is computed once.
+fn singles(depth: f64) -> Cost {
+    Cost::of(depth * (depth + 1.0) / 2.0, depth)
+}
+
+impl Inputs<'_> {
+    /// Scoring, by formula; of the search after gates and coupling, its whole budget.
+    pub(super) fn scoring_cost(&self) -> Cost {
+        let (depth, windows) = (self.depth() as f64, self.calibration.len() as f64);
+        let options = self.method_options();
+        let gates = |gates: &crate::importance::Gates| {
+            let walks = (gates.steps * gates.batch) as f64;
+            Cost::of(3.0 * walks * depth, walks)
+        };
+        match self.recipe.method {
+            Method::BlockInfluence | Method::Angular => Cost::of(windows * depth, 0.0),
+            Method::Perplexity => singles(depth).times(windows),
+            Method::GreedyPerplexity | Method::MacroInfluence => {
+                let round = |gone: usize| singles(depth - gone as f64);
+                let rounds = (0..self.remove.max(1)).map(round);
+                rounds.fold(Cost::of(depth, 0.0), Cost::and).times(windows)
+            }
+            Method::Taylor => Cost::of(4.0 * windows * depth, windows),
+            Method::Random => Cost::default(),
+            Method::Gates => gates(&options.gates),
+            Method::Coupling => {
+                let searched = (options.coupling.search_windows as f64).min(windows);
+                let pairs = depth * (depth - 1.0) / 2.0;
+                let coupling = Cost::of(pairs * depth / 3.0, pairs).times(searched);
+                let all = singles(depth).times(windows);
+                let budget = options.coupling.budget_block_runs;
+                let search = Cost::of(budget, budget / depth);
+                let rounds = (windows / searched).log2().ceil();
+                let finals = (options.coupling.finalists as f64) * searched * rounds;
+                let finals = Cost::of(finals * depth, finals);
+                let search = if self.remove > 0 { search.and(finals) } else { Cost::default() };
+                coupling.and(all).and(gates(&options.coupling.gates)).and(search)
+            }
+        }
+    }
+
+    /// Planning: every neighbour tied at every step, at half the depth each, where ties are measured.
+    pub(super) fn planning_cost(&self) -> Cost {
+        let (depth, windows) = (self.depth() as f64, self.calibration.len() as f64);
+        let whole = Cost::of(depth, 1.0).times(windows);
+        if let Some(Goal::NllIncrease(_)) = self.recipe.target {
+            return singles(depth).times(windows);
+        }
+        let left = depth - self.remove as f64;
+        let candidates = |donor| if donor == Donor::Best { 3.0 } else { 1.0 };
+        let ties = |donor| whole.times(left * left / 4.0 * candidates(donor));
+        if let Some(mix) = &self.recipe.mix {
+            let (removed, shares) = self.proportions();
+            let tried = if mix.search { (removed.len() * shares.len()) as f64 } else { 1.0 };
+            return ties(mix.donor).and(whole.times(4.0)).times(tried);
+        }
+        match &self.recipe.share {
+            Some(share) if matches!(share.groups, Groups::Budget { .. }) => ties(share.donor),
+            Some(share) if share.donor == Donor::Best => whole.times(left),
+            _ => Cost::default(),
+        }
+    }
+
+    /// Folding: where starts are fitted, every block runs as it was and as it is.
+    pub(super) fn folding_cost(&self) -> Cost {
+        let fitted = self.recipe.mix.is_some()
+            || self.recipe.share.as_ref().is_some_and(|share| share.own.needs_windows());
+        let runs = if fitted { 2 * self.depth() * self.calibration.len() } else { 0 };
+        Cost::of(runs as f64, 0.0)
+    }
+
+    /// Healing: the student forward, forward again and back; the teacher forward; held-out windows.
+    pub(super) fn healing_cost(&self) -> Cost {
+        let (Some(heal), Some((train, choosing))) = (self.heal(), &self.healing) else { return Cost::default() };
+        if let Budget::Minutes(minutes) = heal.budget {
+            return Cost { seconds: minutes * 60.0, ..Cost::default() };
+        }
+        let steps = heal.steps(train.seq_len()).unwrap_or_default() as f64;
+        let (depth, left) = (self.depth() as f64, (self.depth() - self.remove) as f64);
+        let teacher = if heal.losses.need_teacher() { Cost::of(depth, 1.0) } else { Cost::default() };
+        let step = Cost::of(4.0 * left, 3.0).and(teacher).times(heal.batch as f64);
+        let evaluations = (steps / heal.evaluate_every as f64).ceil() + 1.0;
+        step.times(steps).and(Cost::of(left, 1.0).times(evaluations * choosing.len() as f64))
+    }
+
+    /// One evaluation of a model of so many blocks; of a text, four characters are taken for a token.
+    pub(super) fn evaluation_cost(&self, blocks: usize) -> Cost {
+        let characters = self.tasks.iter().flat_map(|task| &task.items).flat_map(|item| &item.choices);
+        let characters: usize = characters.map(|choice| choice.context.len() + choice.continuation.len()).sum();
+        let tasks = characters as f64 / 4.0 / self.evaluation.seq_len() as f64;
+        Cost::of(blocks as f64, 1.0).times(self.evaluation.len() as f64 + tasks)
+    }
+}

@@ -1,0 +1,144 @@
+//! What a compression works on, opened and checked, and the hashes of what each stage depends on.
+
+use serde::Serialize;
+
+use super::recipe::Recipe;
+use super::stage::Stage;
+use super::work::{Key, Work};
+use crate::checkpoint::Checkpoint;
+use crate::data::{Tokenizer, Windows};
+use crate::error::{Error, Result};
+use crate::eval::Task;
+use crate::heal::{Heal, hold_out};
+use crate::importance::MethodOptions;
+use crate::progress::Observer;
+
+/// All that is known before a model is in memory.
+#[derive(Debug)]
+pub(super) struct Inputs<'a> {
+    pub recipe: &'a Recipe,
+    pub checkpoint: Checkpoint,
+    pub model_sha256: String,
+    pub tokenizer: Tokenizer,
+    /// Windows that calibrate, and those that evaluate.
+    pub calibration: Windows,
+    pub evaluation: Windows,
+    /// Windows to heal on, and those that choose the weights that are kept.
+    pub healing: Option<(Windows, Windows)>,
+    pub tasks: Vec<Task>,
+    /// How many blocks the method chooses: what is removed, or at most removed.
+    pub remove: usize,
+    pub work: Work,
+}
+
+/// The key of every stage's result, each made of those before it.
+#[derive(Debug, Clone)]
+pub(super) struct Keys {
+    /// Absent where nothing may be removed.
+    pub score: Option<Key>,
+    pub plan: Key,
+    /// Absent where nothing is healed.
+    pub heal: Option<Key>,
+    /// The dense model's evaluation, that of the folded one before it is healed, that of the result.
+    pub dense: Key,
+    pub folded: Key,
+    pub evaluate: Key,
+    pub save: Key,
+}
+
+impl<'a> Inputs<'a> {
+    /// Opens and checks everything that can be checked before there is any work.
+    pub(super) fn open(recipe: &'a Recipe, observer: &mut dyn Observer) -> Result<Self> {
+        recipe.check()?;
+        let checkpoint = Checkpoint::open(&recipe.model)?;
+        let arch = checkpoint.architecture();
+        let remove = recipe.most_removed(arch, &checkpoint.block_bytes(), checkpoint.tensor_bytes())?;
+        recipe.check_model(arch, remove)?;
+        let tasks = recipe.tasks.iter().map(|path| Task::read(path, recipe.task_items));
+        let tasks = tasks.collect::<Result<Vec<_>>>()?;
+        let twice = tasks.iter().enumerate().find(|(place, task)| {
+            tasks.iter().take(*place).any(|other| other.name == task.name)
+        });
+        if let Some((_, task)) = twice {
+            return Err(Error::recipe("tasks", format!("two files are called {}", task.name)));
+        }
+        let text = std::fs::read_to_string(&recipe.text).map_err(Error::io("read", &recipe.text))?;
+        let (tokenizer, cut) = (checkpoint.tokenizer()?, &recipe.windows);
+        let (first, evaluation) =
+            Windows::split_from_text(&tokenizer, &text, cut.seq_len, Some(cut.evaluate), cut.bos)?;
+        let healing = recipe.heal.as_ref().map(|_| hold_out(&first)).transpose();
+        let healing = healing.map_err(|error| Error::recipe("heal", error.to_string()))?;
+        let calibration = first.spread(cut.calibrate)?;
+        let model_sha256 = checkpoint.sha256(observer)?;
+        let work = Work(recipe.work_directory());
+        Ok(Self {
+            recipe,
+            checkpoint,
+            model_sha256,
+            tokenizer,
+            calibration,
+            evaluation,
+            healing,
+            tasks,
+            remove,
+            work,
+        })
+    }
+
+    /// What the method is told, but for its files.
+    pub(super) fn method_options(&self) -> MethodOptions {
+        let mut options = MethodOptions::default();
+        options.remove = self.remove;
+        options.protected.clone_from(&self.recipe.protect);
+        options.seed = self.recipe.seed;
+        if let Some(gates) = &self.recipe.gates {
+            options.gates = gates.clone();
+        }
+        if let Some(coupling) = &self.recipe.coupling {
+            options.coupling = coupling.clone();
+        }
+        options
+    }
+
+    /// The healing with the recipe's seed.
+    pub(super) fn heal(&self) -> Option<Heal> {
+        let heal = self.recipe.heal.clone()?;
+        Some(Heal { seed: self.recipe.seed, ..heal })
+    }
+
+    /// What tells this model from others.
+    pub(super) fn model(&self) -> impl Serialize {
+        (self.model_sha256.clone(), self.checkpoint.config().clone())
+    }
+
+    pub(super) fn keys(&self) -> Result<Keys> {
+        let recipe = self.recipe;
+        let calibration = (self.calibration.ids_sha256(), self.calibration.bos());
+        let score = (self.remove > 0).then(|| {
+            let options = recipe.method.relevant(&self.method_options());
+            Key::of(Stage::Score.name(), &(self.model(), recipe.dtype, &calibration, recipe.method, options))
+        });
+        let score = score.transpose()?;
+        let asked = (recipe.target, &recipe.protect, &recipe.share, recipe.mix);
+        let plan = Key::of(Stage::Plan.name(), &(self.model(), &score, asked, &calibration))?;
+        let heal = self.healing.as_ref().zip(self.heal()).map(|((train, choosing), heal)| {
+            Key::of(Stage::Heal.name(), &(&plan, heal, train.ids_sha256(), choosing.ids_sha256()))
+        });
+        let heal = heal.transpose()?;
+        let items = self.tasks.iter().map(|task| (&task.name, format!("{:?}", task.items)));
+        let tokenizer = (!self.tasks.is_empty()).then(|| self.tokenizer.to_json()).transpose()?;
+        let questions = (self.evaluation.ids_sha256(), items.collect::<Vec<_>>(), tokenizer);
+        let evaluate = |weights: &Key| Key::of(Stage::Evaluate.name(), &(weights, &questions));
+        let weights = heal.as_ref().unwrap_or(&plan);
+        let out = std::path::absolute(&recipe.out).map_err(Error::io("find", &recipe.out))?;
+        Ok(Keys {
+            dense: Key::of(Stage::Evaluate.name(), &(self.model(), &questions))?,
+            folded: evaluate(&plan)?,
+            evaluate: evaluate(weights)?,
+            save: Key::of(Stage::Save.name(), &(weights, recipe.format, out))?,
+            score,
+            plan,
+            heal,
+        })
+    }
+}

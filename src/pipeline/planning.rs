@@ -1,0 +1,167 @@
+//! From scores to a plan, by what a recipe asks for.
+
+use serde::{Deserialize, Serialize};
+
+use super::inputs::Inputs;
+use super::recipe::{Goal, MixOptions, Recipe, Total};
+use super::report::Tried;
+use crate::error::{Error, Result};
+use crate::importance::{Scores, losses_without};
+use crate::mix::{Candidate, Mix, search_mixes};
+use crate::model::{Decoder, Unit};
+use crate::plan::{Plan, PlanBuilder, Target};
+use crate::progress::Observer;
+
+/// A plan, and the mixes that it was chosen from, where there were any.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct Planned {
+    pub plan: Plan,
+    pub mixes: Vec<Tried>,
+}
+
+impl Inputs<'_> {
+    /// What goes and what is shared.
+    pub(super) fn decide(
+        &self,
+        dense: &Decoder,
+        scores: Option<&Scores>,
+        observer: &mut dyn Observer,
+    ) -> Result<Planned> {
+        let mut planned = match (self.recipe.mix, scores) {
+            (Some(mix), Some(scores)) => self.mixed(&mix, dense, scores, observer)?,
+            _ => Planned { plan: self.removed_and_shared(dense, scores, observer)?, mixes: Vec::new() },
+        };
+        planned.plan = planned.plan.for_model(&self.model_sha256);
+        Ok(planned)
+    }
+
+    fn removed_and_shared(
+        &self,
+        dense: &Decoder,
+        scores: Option<&Scores>,
+        observer: &mut dyn Observer,
+    ) -> Result<Plan> {
+        let builder = match (self.recipe.target, scores) {
+            (Some(Goal::NllIncrease(limit)), Some(scores)) => {
+                let scores = self.within(limit, dense, scores, observer)?;
+                let count = scores.chosen.as_ref().map_or(0, Vec::len);
+                self.recipe.builder(Target::Blocks(count), Some(&scores))
+            }
+            (Some(goal), scores) => self.recipe.builder(self.target(goal), scores),
+            (None, _) => self.recipe.builder(Target::Blocks(0), None),
+        };
+        builder.measure(dense, &self.calibration, observer)
+    }
+
+    /// A goal as a plan knows it.
+    pub(super) fn target(&self, goal: Goal) -> Target {
+        match goal {
+            Goal::Rate(rate) => Target::Rate(rate),
+            Goal::Parameters(most) => Target::Parameters(most),
+            Goal::Blocks(_) | Goal::Bytes(_) | Goal::NllIncrease(_) => Target::Blocks(self.remove),
+        }
+    }
+
+    /// The scores with the longest beginning of their order chosen whose removal costs at most `limit`.
+    fn within(
+        &self,
+        limit: f64,
+        dense: &Decoder,
+        scores: &Scores,
+        observer: &mut dyn Observer,
+    ) -> Result<Scores> {
+        let protected = |unit: &Unit| self.recipe.protect.contains(&unit.block);
+        let ascending = scores.ascending().into_iter().filter(|unit| !protected(unit));
+        let by_scores = || ascending.map(|unit| unit.block).take(self.remove).collect();
+        let order: Vec<usize> = scores.chosen.clone().unwrap_or_else(by_scores);
+        let sets: Vec<Vec<usize>> =
+            (0..=order.len()).map(|count| order.iter().take(count).copied().collect()).collect();
+        let losses = losses_without(dense, &self.calibration, &sets, observer)?;
+        let base = losses.first().copied().unwrap_or(f64::NAN);
+        let count = losses.iter().rposition(|loss| *loss <= base + limit).unwrap_or(0);
+        if count == 0 {
+            let least = losses.get(1).map_or(f64::NAN, |loss| loss - base);
+            let reason = format!("is {limit}, and the first block to go costs {least:.4} nats per token");
+            return Err(Error::recipe("target.nll-increase", reason));
+        }
+        Ok(Scores { chosen: sets.into_iter().nth(count), ..scores.clone() })
+    }
+
+    /// Removal first, then sharing, then rank: once, or in several proportions.
+    fn mixed(
+        &self,
+        options: &MixOptions,
+        dense: &Decoder,
+        scores: &Scores,
+        observer: &mut dyn Observer,
+    ) -> Result<Planned> {
+        let mut mix = Mix::new(self.total(options));
+        (mix.removed, mix.residual_share, mix.donor) = (self.remove, options.residual_share, options.donor);
+        if !options.search {
+            let plan = mix.plan(dense, scores, &self.calibration, observer)?;
+            return Ok(Planned { plan, mixes: Vec::new() });
+        }
+        let (removed, shares) = self.proportions();
+        let front =
+            search_mixes(dense, scores, &mix.variants(&removed, &shares), &self.calibration, observer)?;
+        let mixes = front.iter().map(Tried::from).collect();
+        let none = || Error::recipe("mix.total", "no mix meets it");
+        Ok(Planned { plan: front.into_iter().next_back().ok_or_else(none)?.plan, mixes })
+    }
+
+    /// The parameters that a mix may have.
+    pub(super) fn total(&self, options: &MixOptions) -> usize {
+        match options.total {
+            Total::Parameters(most) => most,
+            Total::Share(share) => {
+                (share * self.checkpoint.architecture().parameter_count() as f64) as usize
+            }
+        }
+    }
+
+    /// The numbers of removed blocks and the shares for residuals that a search tries.
+    pub(super) fn proportions(&self) -> (Vec<usize>, Vec<f64>) {
+        let most = self.remove;
+        let mut removed = vec![0, most.div_ceil(2), most, (2 * most).min(self.recipe.free(self.depth()))];
+        removed.dedup();
+        (removed, vec![0.0, 0.05, 0.15])
+    }
+
+    /// The blocks of the dense model.
+    pub(super) fn depth(&self) -> usize {
+        self.checkpoint.architecture().depth()
+    }
+}
+
+impl Recipe {
+    /// The plan in the making: also where only its size is asked for.
+    pub(super) fn builder(&self, target: Target, scores: Option<&Scores>) -> PlanBuilder {
+        let mut builder = Plan::builder().protect(&self.protect);
+        if let Some(scores) = scores {
+            builder = builder.remove(target, scores);
+        }
+        let Some(share) = &self.share else { return builder };
+        builder = builder.share(share.groups.clone()).donor(share.donor);
+        if !share.own.norms {
+            builder = builder.share_norms();
+        }
+        if let Some(start) = share.own.scales {
+            builder = builder.scales(start);
+        }
+        match share.own.residual {
+            Some(residual) => builder.residual(residual.ranks, residual.start),
+            None => builder,
+        }
+    }
+}
+
+impl From<&Candidate> for Tried {
+    fn from(candidate: &Candidate) -> Self {
+        Self {
+            parameters: candidate.parameters,
+            loss: candidate.loss,
+            removed: candidate.plan.removed().len(),
+            residual_share: candidate.mix.residual_share,
+        }
+    }
+}

@@ -1,0 +1,260 @@
+//! What a compression is told, as data.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::DType;
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::Format;
+use crate::data::Bos;
+use crate::error::{Error, Result};
+use crate::heal::Heal;
+use crate::importance::{Gates, GatesWithCoupling, Method};
+use crate::plan::{Donor, Groups, Own};
+
+/// All that a compression is told. A TOML or JSON file of these fields is a recipe; what it leaves out is as it is by
+/// default, and what it has besides is refused. Paths are taken from the current directory.
+///
+/// ```
+/// use foldgpt::Recipe;
+/// use foldgpt::pipeline::Goal;
+///
+/// let recipe = Recipe::from_toml(r#"
+///     model = "org/name"
+///     text = "stories.txt"
+///     out = "smaller"
+///     target = { rate = 0.2 }
+///     max_nll_increase = 0.25
+///
+///     [heal]
+///     budget = { steps = 200 }
+/// "#)?;
+/// assert_eq!(recipe.target, Some(Goal::Rate(0.2)));
+/// # Ok::<(), foldgpt::Error>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
+pub struct Recipe {
+    /// A directory in the Hugging Face layout, a GGUF file, or a hub id (`org/name`, feature `hub`).
+    pub model: String,
+    /// A plain text: its first 80 % calibrate and heal, its last 20 % evaluate.
+    pub text: PathBuf,
+    /// The directory to write, new or empty.
+    pub out: PathBuf,
+    /// Where every stage keeps its result; beside `out`, with `.work` after its name, where absent.
+    pub work: Option<PathBuf>,
+    /// Seed of everything drawn.
+    pub seed: u64,
+    /// What blocks are scored in. All else is computed in f32.
+    pub dtype: Precision,
+    /// How the text is cut.
+    pub windows: WindowOptions,
+    /// How blocks are scored; by gates with coupling where absent.
+    pub method: Method,
+    /// Options of the method `gates`; what to remove and protect, and the seed, are the recipe's own.
+    pub gates: Option<Gates>,
+    /// Options of the method `coupling`, likewise.
+    pub coupling: Option<GatesWithCoupling>,
+    /// How much is removed. Nothing where absent, but for what `mix` removes.
+    pub target: Option<Goal>,
+    /// Blocks that stay, by index from 0.
+    pub protect: Vec<usize>,
+    /// What the blocks that stay share.
+    pub share: Option<Share>,
+    /// A total to be met by removal first, then sharing, then rank. `target` is then the most that is removed; a tenth
+    /// of the blocks where absent.
+    pub mix: Option<MixOptions>,
+    /// How the rest is healed; not at all where absent. Its seed is the recipe's.
+    pub heal: Option<Heal>,
+    /// The quality gate: by how much the loss on the evaluation windows may be above that of the dense model, in nats
+    /// per token. Above it nothing is saved.
+    pub max_nll_increase: Option<f64>,
+    /// Files of tasks, JSON Lines, to be answered before and after.
+    pub tasks: Vec<PathBuf>,
+    /// Items of each task, at most.
+    pub task_items: Option<usize>,
+    /// How a model whose blocks share is written.
+    pub format: Format,
+}
+
+/// What blocks are scored in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Precision {
+    /// As everything else.
+    #[default]
+    F32,
+    /// Half the memory, and less time on CPUs with AVX-512 bf16; the f32 model is in memory beside it.
+    Bf16,
+}
+
+/// How the text is cut into windows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
+pub struct WindowOptions {
+    /// Tokens in each window.
+    pub seq_len: usize,
+    /// Whether windows begin with the begin-of-text token.
+    pub bos: Bos,
+    /// Windows that calibrate, at most, spread over the first 80 %. Healing trains on all that there are.
+    pub calibrate: usize,
+    /// Windows that evaluate, at most, the first of the last 20 %.
+    pub evaluate: usize,
+}
+
+impl Default for WindowOptions {
+    fn default() -> Self {
+        Self { seq_len: 512, bos: Bos::Auto, calibrate: 16, evaluate: 32 }
+    }
+}
+
+/// How much is removed.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Goal {
+    /// This share of the blocks, from 0 to below 1, rounded to the nearest number.
+    Rate(f64),
+    /// This many blocks.
+    Blocks(usize),
+    /// As few blocks as leave at most this many parameters.
+    Parameters(usize),
+    /// As few blocks as leave at most this many bytes of tensors as they are stored now.
+    Bytes(u64),
+    /// As many blocks as can go, in the order of their scores, with a loss that is at most this much higher on the
+    /// calibration windows, in nats per token, before any healing. Where the recipe sets no quality gate, this is the
+    /// gate too.
+    NllIncrease(f64),
+}
+
+/// What the blocks that stay share.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct Share {
+    /// Which blocks.
+    pub groups: Groups,
+    /// Whose matrices they use; means where absent.
+    #[serde(default = "mean")]
+    pub donor: Donor,
+    /// What each keeps for itself; its norms where absent.
+    #[serde(default)]
+    pub own: Own,
+}
+
+impl Share {
+    /// These blocks share the means of their matrices, and keep their norms.
+    #[must_use]
+    pub fn new(groups: Groups) -> Self {
+        Self { groups, donor: mean(), own: Own::default() }
+    }
+}
+
+fn mean() -> Donor {
+    Donor::Mean
+}
+
+/// A total that removal, sharing and rank meet together, as a [`Mix`](crate::Mix) does.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct MixOptions {
+    /// The total.
+    pub total: Total,
+    /// The share of it that is kept for residuals, from 0 to below 1; 0.05 where absent.
+    #[serde(default = "residual_share")]
+    pub residual_share: f64,
+    /// Whose matrices tied blocks use; means where absent.
+    #[serde(default = "mean")]
+    pub donor: Donor,
+    /// Whether mixes in several proportions are tried, and the one of the lowest loss is taken.
+    #[serde(default)]
+    pub search: bool,
+}
+
+impl MixOptions {
+    /// One mix of the usual proportions.
+    #[must_use]
+    pub fn new(total: Total) -> Self {
+        Self { total, residual_share: residual_share(), donor: mean(), search: false }
+    }
+}
+
+fn residual_share() -> f64 {
+    0.05
+}
+
+/// What a whole model may take.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Total {
+    /// This share of the dense model's parameters, above 0 and below 1.
+    Share(f64),
+    /// This many parameters.
+    Parameters(usize),
+}
+
+impl Precision {
+    pub(super) fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+        }
+    }
+}
+
+impl Recipe {
+    /// Reads a recipe from a file: JSON where its name ends in `.json`, else TOML.
+    ///
+    /// # Errors
+    /// A file that cannot be read or is no recipe.
+    pub fn read(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+        let json = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("json"));
+        let recipe = if json { Self::from_json(&text) } else { Self::from_toml(&text) };
+        recipe.map_err(|error| Error::format(path, error.to_string()))
+    }
+
+    /// Reads a recipe from TOML.
+    ///
+    /// # Errors
+    /// [`Error::Recipe`] for text that is none, with the field that is not known.
+    pub fn from_toml(text: &str) -> Result<Self> {
+        toml::from_str(text).map_err(|error| unreadable(&error))
+    }
+
+    /// Reads a recipe from JSON.
+    ///
+    /// # Errors
+    /// As [`from_toml`](Self::from_toml).
+    pub fn from_json(text: &str) -> Result<Self> {
+        serde_json::from_str(text).map_err(|error| unreadable(&error))
+    }
+
+    /// The directory where stages keep their results.
+    #[must_use]
+    pub fn work_directory(&self) -> PathBuf {
+        self.work.clone().unwrap_or_else(|| {
+            let mut name = self.out.file_name().unwrap_or_default().to_owned();
+            name.push(".work");
+            self.out.with_file_name(name)
+        })
+    }
+
+    /// The greatest increase of the loss that lets the model be saved.
+    pub(super) fn gate(&self) -> Option<f64> {
+        self.max_nll_increase.or(match self.target {
+            Some(Goal::NllIncrease(limit)) => Some(limit),
+            _ => None,
+        })
+    }
+}
+
+fn unreadable(error: &dyn std::fmt::Display) -> Error {
+    Error::Recipe { field: None, reason: error.to_string() }
+}

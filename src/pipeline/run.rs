@@ -1,0 +1,289 @@
+//! The stages, one after the other, each only where its result is not known.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Instant;
+
+use candle_core::{DType, Device};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::inputs::{Inputs, Keys};
+use super::planning::Planned;
+use super::recipe::{Precision, Recipe};
+use super::report::{Measured, Report, SavedRecord};
+use super::stage::Stage;
+use super::work::Key;
+use crate::checkpoint::{Checkpoint, Format, SaveOptions, check_destination};
+use crate::error::{Error, Result};
+use crate::eval::{accuracy, perplexity};
+use crate::fold::fold_on;
+use crate::heal::{HealReport, Teacher};
+use crate::importance::Scores;
+use crate::model::Decoder;
+use crate::plan::{Calibration, Plan};
+use crate::progress::{self, Observer};
+
+/// A compression that runs. Models are read and made when a stage needs them.
+pub(super) struct Run<'a> {
+    inputs: Inputs<'a>,
+    keys: Keys,
+    dense: Option<Decoder>,
+    folded: Option<Decoder>,
+    result: Option<Decoder>,
+    ran: BTreeSet<Stage>,
+}
+
+impl<'a> Run<'a> {
+    /// Opens and checks everything; the destination is new, or what this very recipe has written.
+    pub(super) fn open(recipe: &'a Recipe, observer: &mut dyn Observer) -> Result<Self> {
+        // Once without having read anything, so that a long run does not end with a refusal.
+        recipe.check()?;
+        let inputs = Inputs::open(recipe, observer)?;
+        let keys = inputs.keys()?;
+        if inputs.saved(&keys, observer)?.is_none() {
+            check_destination(&recipe.out)?;
+        }
+        Ok(Self { inputs, keys, dense: None, folded: None, result: None, ran: BTreeSet::new() })
+    }
+
+    pub(super) fn finish(mut self, observer: &mut dyn Observer) -> Result<Report> {
+        let scores = self.score(observer)?;
+        let key = self.keys.plan.clone();
+        let planned = self.stage(Stage::Plan, PLAN, &key, observer, |run, observer| {
+            let dense = run.dense(observer)?;
+            run.inputs.decide(&dense, scores.as_ref(), observer)
+        })?;
+        let Planned { plan, mixes } = planned;
+        let heal = self.heal(&plan, observer)?;
+
+        let Keys { dense, folded, evaluate, .. } = self.keys.clone();
+        let dense = self.measured(&dense, observer, |run, observer| run.dense(observer))?;
+        let folded = heal
+            .is_some()
+            .then(|| self.measured(&folded, observer, |run, observer| run.folded(&plan, observer)));
+        let folded = folded.transpose()?;
+        let compressed = self.measured(&evaluate, observer, |run, observer| run.result(&plan, observer))?;
+        self.check_gate(&dense, &compressed)?;
+
+        let saved = self.save(&plan, observer)?;
+        let inputs = &self.inputs;
+        let report = Report {
+            version: env!("CARGO_PKG_VERSION").into(),
+            recipe: inputs.recipe.clone(),
+            model_sha256: inputs.model_sha256.clone(),
+            saved_sha256: saved.weights_sha256,
+            calibration: Calibration::from(&inputs.calibration),
+            dense,
+            folded,
+            compressed,
+            dense_bytes: inputs.checkpoint.tensor_bytes(),
+            saved_bytes: saved.tensor_bytes,
+            plan,
+            mixes,
+            heal,
+            ran: self.ran.into_iter().collect(),
+        };
+        inputs.work.keep("report", &self.keys.save, &report)?;
+        Ok(report)
+    }
+
+    /// The result of a stage: the one that is known, or what `make` makes now.
+    fn stage<T: Serialize + DeserializeOwned>(
+        &mut self,
+        stage: Stage,
+        name: &str,
+        key: &Key,
+        observer: &mut dyn Observer,
+        make: impl FnOnce(&mut Self, &mut dyn Observer) -> Result<T>,
+    ) -> Result<T> {
+        if let Some(known) = self.inputs.work.known(name, key)? {
+            return Ok(known);
+        }
+        self.begin(stage, observer, |run, observer| {
+            let made = make(run, observer)?;
+            run.inputs.work.keep(name, key, &made)?;
+            Ok(made)
+        })
+    }
+
+    /// Runs a stage, and notes that it ran.
+    fn begin<T>(
+        &mut self,
+        stage: Stage,
+        observer: &mut dyn Observer,
+        make: impl FnOnce(&mut Self, &mut dyn Observer) -> Result<T>,
+    ) -> Result<T> {
+        self.ran.insert(stage);
+        progress::stage(stage.observed(), 1, observer, |observer| {
+            let made = make(self, observer)?;
+            progress::advance(stage.observed(), 1, 1, observer)?;
+            Ok(made)
+        })
+    }
+
+    fn score(&mut self, observer: &mut dyn Observer) -> Result<Option<Scores>> {
+        let Some(key) = self.keys.score.clone() else { return Ok(None) };
+        let scores = self.stage(Stage::Score, SCORES, &key, observer, |run, observer| {
+            let dense = run.dense(observer)?;
+            let inputs = &run.inputs;
+            let scored = match inputs.recipe.dtype {
+                Precision::F32 => dense,
+                other => dense.to_dtype(other.dtype())?,
+            };
+            let method = inputs.recipe.method;
+            let mut options = inputs.method_options();
+            options.gates_file = Some(inputs.work.new_path("gates", &key, ".json")?);
+            // What was measured of sets of blocks serves other numbers and windows too.
+            let values = Key::of(method.name(), &(inputs.model(), inputs.recipe.dtype))?;
+            options.values_file = Some(inputs.work.new_path(method.name(), &values, ".jsonl")?);
+            method.build(&options).score(&scored, &inputs.calibration, observer)
+        })?;
+        Ok(Some(scores))
+    }
+
+    /// Heals, and keeps the weights as a checkpoint beside the report; its state is kept until then.
+    fn heal(&mut self, plan: &Plan, observer: &mut dyn Observer) -> Result<Option<HealReport>> {
+        let (Some(key), Some(mut heal)) = (self.keys.heal.clone(), self.inputs.heal()) else {
+            return Ok(None);
+        };
+        let weights = self.inputs.work.path(HEALED, &key, "");
+        if let Some(report) = self.inputs.work.known(HEALED, &key)?.filter(|_| weights.exists()) {
+            return Ok(Some(report));
+        }
+        let folded = self.folded(plan, observer)?;
+        let dense = self.dense(observer)?;
+        let state = self.inputs.work.new_path("healing", &key, ".safetensors")?;
+        heal.state_file = Some(state.clone());
+        heal.log_file = Some(self.inputs.work.path("healing", &key, ".jsonl"));
+        let report = self.begin(Stage::Heal, observer, |run, observer| {
+            let Some((train, choosing)) = &run.inputs.healing else {
+                return Err(Error::recipe("heal", "there are no windows to heal on"));
+            };
+            let teacher = heal.losses.need_teacher().then_some(Teacher::Model(&dense));
+            let healed = heal.run(&folded, train, Some(choosing), teacher, observer)?;
+            // Whole where it exists: a run that was killed right after it was written left it.
+            if !weights.exists() {
+                let compact = SaveOptions::from(Format::Compact);
+                run.inputs.checkpoint.save(&healed.decoder, None, &weights, &compact, observer)?;
+            }
+            run.inputs.work.keep(HEALED, &key, &healed.report)?;
+            run.result = Some(healed.decoder);
+            Ok(healed.report)
+        })?;
+        if state.exists() {
+            std::fs::remove_file(&state).map_err(Error::io("remove", &state))?;
+        }
+        Ok(Some(report))
+    }
+
+    /// The numbers of a model on what evaluates.
+    fn measured(
+        &mut self,
+        key: &Key,
+        observer: &mut dyn Observer,
+        decoder: impl FnOnce(&mut Self, &mut dyn Observer) -> Result<Decoder>,
+    ) -> Result<Measured> {
+        if let Some(known) = self.inputs.work.known(EVALUATION, key)? {
+            return Ok(known);
+        }
+        // Folding is a stage of its own, and no part of this one.
+        let decoder = decoder(self, observer)?;
+        self.stage(Stage::Evaluate, EVALUATION, key, observer, |run, observer| {
+            let inputs = &run.inputs;
+            let start = Instant::now();
+            let perplexity = perplexity(&decoder, &inputs.evaluation, observer)?;
+            let seconds = start.elapsed().as_secs_f64();
+            let answer = |task: &crate::eval::Task| {
+                Ok((task.name.clone(), accuracy(&decoder, &inputs.tokenizer, task, &mut *observer)?))
+            };
+            let tasks = inputs.tasks.iter().map(answer).collect::<Result<BTreeMap<_, _>>>()?;
+            let (blocks, parameters) = (decoder.depth(), decoder.parameter_count());
+            Ok(Measured { blocks, parameters, perplexity, seconds, tasks })
+        })
+    }
+
+    /// Fails where more was lost than may be.
+    fn check_gate(&self, dense: &Measured, compressed: &Measured) -> Result<()> {
+        let (dense, compressed) = (dense.perplexity.mean_nll, compressed.perplexity.mean_nll);
+        match self.inputs.recipe.gate() {
+            Some(limit) if compressed - dense > limit => {
+                Err(Error::QualityGate { dense, compressed, limit })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn save(&mut self, plan: &Plan, observer: &mut dyn Observer) -> Result<SavedRecord> {
+        if let Some(saved) = self.inputs.saved(&self.keys, observer)? {
+            return Ok(saved);
+        }
+        let result = self.result(plan, observer)?;
+        let key = self.keys.save.clone();
+        self.begin(Stage::Save, observer, |run, observer| {
+            let Inputs { checkpoint, recipe, work, .. } = &run.inputs;
+            // Adapters that are no part of a matrix after healing are no part of the plan either.
+            let same = plan.architecture(checkpoint.architecture())? == *result.architecture();
+            let options = SaveOptions::from(recipe.format);
+            let saved =
+                checkpoint.save(&result, Some(plan).filter(|_| same), &recipe.out, &options, observer)?;
+            // Not to be cancelled: what is there has to be known as ours.
+            let weights_sha256 = Checkpoint::open(&recipe.out)?.sha256(&mut ())?;
+            let (directory, tensor_bytes) = (saved.directory, saved.tensor_bytes);
+            let record = SavedRecord { directory, tensor_bytes, weights_sha256 };
+            work.keep(SAVED, &key, &record)?;
+            Ok(record)
+        })
+    }
+
+    /// The model as it was, in f32.
+    fn dense(&mut self, observer: &mut dyn Observer) -> Result<Decoder> {
+        if let Some(dense) = &self.dense {
+            return Ok(dense.clone());
+        }
+        let dense = self.inputs.checkpoint.decoder_observed(DType::F32, &Device::Cpu, observer)?;
+        Ok(self.dense.insert(dense).clone())
+    }
+
+    /// The model without what goes, and with what is shared.
+    fn folded(&mut self, plan: &Plan, observer: &mut dyn Observer) -> Result<Decoder> {
+        if let Some(folded) = &self.folded {
+            return Ok(folded.clone());
+        }
+        let dense = self.dense(observer)?;
+        let folded = self.begin(Stage::Fold, observer, |run, observer| {
+            fold_on(&dense, plan, &run.inputs.calibration, observer)
+        })?;
+        Ok(self.folded.insert(folded).clone())
+    }
+
+    /// What will be saved: the healed model, or the folded one.
+    fn result(&mut self, plan: &Plan, observer: &mut dyn Observer) -> Result<Decoder> {
+        if let Some(result) = &self.result {
+            return Ok(result.clone());
+        }
+        let Some(key) = &self.keys.heal else { return self.folded(plan, observer) };
+        let weights = Checkpoint::open(self.inputs.work.path(HEALED, key, ""))?;
+        let healed = weights.decoder_observed(DType::F32, &Device::Cpu, observer)?;
+        let healed = healed.stored_as(self.inputs.checkpoint.narrowest_dtype()).of_origins(&plan.kept())?;
+        Ok(self.result.insert(healed).clone())
+    }
+}
+
+pub(super) const SCORES: &str = "scores";
+pub(super) const PLAN: &str = "plan";
+/// Healed weights, and the report of their healing.
+pub(super) const HEALED: &str = "healed";
+pub(super) const EVALUATION: &str = "evaluation";
+const SAVED: &str = "saved";
+
+impl Inputs<'_> {
+    /// What this recipe has saved, where it is still there.
+    pub(super) fn saved(&self, keys: &Keys, observer: &mut dyn Observer) -> Result<Option<SavedRecord>> {
+        let known: Option<SavedRecord> = self.work.known(SAVED, &keys.save)?;
+        let Some(saved) = known.filter(|saved| saved.directory.join("config.json").exists()) else {
+            return Ok(None);
+        };
+        let found = Checkpoint::open(&saved.directory)?.sha256(observer)?;
+        Ok(Some(saved).filter(|saved| found == saved.weights_sha256))
+    }
+}
