@@ -21,7 +21,7 @@ use cli::heal::{Distill, Train};
 use cli::work::Work;
 use foldgpt::candle::DType;
 use foldgpt::eval::{Task, accuracy};
-use foldgpt::heal::{HealReport, Teacher};
+use foldgpt::heal::{HealReport, Teacher, hold_out};
 use foldgpt::{Checkpoint, Decoder, Tokenizer, Windows, perplexity};
 use serde::{Deserialize, Serialize};
 
@@ -99,7 +99,7 @@ fn main() -> anyhow::Result<()> {
     let tokenizer = checkpoint.tokenizer()?;
     let (first, held_out) =
         args.window.split(&tokenizer, &cli::read_text(&args.text)?, None, args.eval_windows)?;
-    let (train, choosing) = cli::heal::split(&first)?;
+    let (train, choosing) = hold_out(&first)?;
     let dense = cli::load(&checkpoint, args.dtype.dtype())?;
     let work = open_work(&args, &checkpoint, &tasks, [&train, &choosing, &held_out])?;
     let setting = Setting { args: &args, tokenizer, train, choosing, held_out, tasks, dense, work };

@@ -1,10 +1,11 @@
 //! Makes a model smaller: drops the blocks that matter least together, ties others, heals what is left where that is
-//! asked for, saves, reloads, evaluates.
+//! asked for, evaluates, saves. Every stage is kept, and a rerun does what changed.
 //!
 //! ```text
 //! cargo run --release --example compress -- --model M --text F --remove 0.2 --out DIR
 //! cargo run --release --example compress -- --model M --text F --group-size 2 --rank 8 --format compact --out DIR
 //! cargo run --release --example compress -- --model M --text F --budget-params 0.6 --format compact --out DIR
+//! cargo run --release --example compress -- --recipe FILE.toml --dry-run
 //! ```
 //!
 //! The first 80 % of the text calibrates and heals, the last 20 % evaluates, in f32 whatever the blocks were scored in.
@@ -16,26 +17,36 @@ mod table;
 
 use std::path::PathBuf;
 
-use anyhow::Context;
 use clap::Parser;
-use foldgpt::candle::DType;
-use foldgpt::checkpoint::check_destination;
-use foldgpt::heal::Teacher;
-use foldgpt::{
-    Checkpoint, Decoder, Format, Mix, Plan, SaveOptions, Scores, Target, Windows, fold_on, search_mixes,
-};
+use foldgpt::importance::{Gates, GatesWithCoupling};
+use foldgpt::pipeline::{Precision, Report};
+use foldgpt::{Checkpoint, Compressor, Recipe};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Makes a model smaller: scores its blocks, drops the least important, ties others, saves, reloads, evaluates
+/// Makes a model smaller: scores its blocks, drops the least important, ties others, heals, evaluates, saves
 #[derive(Parser)]
 struct Args {
-    #[command(flatten)]
-    model: cli::ModelArgs,
-    /// Text: its first 80 % calibrate, its last 20 % evaluate
+    /// A recipe, TOML or JSON (*.json), in place of all flags but --work and --dry-run
+    #[arg(long, conflicts_with_all = ["model", "dtype", "text", "method", "TargetArgs", "ScoringArgs", "SharingArgs",
+        "format", "protect", "out", "seed", "windows", "eval_windows", "WindowArgs", "HealArgs", "max_nll_increase"])]
+    recipe: Option<PathBuf>,
+    /// Say what would be done, how long it takes and what comes out, and write nothing
     #[arg(long)]
-    text: PathBuf,
+    dry_run: bool,
+    /// Keep every stage's result in this directory, and do what is not there (by default --out with .work after it)
+    #[arg(long)]
+    work: Option<PathBuf>,
+    /// A directory in the Hugging Face layout, a GGUF file, or a hub id (`org/name`, feature `hub`)
+    #[arg(long, required_unless_present = "recipe")]
+    model: Option<String>,
+    /// What blocks are scored in; bf16 takes, on CPUs with AVX-512 bf16, less time
+    #[arg(long, value_enum, default_value = "f32")]
+    dtype: cli::DtypeArg,
+    /// Text: its first 80 % calibrate, its last 20 % evaluate
+    #[arg(long, required_unless_present = "recipe")]
+    text: Option<PathBuf>,
     /// How blocks are scored and chosen
     #[arg(long, value_enum, default_value_t = cli::Method::Coupling)]
     method: cli::Method,
@@ -52,8 +63,8 @@ struct Args {
     #[arg(long, value_delimiter = ',')]
     protect: Vec<usize>,
     /// The directory to write, new or empty
-    #[arg(long)]
-    out: PathBuf,
+    #[arg(long, required_unless_present = "recipe")]
+    out: Option<PathBuf>,
     /// Seed of everything drawn at random
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -67,54 +78,85 @@ struct Args {
     window: cli::WindowArgs,
     #[command(flatten)]
     heal: cli::heal::HealArgs,
+    /// Save nothing whose loss is higher by more than this, in nats per token
+    #[arg(long)]
+    max_nll_increase: Option<f64>,
 }
 
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
-    let target = args.target.target().unwrap_or(Target::Blocks(0));
-    if args.target.target().is_none() && !args.sharing.any() {
-        anyhow::bail!(
-            "one of --remove, --remove-blocks, --max-params, --group-size and --budget-params is needed"
+    let mut compressor = match &args.recipe {
+        Some(path) => Compressor::read(path)?,
+        None => Compressor::from(recipe(&args)?),
+    };
+    if let Some(work) = args.work.or(args.scoring.state) {
+        compressor = compressor.work(work);
+    }
+    let mut bars = cli::Bars::default();
+    if args.dry_run {
+        println!("{}", compressor.dry_run(&mut bars)?);
+        return Ok(());
+    }
+    print(&compressor.run(&mut bars)?);
+    Ok(())
+}
+
+/// The flags as a recipe.
+fn recipe(args: &Args) -> anyhow::Result<Recipe> {
+    anyhow::ensure!(
+        args.target.goal().is_some() || args.sharing.any(),
+        "one of --remove, --remove-blocks, --max-params, --group-size and --budget-params is needed"
+    );
+    anyhow::ensure!(
+        !args.scoring.halves || args.method == cli::Method::Gates,
+        "--halves is for --method gates"
+    );
+    let mut recipe = Recipe::default();
+    recipe.model = args.model.clone().unwrap_or_default();
+    recipe.text = args.text.clone().unwrap_or_default();
+    recipe.out = args.out.clone().unwrap_or_default();
+    recipe.seed = args.seed;
+    recipe.dtype = match args.dtype {
+        cli::DtypeArg::F32 => Precision::F32,
+        cli::DtypeArg::Bf16 => Precision::Bf16,
+    };
+    let windows = &mut recipe.windows;
+    (windows.seq_len, windows.bos) = (args.window.seq_len, args.window.bos.into());
+    (windows.calibrate, windows.evaluate) = (args.windows, args.eval_windows);
+    recipe.method = args.method.method()?;
+    if args.method == cli::Method::Gates {
+        let mut gates = Gates::default();
+        (gates.halves, gates.steps) = (args.scoring.halves, args.scoring.gate_steps.unwrap_or(gates.steps));
+        recipe.gates = Some(gates);
+    }
+    if let Some(steps) = args.scoring.gate_steps.filter(|_| args.method == cli::Method::Coupling) {
+        let mut coupling = GatesWithCoupling::default();
+        coupling.gates.steps = steps;
+        recipe.coupling = Some(coupling);
+    }
+    recipe.target = args.target.goal();
+    recipe.protect.clone_from(&args.protect);
+    let parameters = || Ok(Checkpoint::open(&recipe.model)?.architecture().parameter_count());
+    recipe.share = args.sharing.share(parameters)?;
+    recipe.mix = args.sharing.mix();
+    recipe.heal = args.heal.heal(args.seed);
+    recipe.max_nll_increase = args.max_nll_increase;
+    recipe.format = args.format.into();
+    Ok(recipe)
+}
+
+fn print(report: &Report) {
+    if !report.mixes.is_empty() {
+        println!("mixes that no other beats, by loss on the calibration windows:");
+    }
+    for mix in &report.mixes {
+        let (removed, share) = (mix.removed, mix.residual_share);
+        println!(
+            "{:>12} parameters  {:.4}  {removed} blocks removed, {share} for residuals",
+            mix.parameters, mix.loss
         );
     }
-    check_destination(&args.out)?;
-    let mut bars = cli::Bars::default();
-    let checkpoint = args.model.open()?;
-    let dense = cli::load(&checkpoint, DType::F32)?;
-    cli::check_protected(&args.protect, &dense)?;
-    let count = target.blocks(dense.architecture())?;
-    if count == 0 && !args.sharing.any() {
-        println!("note: the target removes no block of {}", dense.depth());
-    }
-    let tokenizer = checkpoint.tokenizer()?;
-    let text = cli::read_text(&args.text)?;
-    let (windows, evaluated) = (Some(args.windows), Some(args.eval_windows));
-    let (calibration, held_out) = args.window.split(&tokenizer, &text, windows, evaluated)?;
-
-    let plan = plan(&args, &dense, (target, count), &calibration, &mut bars)?;
-    let plan = plan.for_model(checkpoint.sha256(&mut bars)?);
-    let mut folded = fold_on(&dense, &plan, &calibration, &mut bars)?;
-    let cut = folded.clone();
-    let mut report = None;
-    if let Some(heal) = args.heal.heal(args.seed) {
-        let (all, _) = args.window.split(&tokenizer, &text, None, Some(1))?;
-        let (train, choosing) = cli::heal::split(&all)?;
-        let teacher = heal.losses.need_teacher().then_some(Teacher::Model(&dense));
-        let healed = heal.run(&folded, &train, Some(&choosing), teacher, &mut bars)?;
-        folded = healed.decoder;
-        report = Some(healed.report);
-    }
-    let options = SaveOptions::from(Format::from(args.format));
-    let saved = checkpoint.save(&folded, Some(&plan), &args.out, &options, &mut bars)?;
-
-    let written = Checkpoint::open(&args.out)?;
-    let reloaded = cli::load(&written, DType::F32)?;
-    let mut rows = vec![table::Row::measure("dense", &checkpoint, &dense, &held_out, &mut bars)?];
-    if report.is_some() {
-        rows.push(table::Row::measure("cut", &written, &cut, &held_out, &mut bars)?);
-    }
-    let name = if report.is_some() { "healed" } else { "compressed" };
-    rows.push(table::Row::measure(name, &written, &reloaded, &held_out, &mut bars)?);
+    let plan = &report.plan;
     if let Some(scores) = plan.scores() {
         println!("importance by {} on {} windows of {}", scores.method, scores.windows, scores.seq_len);
         print!("{}", chart::bars(scores, &plan.units(), "removed"));
@@ -123,61 +165,16 @@ fn main() -> anyhow::Result<()> {
         let cost = group.cost.map(|cost| format!(", {cost:+.4} nats")).unwrap_or_default();
         println!("tied {:?}, matrices of {:?}{cost}", group.blocks, group.donor);
     }
+    let mut rows = vec![table::Row::of("dense", report.dense_bytes, &report.dense)];
+    rows.extend(report.folded.iter().map(|cut| table::Row::of("cut", report.saved_bytes, cut)));
+    let name = if report.heal.is_some() { "healed" } else { "compressed" };
+    rows.push(table::Row::of(name, report.saved_bytes, &report.compressed));
     println!("\n{}", table::table(&rows));
-    println!("nll in nats per token, {}", cli::protocol(&held_out));
-    if let Some(report) = report {
-        println!("{}", cli::heal::summary(&report));
+    println!("nll in nats per token, {}", cli::protocol_of(&report.compressed.perplexity));
+    if let Some(healed) = &report.heal {
+        println!("{}", cli::heal::summary(healed));
     }
-    println!("saved to {} ({} bytes of tensors)", saved.directory.display(), saved.tensor_bytes);
-    Ok(())
-}
-
-/// What is removed and shared by the flags; nothing is scored where nothing may be removed.
-fn plan(
-    args: &Args,
-    dense: &Decoder,
-    (target, count): (Target, usize),
-    calibration: &Windows,
-    bars: &mut cli::Bars,
-) -> anyhow::Result<Plan> {
-    let scored = dense.to_dtype(args.model.dtype.dtype())?;
-    let tenth = (dense.depth() + 5) / 10;
-    let mixed = args.sharing.groups.is_none().then_some(args.sharing.budget(dense)?).flatten();
-    let most = if mixed.is_some() && count == 0 { tenth } else { count };
-    let mut builder = Plan::builder().protect(&args.protect);
-    if most > 0 {
-        let method = args.method.build(most, &args.protect, args.seed, &args.scoring)?;
-        let scores = method.score(&scored, calibration, bars)?;
-        if let Some(budget) = mixed {
-            return mix(args, dense, (budget, most), &scores, calibration, bars);
-        }
-        builder = builder.remove(target, &scores);
-    }
-    Ok(args.sharing.apply(builder, dense)?.measure(dense, calibration, bars)?)
-}
-
-/// Removal first, then sharing, then rank: once, or with --search in several proportions.
-fn mix(
-    args: &Args,
-    dense: &Decoder,
-    (budget, most): (usize, usize),
-    scores: &Scores,
-    calibration: &Windows,
-    bars: &mut cli::Bars,
-) -> anyhow::Result<Plan> {
-    let mut mix = Mix::new(budget);
-    (mix.removed, mix.donor) = (most, args.sharing.donor.donor());
-    if !args.sharing.search {
-        return Ok(mix.plan(dense, scores, calibration, bars)?);
-    }
-    let mixes = mix.variants(&[0, most.div_ceil(2), most, 2 * most], &[0.0, 0.05, 0.15]);
-    let front = search_mixes(dense, scores, &mixes, calibration, bars)?;
-    println!("mixes that no other beats, by loss on the calibration windows:");
-    for candidate in &front {
-        let (removed, share) = (candidate.plan.removed().len(), candidate.mix.residual_share);
-        let (parameters, loss) = (candidate.parameters, candidate.loss);
-        println!("{parameters:>12} parameters  {loss:.4}  {removed} blocks removed, {share} for residuals");
-    }
-    let best = front.into_iter().last().context("no mix meets the budget")?;
-    Ok(best.plan)
+    let ran: Vec<&str> = report.ran.iter().map(|stage| stage.name()).collect();
+    println!("done now: {}", if ran.is_empty() { "nothing".into() } else { ran.join(", ") });
+    println!("saved to {} ({} bytes of tensors)", report.recipe.out.display(), report.saved_bytes);
 }

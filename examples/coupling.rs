@@ -12,6 +12,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Parser;
+use foldgpt::data::split_text;
 use foldgpt::importance::{Coupling, spearman};
 use foldgpt::model::Unit;
 
@@ -37,7 +38,7 @@ fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     let (checkpoint, decoder) = args.model.load()?;
     let text = cli::read_text(&args.text)?;
-    let all = args.window.cut(&checkpoint.tokenizer()?, cli::split_text(&text).0, None)?;
+    let all = args.window.cut(&checkpoint.tokenizer()?, split_text(&text).0, None)?;
     let windows = all.spread(args.windows)?;
     let units = Unit::blocks(decoder.depth());
 

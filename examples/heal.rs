@@ -17,7 +17,7 @@ use std::path::PathBuf;
 use clap::Parser;
 use foldgpt::candle::DType;
 use foldgpt::checkpoint::check_destination;
-use foldgpt::heal::{CacheOptions, Teacher, TeacherCache};
+use foldgpt::heal::{CacheOptions, Teacher, TeacherCache, hold_out};
 use foldgpt::{Checkpoint, SaveOptions, Windows};
 
 #[global_allocator]
@@ -70,7 +70,7 @@ fn main() -> anyhow::Result<()> {
     let tokenizer = checkpoint.tokenizer()?;
     let text = cli::read_documents(&args.text, &args.field)?;
     let (train, held_out) = args.window.split(&tokenizer, &text, args.windows, Some(args.eval_windows))?;
-    let (train, choosing) = cli::heal::split(&train)?;
+    let (train, choosing) = hold_out(&train)?;
 
     let needed = heal.losses.need_teacher();
     let name = args.teacher.as_ref().filter(|_| needed);

@@ -15,7 +15,7 @@ use std::ops::ControlFlow;
 
 use clap::Parser;
 use foldgpt::candle::DType;
-use foldgpt::heal::{Budget, Losses, Teacher};
+use foldgpt::heal::{Budget, Losses, Teacher, hold_out};
 use foldgpt::importance::BlockInfluence;
 use foldgpt::{Checkpoint, Decoder, Generate, Heal, Importance, Plan, SaveOptions, Target, Tokenizer, fold};
 
@@ -54,7 +54,7 @@ fn main() -> anyhow::Result<()> {
 
     let cut = fold(&dense, &plan)?;
     let train = window.cut(&tokenizer, &stories::corpus(13, 400_000), None)?;
-    let (train, choosing) = cli::heal::split(&train)?;
+    let (train, choosing) = hold_out(&train)?;
     let mut heal = Heal::default();
     (heal.budget, heal.micro_batch, heal.losses) = (Budget::Steps(HEALING), 4, Losses::tail());
     let healed = heal.run(&cut, &train, Some(&choosing), Some(Teacher::Model(&dense)), &mut bars)?;

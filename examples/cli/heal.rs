@@ -2,9 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::Result;
 use clap::{Args, ValueEnum};
-use foldgpt::Windows;
 use foldgpt::heal::{Budget, Heal, HealReport, Lora, Losses, ParamGroup, Trainable};
 
 // How long healing takes, what it trains, and what it learns from.
@@ -81,16 +79,6 @@ pub enum Train {
     SharedMatrices,
     /// The head
     Head,
-}
-
-/// Most windows that choose the weights that are kept.
-const CHOOSING: usize = 16;
-
-/// Windows to train on, and the last twentieth, at least one and at most sixteen, to choose the weights that are kept:
-/// what evaluates in the end chooses nothing.
-pub fn split(windows: &Windows) -> Result<(Windows, Windows)> {
-    let choosing = (windows.len() / 20).clamp(1, CHOOSING);
-    Ok(windows.split_at(windows.len() - choosing)?)
 }
 
 /// What happened, in a line.

@@ -10,12 +10,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use foldgpt::candle::{DType, Device};
-use foldgpt::importance::{
-    AngularDistance, BlockInfluence, Gates, GatesWithCoupling, GreedyPerplexity, Importance, MacroInfluence,
-    PerplexityIncrease, Random, Taylor,
-};
-use foldgpt::plan::{Budget, Donor, Groups, PlanBuilder, Ranks, ResidualStart, ScaleStart};
-use foldgpt::{Bos, Checkpoint, Decoder, Format, Observer, Target, Tokenizer, Windows};
+use foldgpt::importance::{self, Importance, MethodOptions};
+use foldgpt::pipeline::{Goal, MixOptions, Share, Total};
+use foldgpt::plan::{Budget, Donor, Groups, Ranks, Residual, ResidualStart, ScaleStart};
+use foldgpt::{Bos, Checkpoint, Decoder, Format, Observer, Perplexity, Target, Tokenizer, Windows};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 // Which model.
@@ -83,16 +81,9 @@ pub struct WindowArgs {
 
 impl WindowArgs {
     pub fn cut(&self, tokenizer: &Tokenizer, text: &str, limit: Option<usize>) -> Result<Windows> {
-        let bos = match self.bos {
-            BosArg::Auto => Bos::Auto,
-            BosArg::Always => Bos::Always,
-            BosArg::Never => Bos::Never,
-        };
-        Ok(Windows::from_text(tokenizer, text, self.seq_len, limit, bos)?)
+        Ok(Windows::from_text(tokenizer, text, self.seq_len, limit, self.bos.into())?)
     }
-}
 
-impl WindowArgs {
     /// The windows that calibrate, at most so many, spread over the first 80 % of a text: its beginning alone is about
     /// a few things only. And those that evaluate, the first of the rest.
     pub fn split(
@@ -102,13 +93,22 @@ impl WindowArgs {
         calibrate: Option<usize>,
         evaluate: Option<usize>,
     ) -> Result<(Windows, Windows)> {
-        let (calibration, held_out) = split_text(text);
-        let mut calibration = self.cut(tokenizer, calibration, None).context("the first 80 %")?;
+        let (mut calibration, held_out) =
+            Windows::split_from_text(tokenizer, text, self.seq_len, evaluate, self.bos.into())?;
         if let Some(count) = calibrate {
             calibration = calibration.spread(count)?;
         }
-        let held_out = self.cut(tokenizer, held_out, evaluate).context("the last 20 %")?;
         Ok((calibration, held_out))
+    }
+}
+
+impl From<BosArg> for Bos {
+    fn from(bos: BosArg) -> Self {
+        match bos {
+            BosArg::Auto => Self::Auto,
+            BosArg::Always => Self::Always,
+            BosArg::Never => Self::Never,
+        }
     }
 }
 
@@ -166,6 +166,11 @@ impl Method {
         matches!(self, Self::Coupling | Self::Gates | Self::Angular)
     }
 
+    /// The library's method of this name.
+    pub fn method(self) -> Result<importance::Method> {
+        Ok(self.name().parse()?)
+    }
+
     /// The method, told to choose `remove` blocks outside of `protected`.
     pub fn build(
         self,
@@ -175,32 +180,14 @@ impl Method {
         scoring: &ScoringArgs,
     ) -> Result<Box<dyn Importance>> {
         anyhow::ensure!(!scoring.halves || self == Self::Gates, "--halves is for --method gates");
-        let protected = protected.to_vec();
-        let state_file = scoring.file(&format!("{}-{remove}-gates.json", self.name()))?;
-        let values = scoring.file(&format!("{}-values.jsonl", self.name()))?;
-        let configured = |mut gates: Gates| {
-            (gates.remove, gates.protected, gates.seed) = (remove, protected.clone(), seed);
-            gates.steps = scoring.gate_steps.unwrap_or(gates.steps);
-            gates.state_file.clone_from(&state_file);
-            gates.halves = scoring.halves;
-            gates
-        };
-        Ok(match self {
-            Self::Coupling => {
-                let mut method = GatesWithCoupling::default();
-                method.gates = configured(method.gates);
-                method.losses_file = values;
-                Box::new(method)
-            }
-            Self::Gates => Box::new(configured(Gates::default())),
-            Self::BlockInfluence => Box::new(BlockInfluence::default()),
-            Self::Angular => Box::new(AngularDistance { remove }),
-            Self::Perplexity => Box::new(PerplexityIncrease::default()),
-            Self::GreedyPerplexity => Box::new(GreedyPerplexity { remove, protected, losses_file: values }),
-            Self::Taylor => Box::new(Taylor::default()),
-            Self::MacroInfluence => Box::new(MacroInfluence { remove, protected, values_file: values }),
-            Self::Random => Box::new(Random { seed }),
-        })
+        let mut options = MethodOptions::default();
+        (options.remove, options.protected, options.seed) = (remove, protected.to_vec(), seed);
+        options.gates.halves = scoring.halves;
+        options.gates.steps = scoring.gate_steps.unwrap_or(options.gates.steps);
+        options.coupling.gates.steps = scoring.gate_steps.unwrap_or(options.coupling.gates.steps);
+        options.gates_file = scoring.file(&format!("{}-{remove}-gates.json", self.name()))?;
+        options.values_file = scoring.file(&format!("{}-values.jsonl", self.name()))?;
+        Ok(self.method()?.build(&options))
     }
 }
 
@@ -247,6 +234,12 @@ impl TargetArgs {
     pub fn target(&self) -> Option<Target> {
         let rate = self.remove.map(Target::Rate);
         rate.or(self.remove_blocks.map(Target::Blocks)).or(self.max_params.map(Target::Parameters))
+    }
+
+    /// The same as a recipe has it.
+    pub fn goal(&self) -> Option<Goal> {
+        let rate = self.remove.map(Goal::Rate);
+        rate.or(self.remove_blocks.map(Goal::Blocks)).or(self.max_params.map(Goal::Parameters))
     }
 }
 
@@ -334,35 +327,38 @@ impl SharingArgs {
         self.group_size.is_some() || self.budget_params.is_some()
     }
 
-    /// The parameters that the whole model may have.
-    pub fn budget(&self, dense: &Decoder) -> Result<Option<usize>> {
-        match self.budget_params {
-            Some(share) if !(share > 0.0 && share < 1.0) => {
-                anyhow::bail!("--budget-params is {share}, expected a share above 0 and below 1")
+    /// What is shared by --group-size or --groups, of a model of so many parameters.
+    pub fn share(&self, parameters: impl FnOnce() -> Result<usize>) -> Result<Option<Share>> {
+        let groups = match (self.group_size, self.groups, self.budget_params) {
+            (Some(size), _, _) => Groups::of(size),
+            (None, Some(GroupsArg::Budget), Some(share)) => {
+                anyhow::ensure!(
+                    share > 0.0 && share < 1.0,
+                    "--budget-params is {share}, expected above 0 and below 1"
+                );
+                Groups::until(Budget::Parameters((share * parameters()? as f64) as usize))
             }
-            share => Ok(share.map(|share| (share * dense.parameter_count() as f64) as usize)),
-        }
-    }
-
-    /// The plan with what is shared by --group-size or --groups.
-    pub fn apply(&self, mut builder: PlanBuilder, dense: &Decoder) -> Result<PlanBuilder> {
-        let groups = match (self.group_size, self.budget(dense)?) {
-            (Some(size), _) => Groups::of(size),
-            (None, Some(budget)) => Groups::until(Budget::Parameters(budget)),
-            (None, None) => return Ok(builder),
+            _ => return Ok(None),
         };
-        builder = builder.share(groups).donor(self.donor.donor());
-        if self.scales {
-            builder = builder.scales(ScaleStart::LeastSquares);
-        }
-        if let Some(rank) = self.rank {
+        let mut share = Share::new(groups);
+        share.donor = self.donor.donor();
+        share.own.scales = self.scales.then_some(ScaleStart::LeastSquares);
+        share.own.residual = self.rank.map(|rank| {
             let start = match self.start {
                 StartArg::Svd => ResidualStart::Svd,
                 StartArg::Whitened => ResidualStart::Whitened,
             };
-            builder = builder.residual(Ranks::Uniform(rank), start);
-        }
-        Ok(builder)
+            Residual { ranks: Ranks::Uniform(rank), start }
+        });
+        Ok(Some(share))
+    }
+
+    /// The total of --budget-params, where removal, sharing and rank meet it together.
+    pub fn mix(&self) -> Option<MixOptions> {
+        let share = self.budget_params.filter(|_| self.groups.is_none())?;
+        let mut mix = MixOptions::new(Total::Share(share));
+        (mix.donor, mix.search) = (self.donor.donor(), self.search);
+        Some(mix)
     }
 }
 
@@ -379,22 +375,20 @@ pub fn read_documents(path: &Path, field: &str) -> Result<String> {
     foldgpt::data::json_lines(&text, field).with_context(|| path.display().to_string())
 }
 
-/// The first 80 % of a text, for calibration, and the rest, for evaluation; parted at the end of a line, else of a
-/// word, else of a character.
-pub fn split_text(text: &str) -> (&str, &str) {
-    let target = (text.len() / 5 * 4..text.len()).find(|&at| text.is_char_boundary(at)).unwrap_or(text.len());
-    let rest = &text[target..];
-    let after = rest.find('\n').or_else(|| rest.find(' ')).map_or(0, |at| at + 1);
-    text.split_at(target + after)
-}
-
 /// What a number depends on, in one line.
 pub fn protocol(windows: &Windows) -> String {
-    let (count, seq_len) = (windows.len(), windows.seq_len());
-    let bos = if windows.bos() { "with" } else { "without" };
-    let tokens = count * (seq_len - 1);
-    let sha256 = windows.text_sha256();
-    format!("{tokens} predicted tokens in {count} windows of {seq_len}, {bos} bos, text sha256 {sha256}")
+    let tokens = windows.len() * (windows.seq_len() - 1);
+    protocol_line(tokens, windows.len(), windows.seq_len(), windows.bos(), windows.text_sha256())
+}
+
+/// The same of a result.
+pub fn protocol_of(found: &Perplexity) -> String {
+    protocol_line(found.tokens, found.windows, found.seq_len, found.bos, &found.text_sha256)
+}
+
+fn protocol_line(tokens: usize, windows: usize, seq_len: usize, bos: bool, sha256: &str) -> String {
+    let bos = if bos { "with" } else { "without" };
+    format!("{tokens} predicted tokens in {windows} windows of {seq_len}, {bos} bos, text sha256 {sha256}")
 }
 
 /// Fails early for blocks that are to stay and do not exist.
@@ -416,6 +410,9 @@ pub struct Bars {
 impl Observer for Bars {
     fn started(&mut self, stage: &'static str, total: u64) {
         let style = ProgressStyle::with_template("{msg:18} {wide_bar} {pos}/{len} {eta} left");
+        if let Some(outer) = self.bar.take() {
+            outer.finish_and_clear();
+        }
         let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr());
         self.bar =
             Some(bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar())).with_message(stage));

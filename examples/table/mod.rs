@@ -4,6 +4,7 @@
 use std::fmt::Write;
 use std::time::Instant;
 
+use foldgpt::pipeline::Measured;
 use foldgpt::{Checkpoint, Decoder, Observer, Perplexity, Windows, perplexity};
 
 /// A model's line of the table.
@@ -17,6 +18,20 @@ pub struct Row {
 }
 
 impl Row {
+    /// A model that was measured, and its bytes.
+    pub fn of(name: &'static str, bytes: u64, measured: &Measured) -> Self {
+        let result = measured.perplexity.clone();
+        let tokens = (result.windows * result.seq_len) as f64;
+        Self {
+            name,
+            blocks: measured.blocks,
+            parameters: measured.parameters,
+            bytes,
+            result,
+            tokens_per_second: tokens / measured.seconds,
+        }
+    }
+
     /// Evaluates `decoder`, loaded from `checkpoint`, on `windows`; speed is that of the evaluation, in tokens read per second.
     pub fn measure(
         name: &'static str,

@@ -237,7 +237,8 @@ impl Checkpoint {
     pub(crate) fn block_bytes(&self) -> Vec<u64> {
         let mut bytes = vec![0; self.architecture.depth()];
         for stored in &self.tensors {
-            let size = stored.shape.iter().product::<usize>() * self.stored_dtype(&stored.name).size_in_bytes();
+            let size =
+                stored.shape.iter().product::<usize>() * self.stored_dtype(&stored.name).size_in_bytes();
             if let Some((Param::Block(depth, _), _)) = stored.params.first()
                 && let Some(sum) = bytes.get_mut(*depth)
             {

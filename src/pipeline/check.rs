@@ -19,7 +19,11 @@ impl Recipe {
         }
         if let Some(heal) = &self.heal {
             heal.check().map_err(|error| Error::recipe("heal", error.to_string()))?;
-            refuse(heal.seed != 0 && heal.seed != self.seed, "heal.seed", "the seed is `seed`, for all stages")?;
+            refuse(
+                heal.seed != 0 && heal.seed != self.seed,
+                "heal.seed",
+                "the seed is `seed`, for all stages",
+            )?;
         }
         let limit = self.max_nll_increase.filter(|limit| !limit.is_finite());
         match limit {
@@ -54,8 +58,8 @@ impl Recipe {
         refuse(self.gates.is_some() && method != Method::Gates, "gates", &other("gates"))?;
         refuse(self.coupling.is_some() && method != Method::Coupling, "coupling", &other("coupling"))?;
         let told = self.gates.iter().map(|gates| ("gates", gates));
-        let told = told.chain(self.coupling.iter().map(|coupling| ("coupling.gates", &coupling.gates)));
-        told.into_iter().try_for_each(|(field, gates)| self.check_gates(field, gates))
+        let mut told = told.chain(self.coupling.iter().map(|coupling| ("coupling.gates", &coupling.gates)));
+        told.try_for_each(|(field, gates)| self.check_gates(field, gates))
     }
 
     fn check_gates(&self, field: &str, gates: &Gates) -> Result<()> {
@@ -82,7 +86,8 @@ impl Recipe {
                 let sound = limit.is_finite() && limit >= 0.0;
                 refuse(!sound, field, &format!("is {limit}, expected a number from 0 on"))?;
                 let sized = self.method.depends_on_count();
-                let reason = format!("the method {} finds sets of one size and no order of blocks", self.method);
+                let reason =
+                    format!("the method {} finds sets of one size and no order of blocks", self.method);
                 refuse(sized, field, &reason)?;
                 let more = self.share.is_some() || self.mix.is_some();
                 refuse(more, field, "is met by removal alone: it goes with neither `share` nor `mix`")

@@ -106,7 +106,9 @@ impl Inputs<'_> {
 
     /// Healing: the student forward, forward again and back; the teacher forward; held-out windows.
     pub(super) fn healing_cost(&self) -> Cost {
-        let (Some(heal), Some((train, choosing))) = (self.heal(), &self.healing) else { return Cost::default() };
+        let (Some(heal), Some((train, choosing))) = (self.heal(), &self.healing) else {
+            return Cost::default();
+        };
         if let Budget::Minutes(minutes) = heal.budget {
             return Cost { seconds: minutes * 60.0, ..Cost::default() };
         }
@@ -121,7 +123,8 @@ impl Inputs<'_> {
     /// One evaluation of a model of so many blocks; of a text, four characters are taken for a token.
     pub(super) fn evaluation_cost(&self, blocks: usize) -> Cost {
         let characters = self.tasks.iter().flat_map(|task| &task.items).flat_map(|item| &item.choices);
-        let characters: usize = characters.map(|choice| choice.context.len() + choice.continuation.len()).sum();
+        let characters: usize =
+            characters.map(|choice| choice.context.len() + choice.continuation.len()).sum();
         let tasks = characters as f64 / 4.0 / self.evaluation.seq_len() as f64;
         Cost::of(blocks as f64, 1.0).times(self.evaluation.len() as f64 + tasks)
     }

@@ -86,12 +86,11 @@ impl fmt::Display for DryRun {
         }
         for Forecast { stage, what, known, seconds, peak_bytes } in &self.stages {
             let name = stage.name();
-            match known {
-                true => writeln!(f, "{name:<9} known: {what}")?,
-                false => {
-                    let megabytes = *peak_bytes as f64 / 1e6;
-                    writeln!(f, "{name:<9} about {seconds:.1} s, {megabytes:.0} MB: {what}")?;
-                }
+            if *known {
+                writeln!(f, "{name:<9} known: {what}")?;
+            } else {
+                let megabytes = *peak_bytes as f64 / 1e6;
+                writeln!(f, "{name:<9} about {seconds:.1} s, {megabytes:.0} MB: {what}")?;
             }
         }
         write!(f, "about {:.0} s in all, at the speed of {} tokens", self.seconds(), self.measured_tokens)
@@ -298,7 +297,8 @@ impl<'a> Memory<'a> {
     fn trained(&self, group: &ParamGroup) -> usize {
         let arch = self.arch;
         let depth = arch.depth() - self.inputs.remove;
-        let shapes = || Projection::ALL.into_iter().filter_map(|projection| arch.projection_shape(projection));
+        let shapes =
+            || Projection::ALL.into_iter().filter_map(|projection| arch.projection_shape(projection));
         match &group.params {
             Trainable::Norms => (4 * depth + 1) * arch.hidden_size,
             Trainable::Scales => depth * shapes().map(|(output, _)| output).sum::<usize>(),

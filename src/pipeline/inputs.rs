@@ -56,9 +56,10 @@ impl<'a> Inputs<'a> {
         recipe.check_model(arch, remove)?;
         let tasks = recipe.tasks.iter().map(|path| Task::read(path, recipe.task_items));
         let tasks = tasks.collect::<Result<Vec<_>>>()?;
-        let twice = tasks.iter().enumerate().find(|(place, task)| {
-            tasks.iter().take(*place).any(|other| other.name == task.name)
-        });
+        let twice = tasks
+            .iter()
+            .enumerate()
+            .find(|(place, task)| tasks.iter().take(*place).any(|other| other.name == task.name));
         if let Some((_, task)) = twice {
             return Err(Error::recipe("tasks", format!("two files are called {}", task.name)));
         }

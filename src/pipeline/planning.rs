@@ -113,9 +113,7 @@ impl Inputs<'_> {
     pub(super) fn total(&self, options: &MixOptions) -> usize {
         match options.total {
             Total::Parameters(most) => most,
-            Total::Share(share) => {
-                (share * self.checkpoint.architecture().parameter_count() as f64) as usize
-            }
+            Total::Share(share) => (share * self.checkpoint.architecture().parameter_count() as f64) as usize,
         }
     }
 

@@ -15,7 +15,7 @@ use super::stage::Stage;
 use super::work::Key;
 use crate::checkpoint::{Checkpoint, Format, SaveOptions, check_destination};
 use crate::error::{Error, Result};
-use crate::eval::{accuracy, perplexity};
+use crate::eval::{Accuracy, Task, accuracy, perplexity};
 use crate::fold::fold_on;
 use crate::heal::{HealReport, Teacher};
 use crate::importance::Scores;
@@ -36,8 +36,6 @@ pub(super) struct Run<'a> {
 impl<'a> Run<'a> {
     /// Opens and checks everything; the destination is new, or what this very recipe has written.
     pub(super) fn open(recipe: &'a Recipe, observer: &mut dyn Observer) -> Result<Self> {
-        // Once without having read anything, so that a long run does not end with a refusal.
-        recipe.check()?;
         let inputs = Inputs::open(recipe, observer)?;
         let keys = inputs.keys()?;
         if inputs.saved(&keys, observer)?.is_none() {
@@ -153,8 +151,10 @@ impl<'a> Run<'a> {
         let folded = self.folded(plan, observer)?;
         let dense = self.dense(observer)?;
         let state = self.inputs.work.new_path("healing", &key, ".safetensors")?;
-        heal.state_file = Some(state.clone());
-        heal.log_file = Some(self.inputs.work.path("healing", &key, ".jsonl"));
+        // Those that the caller has named are the caller's.
+        heal.state_file.get_or_insert_with(|| state.clone());
+        let log = self.inputs.work.path("healing", &key, ".jsonl");
+        heal.log_file.get_or_insert(log);
         let report = self.begin(Stage::Heal, observer, |run, observer| {
             let Some((train, choosing)) = &run.inputs.healing else {
                 return Err(Error::recipe("heal", "there are no windows to heal on"));
@@ -193,7 +193,7 @@ impl<'a> Run<'a> {
             let start = Instant::now();
             let perplexity = perplexity(&decoder, &inputs.evaluation, observer)?;
             let seconds = start.elapsed().as_secs_f64();
-            let answer = |task: &crate::eval::Task| {
+            let answer = |task: &Task| -> Result<(String, Accuracy)> {
                 Ok((task.name.clone(), accuracy(&decoder, &inputs.tokenizer, task, &mut *observer)?))
             };
             let tasks = inputs.tasks.iter().map(answer).collect::<Result<BTreeMap<_, _>>>()?;
@@ -206,9 +206,7 @@ impl<'a> Run<'a> {
     fn check_gate(&self, dense: &Measured, compressed: &Measured) -> Result<()> {
         let (dense, compressed) = (dense.perplexity.mean_nll, compressed.perplexity.mean_nll);
         match self.inputs.recipe.gate() {
-            Some(limit) if compressed - dense > limit => {
-                Err(Error::QualityGate { dense, compressed, limit })
-            }
+            Some(limit) if compressed - dense > limit => Err(Error::QualityGate { dense, compressed, limit }),
             _ => Ok(()),
         }
     }

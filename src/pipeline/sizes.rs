@@ -106,7 +106,9 @@ impl Inputs<'_> {
         sizes.assumed.push("the budget is used up".to_string());
         match self.recipe.format {
             Format::Compact => sizes.stored_bytes = sizes.parameters as u64 * per,
-            Format::Expanded => sizes.assumed.push("no scale or residual is merged into a matrix".to_string()),
+            Format::Expanded => {
+                sizes.assumed.push("no scale or residual is merged into a matrix".to_string())
+            }
         }
     }
 

@@ -26,8 +26,7 @@ pub enum Stage {
 
 impl Stage {
     /// All stages, in their order.
-    pub const ALL: [Self; 6] =
-        [Self::Score, Self::Plan, Self::Fold, Self::Heal, Self::Evaluate, Self::Save];
+    pub const ALL: [Self; 6] = [Self::Score, Self::Plan, Self::Fold, Self::Heal, Self::Evaluate, Self::Save];
 
     /// The stage's name.
     #[must_use]

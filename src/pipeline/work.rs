@@ -74,7 +74,8 @@ impl Work {
     pub(super) fn keep<T: Serialize>(&self, name: &str, key: &Key, result: &T) -> Result<()> {
         let path = self.new_path(name, key, ".json")?;
         let unwritten = |error: serde_json::Error| Error::format(&path, error.to_string());
-        let json = serde_json::to_vec_pretty(&Kept { inputs_sha256: key.clone(), result }).map_err(unwritten)?;
+        let json =
+            serde_json::to_vec_pretty(&Kept { inputs_sha256: key.clone(), result }).map_err(unwritten)?;
         file::replace(&path, |file| file.write_all(&json).map_err(Error::io("write", &path)))
     }
 }

@@ -1,0 +1,416 @@
+//! The whole job by a recipe: what it makes, what it does not do twice, and what it refuses.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::fmt::Write;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+use foldgpt::candle::{DType, Device};
+use foldgpt::heal::{Budget, Losses, Teacher, hold_out};
+use foldgpt::importance::{BlockInfluence, Method};
+use foldgpt::pipeline::{Goal, MixOptions, Share, Stage, Total};
+use foldgpt::plan::Groups;
+use foldgpt::{
+    Bos, Checkpoint, Compressor, Error, Format, Heal, Importance, Observer, Plan, Recipe, SaveOptions,
+    Target, Windows, fold_on, perplexity,
+};
+use tempfile::TempDir;
+
+const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/tiny-stories");
+const SEQ_LEN: usize = 32;
+
+/// A directory with a text in it.
+fn directory() -> TempDir {
+    let directory = tempfile::tempdir().unwrap();
+    let mut text = String::new();
+    for line in 0..60 {
+        let (who, what) = (["Anna", "Ben", "Tom"][line % 3], ["kite", "ball", "dog", "hat"][line % 4]);
+        writeln!(text, "{who} lost the red {what} near the old bridge, and day {line} was sad.").unwrap();
+    }
+    std::fs::write(directory.path().join("text.txt"), text).unwrap();
+    directory
+}
+
+fn heal(steps: usize) -> Heal {
+    let mut heal = Heal::default();
+    (heal.budget, heal.batch, heal.losses) = (Budget::Steps(steps), 2, Losses::tail());
+    heal.save_every = 1;
+    heal
+}
+
+fn compressor(directory: &Path, out: &str) -> Compressor {
+    let text = directory.join("text.txt");
+    let mut compressor = Compressor::new(MODEL, text, directory.join(out))
+        .work(directory.join("work"))
+        .method(Method::BlockInfluence)
+        .target(Goal::Blocks(2));
+    let windows = &mut compressor.recipe.windows;
+    (windows.seq_len, windows.calibrate, windows.evaluate) = (SEQ_LEN, 3, 2);
+    compressor
+}
+
+/// Notes the stages, and stops at the first step of one of them.
+#[derive(Default)]
+struct Watch {
+    stages: Vec<&'static str>,
+    stop: Option<(&'static str, u64)>,
+}
+
+impl Observer for Watch {
+    fn started(&mut self, stage: &'static str, _: u64) {
+        self.stages.push(stage);
+    }
+
+    fn advanced(&mut self, stage: &'static str, done: u64, _: u64) -> ControlFlow<()> {
+        match self.stop {
+            Some((name, at)) if name == stage && done >= at => ControlFlow::Break(()),
+            _ => ControlFlow::Continue(()),
+        }
+    }
+}
+
+impl Watch {
+    fn compressing(&self) -> Vec<&'static str> {
+        self.stages.iter().copied().filter(|stage| stage.starts_with("compress: ")).collect()
+    }
+}
+
+fn weights(directory: &Path) -> Vec<u8> {
+    std::fs::read(directory.join("model.safetensors")).unwrap()
+}
+
+fn files(directory: &Path) -> Vec<PathBuf> {
+    let mut found: Vec<PathBuf> =
+        std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()).collect();
+    found.sort();
+    found
+}
+
+#[test]
+fn the_result_is_that_of_the_calls_by_hand() {
+    let directory = directory();
+    let path = directory.path();
+    let compressor = compressor(path, "out").heal(heal(3)).seed(5).protect(&[3]);
+    let report = compressor.run(&mut ()).unwrap();
+
+    let checkpoint = Checkpoint::open(MODEL).unwrap();
+    let dense = checkpoint.decoder(DType::F32, &Device::Cpu).unwrap();
+    let text = std::fs::read_to_string(path.join("text.txt")).unwrap();
+    let tokenizer = checkpoint.tokenizer().unwrap();
+    let (first, evaluation) =
+        Windows::split_from_text(&tokenizer, &text, SEQ_LEN, Some(2), Bos::Auto).unwrap();
+    let calibration = first.spread(3).unwrap();
+    let scores = BlockInfluence::default().score(&dense, &calibration, &mut ()).unwrap();
+    let plan = Plan::new(dense.architecture(), &scores, Target::Blocks(2), &[3]).unwrap();
+    let plan = plan.for_model(checkpoint.sha256(&mut ()).unwrap());
+    let folded = fold_on(&dense, &plan, &calibration, &mut ()).unwrap();
+    let (train, choosing) = hold_out(&first).unwrap();
+    let mut heal = heal(3);
+    heal.seed = 5;
+    let healed = heal.run(&folded, &train, Some(&choosing), Some(Teacher::Model(&dense)), &mut ()).unwrap();
+    let by_hand = path.join("by-hand");
+    let saved =
+        checkpoint.save(&healed.decoder, Some(&plan), &by_hand, &SaveOptions::default(), &mut ()).unwrap();
+
+    for name in ["model.safetensors", "config.json", "tokenizer.json"] {
+        let read = |directory: &Path| std::fs::read(directory.join(name)).unwrap();
+        assert!(read(&by_hand) == read(&path.join("out")), "{name} differs");
+    }
+    let written = |directory: &Path| {
+        let json = std::fs::read_to_string(directory.join("plan.json")).unwrap();
+        Plan::from_json(&json).unwrap()
+    };
+    let (one, other) = (written(&by_hand), written(&path.join("out")));
+    assert_eq!((one.removed(), one.model_sha256()), (other.removed(), other.model_sha256()));
+    let nll = |decoder| perplexity(decoder, &evaluation, &mut ()).unwrap().mean_nll.to_bits();
+    assert_eq!(report.dense.perplexity.mean_nll.to_bits(), nll(&dense));
+    assert_eq!(report.folded.as_ref().unwrap().perplexity.mean_nll.to_bits(), nll(&folded));
+    assert_eq!(report.compressed.perplexity.mean_nll.to_bits(), nll(&healed.decoder));
+    assert_eq!(report.saved_bytes, saved.tensor_bytes);
+    assert_eq!(report.compressed.parameters, healed.decoder.parameter_count());
+    assert_eq!(report.ran, Stage::ALL);
+    let json = report.to_json().unwrap();
+    let value: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(value["recipe"]["target"]["blocks"], 2);
+    assert_eq!(value["saved_sha256"].as_str().unwrap().len(), 64);
+}
+
+#[test]
+fn a_rerun_does_only_what_changed() {
+    let directory = directory();
+    let path = directory.path();
+    let one = compressor(path, "one").heal(heal(2));
+    one.run(&mut ()).unwrap();
+    let before = weights(&path.join("one"));
+    let mut watch = Watch::default();
+    assert!(one.run(&mut watch).unwrap().ran.is_empty());
+    assert_eq!(watch.compressing(), [] as [&str; 0]);
+    assert!(!watch.stages.contains(&"load"));
+
+    // Another healing begins there; the dense and the folded model's losses are known.
+    let other = compressor(path, "other").heal(heal(3)).run(&mut ()).unwrap();
+    assert_eq!(other.ran, [Stage::Fold, Stage::Heal, Stage::Evaluate, Stage::Save]);
+    // Another place is written to from what is kept, with the same bytes.
+    let moved = compressor(path, "moved").heal(heal(2)).run(&mut ()).unwrap();
+    assert_eq!(moved.ran, [Stage::Save]);
+    assert!(before == weights(&path.join("moved")));
+    // A gate changes no result, only whether it is one.
+    assert!(
+        compressor(path, "one").heal(heal(2)).max_nll_increase(50.0).run(&mut ()).unwrap().ran.is_empty()
+    );
+    // What is at the destination and not ours stays.
+    std::fs::write(path.join("one/model.safetensors"), b"mine").unwrap();
+    assert!(one.run(&mut ()).is_err());
+    assert_eq!(weights(&path.join("one")), b"mine");
+}
+
+#[test]
+fn an_interrupted_run_goes_on_and_ends_with_the_same_bytes() {
+    let whole = directory();
+    compressor(whole.path(), "out").heal(heal(4)).run(&mut ()).unwrap();
+    let broken = directory();
+    let compressor = compressor(broken.path(), "out").heal(heal(4));
+    let stops = [
+        ("block-influence", 1),
+        ("compress: score", 1),
+        ("compress: plan", 1),
+        ("heal", 2),
+        ("perplexity", 1),
+        ("verify", 1),
+    ];
+    for stop in stops {
+        let mut watch = Watch { stop: Some(stop), ..Watch::default() };
+        let error = compressor.run(&mut watch).unwrap_err();
+        assert!(matches!(error, Error::Cancelled { .. }), "{stop:?}: {error}");
+        assert!(!broken.path().join("out").exists(), "{stop:?}");
+    }
+    let mut watch = Watch::default();
+    compressor.run(&mut watch).unwrap();
+    assert!(!watch.stages.contains(&"block-influence"));
+    assert!(weights(&whole.path().join("out")) == weights(&broken.path().join("out")));
+}
+
+#[test]
+fn a_model_that_lost_too_much_is_not_saved() {
+    let directory = directory();
+    let path = directory.path();
+    let gated = |limit| compressor(path, "out").target(Goal::Blocks(6)).max_nll_increase(limit);
+    let error = gated(0.01).run(&mut ()).unwrap_err();
+    let Error::QualityGate { dense, compressed, limit } = &error else { panic!("{error}") };
+    assert!(*limit < 0.011 && compressed - dense > *limit);
+    for part in [format!("{dense:.4}"), format!("{compressed:.4}"), "0.01".into()] {
+        assert!(error.to_string().contains(&part), "{error}");
+    }
+    assert!(!path.join("out").exists());
+    assert!(path.join("work").is_dir());
+    let report = gated(f64::from(u16::MAX)).run(&mut ()).unwrap();
+    assert_eq!(report.ran, [Stage::Fold, Stage::Save]);
+}
+
+#[test]
+fn a_loss_can_be_the_target() {
+    let directory = directory();
+    let path = directory.path();
+    let within = |limit, out| {
+        let mut compressor = compressor(path, out).target(Goal::NllIncrease(limit));
+        compressor.recipe.max_nll_increase = Some(100.0);
+        compressor.run(&mut ()).unwrap().plan.removed().to_vec()
+    };
+    let (few, many) = (within(1.0, "few"), within(4.0, "many"));
+    assert!(!few.is_empty() && few.len() < many.len(), "{few:?} {many:?}");
+    assert!(few.iter().all(|block| many.contains(block)));
+    // Nothing that could go with so little.
+    let error = compressor(path, "none").target(Goal::NllIncrease(0.0)).run(&mut ()).unwrap_err();
+    assert!(error.to_string().contains("target.nll-increase"), "{error}");
+    assert!(!path.join("none").exists());
+}
+
+#[test]
+fn recipes_that_cannot_be_are_refused_by_field() {
+    let directory = directory();
+    let path = directory.path();
+    let base = || compressor(path, "out");
+    let refused = |compressor: Compressor, field: &str| {
+        for error in [compressor.run(&mut ()).unwrap_err(), compressor.dry_run(&mut ()).unwrap_err()] {
+            let Error::Recipe { field: Some(found), .. } = &error else { panic!("{field}: {error}") };
+            assert_eq!(found, field, "{error}");
+        }
+        assert!(!path.join("work").exists() && !path.join("out").exists(), "{field}");
+    };
+    let with = |change: &dyn Fn(&mut Recipe)| {
+        let mut compressor = base();
+        change(&mut compressor.recipe);
+        compressor
+    };
+    refused(base().target(Goal::Rate(1.0)), "target.rate");
+    refused(base().target(Goal::Blocks(12)), "target.blocks");
+    refused(base().target(Goal::Bytes(10)), "target.bytes");
+    refused(base().target(Goal::NllIncrease(-1.0)), "target.nll-increase");
+    refused(base().target(Goal::NllIncrease(0.1)).method(Method::Coupling), "target.nll-increase");
+    refused(with(&|recipe| recipe.target = None), "target");
+    refused(with(&|recipe| recipe.model.clear()), "model");
+    refused(with(&|recipe| recipe.out.clear()), "out");
+    refused(with(&|recipe| recipe.work = Some(recipe.out.join("work"))), "work");
+    refused(with(&|recipe| recipe.windows.seq_len = 1), "windows.seq_len");
+    refused(with(&|recipe| recipe.windows.evaluate = 0), "windows.evaluate");
+    refused(
+        with(&|recipe| recipe.coupling = Some(foldgpt::importance::GatesWithCoupling::default())),
+        "coupling",
+    );
+    refused(with(&|recipe| recipe.max_nll_increase = Some(f64::NAN)), "max_nll_increase");
+    refused(base().protect(&[12]), "protect");
+    refused(base().target(Goal::Blocks(3)).protect(&[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]), "target");
+    let mix = MixOptions::new(Total::Share(0.7));
+    refused(base().share(Share::new(Groups::of(2))).mix(mix), "share");
+    refused(base().share(Share::new(Groups::of(0))), "share.groups");
+    refused(base().mix(MixOptions::new(Total::Share(1.5))), "mix.total.share");
+    refused(base().heal(heal(0)), "heal");
+    refused(
+        base().heal({
+            let mut heal = heal(1);
+            heal.seed = 3;
+            heal
+        }),
+        "heal.seed",
+    );
+
+    std::fs::create_dir(path.join("out")).unwrap();
+    std::fs::write(path.join("out/mine"), b"mine").unwrap();
+    for error in [base().run(&mut ()).unwrap_err(), base().dry_run(&mut ()).unwrap_err()] {
+        assert!(error.to_string().contains("exists and is not empty"), "{error}");
+    }
+    assert_eq!(files(&path.join("out")), [path.join("out/mine")]);
+    assert!(!path.join("work").exists());
+}
+
+#[test]
+fn toml_and_json_are_the_same_recipe() {
+    let toml = r#"
+        model = "org/name"
+        text = "text.txt"
+        out = "out"
+        seed = 7
+        dtype = "bf16"
+        method = "coupling"
+        protect = [0, 11]
+        target = { rate = 0.2 }
+        max_nll_increase = 0.3
+        tasks = ["arc.jsonl"]
+        format = "compact"
+
+        [windows]
+        seq_len = 128
+        bos = "never"
+
+        [coupling]
+        search_windows = 2
+        gates = { batch = 1 }
+
+        [share]
+        groups = { consecutive = { size = 2 } }
+        own = { scales = "least-squares", residual = { ranks = { uniform = 4 }, start = "svd" } }
+
+        [heal]
+        budget = { tokens = 5000 }
+        losses = { divergence = 1.0 }
+        groups = [{ params = "norms", learning_rate = 1e-3 }, { params = { lora = { rank = 4 } }, learning_rate = 1e-4 }]
+    "#;
+    let json = r#"{
+        "model": "org/name", "text": "text.txt", "out": "out", "seed": 7, "dtype": "bf16", "method": "coupling",
+        "protect": [0, 11], "target": { "rate": 0.2 }, "max_nll_increase": 0.3, "tasks": ["arc.jsonl"],
+        "format": "compact", "windows": { "seq_len": 128, "bos": "never" },
+        "coupling": { "search_windows": 2, "gates": { "batch": 1 } },
+        "share": { "groups": { "consecutive": { "size": 2 } }, "own": { "scales": "least-squares",
+            "residual": { "ranks": { "uniform": 4 }, "start": "svd" } } },
+        "heal": { "budget": { "tokens": 5000 }, "losses": { "divergence": 1.0 }, "groups": [
+            { "params": "norms", "learning_rate": 1e-3 },
+            { "params": { "lora": { "rank": 4 } }, "learning_rate": 1e-4 } ] }
+    }"#;
+    let recipe = Recipe::from_toml(toml).unwrap();
+    assert_eq!(recipe, Recipe::from_json(json).unwrap());
+    assert_eq!(recipe, Recipe::from_json(&serde_json::to_string(&recipe).unwrap()).unwrap());
+    assert_eq!((recipe.target, recipe.format), (Some(Goal::Rate(0.2)), Format::Compact));
+    assert_eq!((recipe.windows.seq_len, recipe.windows.calibrate), (128, 16));
+    let work = recipe.work_directory();
+    // The own default of the method, and not that of gates alone.
+    assert_eq!(recipe.coupling.unwrap().gates.steps, 120);
+    assert_eq!(work, PathBuf::from("out.work"));
+
+    let directory = tempfile::tempdir().unwrap();
+    let unknown = [
+        "target = { share = 0.2 }",
+        "remove = 3",
+        "[heal]\nstep = 3",
+        "[heal.losses]\nkl = 1.0",
+        "[windows]\nlength = 3",
+        "method = \"magic\"",
+        "[coupling.gates]\nsteep = 3",
+        "heal = { adamw = { b = 1 } }",
+    ];
+    for text in unknown {
+        let path = directory.path().join("recipe.toml");
+        std::fs::write(&path, text).unwrap();
+        let error = Recipe::read(&path).unwrap_err().to_string();
+        let names = ["share", "remove", "step", "kl", "length", "magic", "steep", "`b`"];
+        assert!(error.contains("recipe.toml") && names.iter().any(|name| error.contains(name)), "{error}");
+    }
+}
+
+#[test]
+fn a_dry_run_writes_nothing_and_knows_what_comes() {
+    let directory = directory();
+    let path = directory.path();
+    let before = files(path);
+    let shared = |out: &str, format| {
+        compressor(path, out).share(Share::new(Groups::of(2))).target(Goal::Rate(0.25)).format(format)
+    };
+    for (out, compressor) in [
+        ("healed", compressor(path, "healed").heal(heal(2))),
+        ("compact", shared("compact", Format::Compact)),
+        ("expanded", shared("expanded", Format::Expanded)),
+    ] {
+        let forecast = compressor.dry_run(&mut ()).unwrap();
+        if out == "healed" {
+            assert_eq!(files(path), before);
+        }
+        assert!(!path.join(out).exists());
+        assert!(forecast.stages.iter().any(|stage| !stage.known && stage.peak_bytes > 0));
+        assert!(forecast.measured_tokens > 0 && forecast.seconds() > 0.0);
+        let report = compressor.run(&mut ()).unwrap();
+        let sizes = forecast.compressed.unwrap();
+        assert_eq!(sizes.parameters, report.compressed.parameters, "{out}");
+        assert_eq!(sizes.blocks, report.compressed.blocks);
+        if out != "healed" {
+            // Healing may leave vectors in f32.
+            assert_eq!(sizes.stored_bytes, report.saved_bytes, "{out}");
+        }
+        let again = compressor.dry_run(&mut ()).unwrap();
+        assert!(again.stages.iter().all(|stage| stage.known));
+        assert_eq!(again.measured_tokens, 0);
+    }
+}
+
+#[test]
+fn bytes_are_met_by_as_few_blocks_as_it_takes() {
+    let directory = directory();
+    let path = directory.path();
+    let dense = Checkpoint::open(MODEL).unwrap().tensor_bytes();
+    let one = compressor(path, "one").target(Goal::Bytes(dense - 1)).run(&mut ()).unwrap();
+    assert_eq!(one.compressed.blocks, one.dense.blocks - 1);
+    let block = dense - one.saved_bytes;
+    let two = compressor(path, "two").target(Goal::Bytes(dense - block - 1)).run(&mut ()).unwrap();
+    assert_eq!(two.saved_bytes, dense - 2 * block);
+    let none = compressor(path, "none").target(Goal::Bytes(dense)).run(&mut ()).unwrap();
+    assert_eq!(none.saved_bytes, dense);
+}
+
+#[test]
+fn a_mix_meets_its_total() {
+    let directory = directory();
+    let mut compressor = compressor(directory.path(), "out").mix(MixOptions::new(Total::Share(0.8)));
+    compressor.recipe.windows.calibrate = 1;
+    compressor.recipe.format = Format::Compact;
+    let report = compressor.run(&mut ()).unwrap();
+    assert!(report.compressed.parameters as f64 <= 0.8 * report.dense.parameters as f64);
+    assert!(report.plan.removed().len() <= 2);
+}
