@@ -136,8 +136,8 @@ fn recipe(args: &Args) -> anyhow::Result<Recipe> {
     }
     recipe.target = args.target.goal();
     recipe.protect.clone_from(&args.protect);
-    let parameters = || Ok(Checkpoint::open(&recipe.model)?.architecture().parameter_count());
-    recipe.share = args.sharing.share(parameters)?;
+    recipe.share =
+        args.sharing.share(|| Ok(Checkpoint::open(&recipe.model)?.architecture().parameter_count()))?;
     recipe.mix = args.sharing.mix();
     recipe.heal = args.heal.heal(args.seed);
     recipe.max_nll_increase = args.max_nll_increase;

@@ -185,7 +185,7 @@ impl Known {
         };
         let mut stages = Vec::new();
         let calibration = format!("{} windows of {}", inputs.calibration.len(), inputs.calibration.seq_len());
-        if inputs.remove > 0 {
+        if inputs.needs_scores() {
             let what = format!("importance by {} on {calibration}", recipe.method);
             stages.push(of(Stage::Score, what, self.scores, inputs.scoring_cost(), memory.scoring()));
         }

@@ -86,6 +86,11 @@ impl<'a> Inputs<'a> {
         })
     }
 
+    /// Whether anything may be removed.
+    pub(super) fn needs_scores(&self) -> bool {
+        self.remove > 0 || self.recipe.mix.is_some()
+    }
+
     /// What the method is told, but for its files.
     pub(super) fn method_options(&self) -> MethodOptions {
         let mut options = MethodOptions::default();
@@ -115,7 +120,7 @@ impl<'a> Inputs<'a> {
     pub(super) fn keys(&self) -> Result<Keys> {
         let recipe = self.recipe;
         let calibration = (self.calibration.ids_sha256(), self.calibration.bos());
-        let score = (self.remove > 0).then(|| {
+        let score = self.needs_scores().then(|| {
             let options = recipe.method.relevant(&self.method_options());
             Key::of(Stage::Score.name(), &(self.model(), recipe.dtype, &calibration, recipe.method, options))
         });

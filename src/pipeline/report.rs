@@ -82,7 +82,8 @@ pub struct Tried {
 pub(super) struct SavedRecord {
     pub directory: PathBuf,
     pub tensor_bytes: u64,
-    pub weights_sha256: String,
+    /// Absent while it is hashed.
+    pub weights_sha256: Option<String>,
 }
 
 impl Report {

@@ -69,7 +69,7 @@ impl<'a> Run<'a> {
             version: env!("CARGO_PKG_VERSION").into(),
             recipe: inputs.recipe.clone(),
             model_sha256: inputs.model_sha256.clone(),
-            saved_sha256: saved.weights_sha256,
+            saved_sha256: saved.sha256,
             calibration: Calibration::from(&inputs.calibration),
             dense,
             folded,
@@ -211,7 +211,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    fn save(&mut self, plan: &Plan, observer: &mut dyn Observer) -> Result<SavedRecord> {
+    fn save(&mut self, plan: &Plan, observer: &mut dyn Observer) -> Result<Saved> {
         if let Some(saved) = self.inputs.saved(&self.keys, observer)? {
             return Ok(saved);
         }
@@ -221,15 +221,16 @@ impl<'a> Run<'a> {
             let Inputs { checkpoint, recipe, work, .. } = &run.inputs;
             // Adapters that are no part of a matrix after healing are no part of the plan either.
             let same = plan.architecture(checkpoint.architecture())? == *result.architecture();
-            let options = SaveOptions::from(recipe.format);
-            let saved =
-                checkpoint.save(&result, Some(plan).filter(|_| same), &recipe.out, &options, observer)?;
-            // Not to be cancelled: what is there has to be known as ours.
-            let weights_sha256 = Checkpoint::open(&recipe.out)?.sha256(&mut ())?;
+            let (plan, options) = (Some(plan).filter(|_| same), SaveOptions::from(recipe.format));
+            let saved = checkpoint.save(&result, plan, &recipe.out, &options, observer)?;
             let (directory, tensor_bytes) = (saved.directory, saved.tensor_bytes);
-            let record = SavedRecord { directory, tensor_bytes, weights_sha256 };
+            // At once: whoever is stopped while it is hashed has to know it as its own.
+            let mut record = SavedRecord { directory, tensor_bytes, weights_sha256: None };
             work.keep(SAVED, &key, &record)?;
-            Ok(record)
+            let sha256 = Checkpoint::open(&recipe.out)?.sha256(observer)?;
+            record.weights_sha256 = Some(sha256.clone());
+            work.keep(SAVED, &key, &record)?;
+            Ok(Saved { tensor_bytes, sha256 })
         })
     }
 
@@ -274,14 +275,21 @@ pub(super) const HEALED: &str = "healed";
 pub(super) const EVALUATION: &str = "evaluation";
 const SAVED: &str = "saved";
 
+/// What is at the destination.
+pub(super) struct Saved {
+    tensor_bytes: u64,
+    sha256: String,
+}
+
 impl Inputs<'_> {
     /// What this recipe has saved, where it is still there.
-    pub(super) fn saved(&self, keys: &Keys, observer: &mut dyn Observer) -> Result<Option<SavedRecord>> {
+    pub(super) fn saved(&self, keys: &Keys, observer: &mut dyn Observer) -> Result<Option<Saved>> {
         let known: Option<SavedRecord> = self.work.known(SAVED, &keys.save)?;
         let Some(saved) = known.filter(|saved| saved.directory.join("config.json").exists()) else {
             return Ok(None);
         };
-        let found = Checkpoint::open(&saved.directory)?.sha256(observer)?;
-        Ok(Some(saved).filter(|saved| found == saved.weights_sha256))
+        let sha256 = Checkpoint::open(&saved.directory)?.sha256(observer)?;
+        let ours = saved.weights_sha256.is_none_or(|expected| expected == sha256);
+        Ok(ours.then_some(Saved { tensor_bytes: saved.tensor_bytes, sha256 }))
     }
 }
