@@ -93,17 +93,15 @@ impl<'a> Inputs<'a> {
 
     /// What the method is told, but for its files.
     pub(super) fn method_options(&self) -> MethodOptions {
-        let mut options = MethodOptions::default();
-        options.remove = self.remove;
-        options.protected.clone_from(&self.recipe.protect);
-        options.seed = self.recipe.seed;
-        if let Some(gates) = &self.recipe.gates {
-            options.gates = gates.clone();
+        let Recipe { gates, coupling, protect, seed, .. } = self.recipe;
+        MethodOptions {
+            remove: self.remove,
+            protected: protect.clone(),
+            seed: *seed,
+            gates: gates.clone().unwrap_or_default(),
+            coupling: coupling.clone().unwrap_or_default(),
+            ..MethodOptions::default()
         }
-        if let Some(coupling) = &self.recipe.coupling {
-            options.coupling = coupling.clone();
-        }
-        options
     }
 
     /// The healing with the recipe's seed.

@@ -133,15 +133,15 @@ impl Inputs<'_> {
         match self.recipe.format {
             Format::Compact => held(arch),
             // What is merged is written in f32.
-            Format::Expanded => held(&arch.expanded()) + self.widened(arch, narrow),
+            Format::Expanded => held(&arch.expanded()) + widened(arch, narrow),
         }
     }
+}
 
-    /// The bytes that merged matrices take more in f32.
-    fn widened(&self, arch: &Architecture, narrow: DType) -> u64 {
-        let more = DType::F32.size_in_bytes().saturating_sub(narrow.size_in_bytes());
-        let merged = (0..arch.depth()).flat_map(|depth| arch.fold.block(depth).adapters.into_keys());
-        let sizes = merged.filter_map(|projection| arch.projection_shape(projection));
-        sizes.map(|(output, input)| (output * input * more) as u64).sum()
-    }
+/// The bytes that merged matrices take more in f32.
+fn widened(arch: &Architecture, narrow: DType) -> u64 {
+    let more = DType::F32.size_in_bytes().saturating_sub(narrow.size_in_bytes());
+    let merged = (0..arch.depth()).flat_map(|depth| arch.fold.block(depth).adapters.into_keys());
+    let sizes = merged.filter_map(|projection| arch.projection_shape(projection));
+    sizes.map(|(output, input)| (output * input * more) as u64).sum()
 }
