@@ -73,7 +73,13 @@ impl Inputs<'_> {
                 bare.share = None;
             }
         }
-        let scores = Scores::new("assumed", &self.calibration, vec![0.0; arch.depth()])?;
+        // Blocks of groups that are named stay: where they go, there is no plan.
+        let named = match self.recipe.share.as_ref().map(|share| &share.groups) {
+            Some(Groups::Explicit(groups)) => groups.concat(),
+            _ => Vec::new(),
+        };
+        let importance = (0..arch.depth()).map(|block| f64::from(u8::from(named.contains(&block))));
+        let scores = Scores::new("assumed", &self.calibration, importance.collect())?;
         if self.remove > 0 && self.unequal() {
             assumed.push("blocks of the end go, and blocks differ in size".to_string());
         }
