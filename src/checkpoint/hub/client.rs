@@ -141,8 +141,8 @@ impl Client {
     pub(super) fn new(options: &HubOptions) -> Result<Self> {
         let endpoint = options.endpoint.trim_end_matches('/').to_owned();
         let origin = endpoint.parse::<Uri>().ok().filter(is_http);
-        let origin =
-            origin.ok_or_else(|| Error::argument("endpoint", &options.endpoint, "an http or https address"))?;
+        let origin = origin
+            .ok_or_else(|| Error::argument("endpoint", &options.endpoint, "an http or https address"))?;
         let config = Agent::config_builder()
             .http_status_as_error(false)
             .max_redirects(0)
@@ -167,21 +167,18 @@ impl Client {
         let info: Info = serde_json::from_slice(&body)
             .map_err(|error| Failure::Protocol(format!("the list of files is not one: {error}")))?;
         // Both become paths in the cache.
-        if info.sha.is_empty() || info.sha.len() > 64 || !info.sha.bytes().all(|b| b.is_ascii_alphanumeric()) {
+        if info.sha.is_empty() || info.sha.len() > 64 || !info.sha.bytes().all(|b| b.is_ascii_alphanumeric())
+        {
             return Err(Failure::Protocol(format!("`{}` is no commit", info.sha)));
         }
-        let plain = |file: &Sibling| !file.rfilename.starts_with('.') && !file.rfilename.contains(['/', '\\']);
+        let plain =
+            |file: &Sibling| !file.rfilename.starts_with('.') && !file.rfilename.contains(['/', '\\']);
         let files = info.siblings.into_iter().filter(plain).map(|file| (file.rfilename.clone(), file));
         Ok(Listing { commit: info.sha, files: files.collect() })
     }
 
     /// A listed file, asked for by itself where the list has only its name.
-    pub(super) fn describe(
-        &self,
-        model: &str,
-        listing: &Listing,
-        name: &str,
-    ) -> Result<RemoteFile, Failure> {
+    pub(super) fn describe(&self, model: &str, listing: &Listing, name: &str) -> Result<RemoteFile, Failure> {
         if let Some(file) = listing.described(name) {
             return Ok(file);
         }

@@ -59,7 +59,9 @@ fn is_revision(text: &str) -> bool {
     text.len() <= 255
         && !text.contains(strange)
         && !text.contains("..")
-        && text.split('/').all(|part| !part.is_empty() && !part.starts_with('.') && !part.ends_with(['.', ' ']))
+        && text
+            .split('/')
+            .all(|part| !part.is_empty() && !part.starts_with('.') && !part.ends_with(['.', ' ']))
 }
 
 /// The directory of the snapshot that an id names, fetched into the cache first where it is not all there.
@@ -100,7 +102,8 @@ mod tests {
 
     #[test]
     fn hub_ids_are_told_from_paths() {
-        for id in ["org/name", "HuggingFaceTB/SmolLM2-135M", "a/b_c.d", "org/name@main", "org/name@refs/pr/1"] {
+        for id in ["org/name", "HuggingFaceTB/SmolLM2-135M", "a/b_c.d", "org/name@main", "org/name@refs/pr/1"]
+        {
             assert!(is_hub_id(id), "{id}");
         }
         for path in [

@@ -75,7 +75,8 @@ impl HubOptions {
         };
 
         let default = || {
-            let caches = path("XDG_CACHE_HOME").or_else(|| user_home.as_ref().map(|home| home.join(".cache")));
+            let caches =
+                path("XDG_CACHE_HOME").or_else(|| user_home.as_ref().map(|home| home.join(".cache")));
             Some(caches?.join("huggingface"))
         };
         let home = path("HF_HOME").or_else(default);

@@ -246,7 +246,11 @@ impl Remote<'_> {
         };
         let (status, reason) = match failure {
             Failure::Refused { status: status @ (401 | 403), .. } => {
-                let token = if self.options.token.is_some() { "the one given is not enough" } else { "none was found" };
+                let token = if self.options.token.is_some() {
+                    "the one given is not enough"
+                } else {
+                    "none was found"
+                };
                 let reason = format!(
                     "{hub} refuses {what} ({status}): the model does not exist, or is private or gated and needs a \
                      token; {token} (HF_TOKEN, the file HF_TOKEN_PATH, or what `hf auth login` saved in HF_HOME); the \
@@ -258,7 +262,9 @@ impl Remote<'_> {
                 let reason = match (file, word.as_str()) {
                     (Some(_), _) => format!("{hub} does not have {what} (404)"),
                     (None, "RevisionNotFound") => format!("{hub} has the model, but not {what} (404)"),
-                    (None, "RepoNotFound") => format!("{hub} does not have the model, asked for {what} (404)"),
+                    (None, "RepoNotFound") => {
+                        format!("{hub} does not have the model, asked for {what} (404)")
+                    }
                     (None, _) => format!("{hub} does not have the model, or not {what} (404)"),
                 };
                 (Some(404), reason)
@@ -267,7 +273,8 @@ impl Remote<'_> {
                 (Some(status), format!("{hub} refuses {what} ({status} {word})"))
             }
             Failure::Passing(reason) => {
-                let kept = file.map_or("", |_| "; what has arrived is kept, and the next attempt goes on from it");
+                let kept =
+                    file.map_or("", |_| "; what has arrived is kept, and the next attempt goes on from it");
                 (None, format!("cannot fetch {what} from {hub}: {reason}{kept}"))
             }
             Failure::Protocol(reason) => {
@@ -304,7 +311,8 @@ mod tests {
     #[test]
     fn a_complete_snapshot_of_the_hub_is_found_and_a_partial_one_is_not() {
         let root = tempfile::tempdir().unwrap();
-        let map = r#"{"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors", "c": "m-1.safetensors"}}"#;
+        let map =
+            r#"{"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors", "c": "m-1.safetensors"}}"#;
         let files = [
             (CONFIG, "{}"),
             (TOKENIZER, "{}"),
