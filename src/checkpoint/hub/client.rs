@@ -129,7 +129,7 @@ impl Answer {
     }
 }
 
-#[derive(Debug)]
+/// Not `Debug`: it has the token.
 pub(super) struct Client {
     agent: Agent,
     endpoint: String,

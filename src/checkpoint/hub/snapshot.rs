@@ -35,9 +35,9 @@ pub(super) fn fetch(
     }
     // A commit never changes.
     if is_commit(wanted.revision)
-        && let Ok(directory) = held
+        && let Ok(directory) = &held
     {
-        return Ok(directory);
+        return Ok(directory.clone());
     }
     let remote = Remote { wanted, options, client: Client::new(options)?, cached };
     let listing = match remote.list(held.is_ok(), observer)? {
@@ -63,9 +63,11 @@ pub(super) fn fetch(
     complete(&directory).map_err(|missing| {
         hub_error(wanted.id, format!("was fetched, and yet {}", remote.cached.lacks(&missing)))
     })?;
-    // Last, so that a name never stands for half a snapshot.
-    let root = &options.cache_dir;
-    remote.cached.repo.create_ref(&listing.commit).map_err(Error::io("write", root))?;
+    // Last, so that a name never stands for half a snapshot; and only if new, for caches that are only read.
+    if !is_commit(wanted.revision) && remote.cached.named().as_ref() != Some(&directory) {
+        let root = &options.cache_dir;
+        remote.cached.repo.create_ref(&listing.commit).map_err(Error::io("write", root))?;
+    }
     Ok(directory)
 }
 
@@ -85,17 +87,16 @@ impl<'a> Cached<'a> {
         Self { wanted, root: &options.cache_dir, repo }
     }
 
+    /// The directory of the snapshot that the revision stood for last.
+    fn named(&self) -> Option<PathBuf> {
+        self.repo.get(CONFIG)?.parent().map(Path::to_path_buf)
+    }
+
     /// The directory of the snapshot, or what is missing.
     fn snapshot(&self) -> Result<PathBuf, String> {
-        let Wanted { model, revision, .. } = self.wanted;
-        let folder = Repo::model(model.to_owned()).folder_name();
-        let saved = std::fs::read_to_string(self.root.join(folder).join("refs").join(revision));
-        let commit = match saved {
-            Ok(commit) => commit.trim().to_owned(),
-            Err(_) if is_commit(revision) => revision.to_owned(),
-            Err(_) => return Err("nothing of it is there".to_owned()),
-        };
-        let directory = self.repo.pointer_path(&commit);
+        let revision = self.wanted.revision;
+        let commit = is_commit(revision).then(|| self.repo.pointer_path(revision));
+        let directory = commit.or_else(|| self.named()).ok_or("nothing of it is there")?;
         complete(&directory).map(|()| directory)
     }
 
@@ -321,7 +322,7 @@ mod tests {
             ("m-2.safetensors", ""),
         ];
         for (count, lacks) in [
-            (0, "`config.json` is missing"),
+            (0, "nothing of it is there"),
             (1, "`tokenizer.json` is missing"),
             (2, "`model.safetensors` is missing"),
             (4, "`m-2.safetensors` is missing"),

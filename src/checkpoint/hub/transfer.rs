@@ -40,7 +40,6 @@ impl From<Error> for Stop {
 /// Told the bytes of a file that are there; fails where the work should stop.
 pub(super) type Progress<'a> = &'a mut dyn FnMut(u64) -> Result<()>;
 
-#[derive(Debug)]
 pub(super) struct Transfer<'a> {
     pub(super) client: &'a Client,
     pub(super) url: String,
