@@ -220,7 +220,7 @@ fn answer(state: &State, asked: &Asked, ranges: bool) -> Reply {
             return Reply::status(404, "RepoNotFound");
         };
         let revision = revision.replace("%2F", "/");
-        let known = [&state.commit, "main"].contains(&revision.as_str());
+        let known = [state.commit.as_str(), "main"].contains(&revision.as_str());
         if !known && !state.revisions.contains(&revision) {
             return Reply::status(404, "RevisionNotFound");
         }

@@ -12,12 +12,12 @@ const RETRIES: u32 = 5;
 
 /// How a checkpoint is opened from the Hugging Face hub.
 ///
-/// ```
-/// use foldgpt::HubOptions;
+/// ```no_run
+/// use foldgpt::{Checkpoint, HubOptions};
 ///
 /// let mut options = HubOptions::from_env()?;
 /// options.revision = Some("v1.0".to_owned());
-/// options.offline = true;
+/// let checkpoint = Checkpoint::open_hub("org/name", &options, &mut ())?;
 /// # Ok::<(), foldgpt::Error>(())
 /// ```
 #[derive(Clone, PartialEq, Eq)]
@@ -171,7 +171,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let home = root.path().to_str().unwrap();
         let token = |more: &[(&str, &str)]| {
-            let variables = [&[("HF_HOME", home)], more].concat();
+            let variables = [&[("HF_HOME", home)][..], more].concat();
             options(&variables, "").unwrap().token
         };
         assert_eq!(token(&[]), None);

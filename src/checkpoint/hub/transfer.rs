@@ -98,8 +98,8 @@ impl Transfer<'_> {
         if answer.response.status() == 206 {
             let found = answer.content_range();
             if found != Some((part.len, size)) {
-                let expected = format!("byte {} of {size}", part.len);
-                return Err(bad(format!("a part of the file from {found:?}, expected {expected}")));
+                let found = found.map_or("nothing".to_owned(), |(start, of)| format!("byte {start} of {of}"));
+                return Err(bad(format!("a part from {found}, expected byte {} of {size}", part.len)));
             }
         } else {
             // A server without ranges sends the file from its beginning.
