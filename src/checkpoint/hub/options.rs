@@ -60,23 +60,19 @@ impl HubOptions {
     /// No directory for the cache where there is neither a home directory nor a variable, or a file of the token that
     /// exists and cannot be read.
     pub fn from_env() -> Result<Self> {
-        Self::from_variables(&|name| std::env::var_os(name), std::env::home_dir())
+        Self::from_variables(&|name| std::env::var_os(name), std::env::home_dir().as_deref())
     }
 
-    fn from_variables(
-        variable: &dyn Fn(&str) -> Option<OsString>,
-        user_home: Option<PathBuf>,
-    ) -> Result<Self> {
+    fn from_variables(variable: &dyn Fn(&str) -> Option<OsString>, user_home: Option<&Path>) -> Result<Self> {
         let set = |name: &str| variable(name).filter(|value| !value.is_empty());
-        let path = |name: &str| set(name).map(|value| expanded(PathBuf::from(value), user_home.as_deref()));
+        let path = |name: &str| set(name).map(|value| expanded(PathBuf::from(value), user_home));
         let text = |name: &str| set(name).and_then(|value| value.into_string().ok());
         let on = |name: &str| {
             text(name).is_some_and(|v| matches!(v.to_uppercase().as_str(), "1" | "ON" | "YES" | "TRUE"))
         };
 
         let default = || {
-            let caches =
-                path("XDG_CACHE_HOME").or_else(|| user_home.as_ref().map(|home| home.join(".cache")));
+            let caches = path("XDG_CACHE_HOME").or_else(|| user_home.map(|home| home.join(".cache")));
             Some(caches?.join("huggingface"))
         };
         let home = path("HF_HOME").or_else(default);
@@ -148,7 +144,7 @@ mod tests {
         let find = |name: &str| {
             variables.iter().find(|(known, _)| *known == name).map(|(_, value)| OsString::from(value))
         };
-        HubOptions::from_variables(&find, Some(home).filter(|home| !home.is_empty()).map(PathBuf::from))
+        HubOptions::from_variables(&find, Some(home).filter(|home| !home.is_empty()).map(Path::new))
     }
 
     #[test]
