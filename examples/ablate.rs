@@ -95,7 +95,7 @@ fn main() -> anyhow::Result<()> {
     );
     let tasks =
         args.tasks.iter().map(|path| Task::read(path, args.limit)).collect::<foldgpt::Result<Vec<_>>>()?;
-    let checkpoint = Checkpoint::open(&args.dense)?;
+    let checkpoint = cli::open(&args.dense, None)?;
     let tokenizer = checkpoint.tokenizer()?;
     let (first, held_out) =
         args.window.split(&tokenizer, &cli::read_text(&args.text)?, None, args.eval_windows)?;
@@ -110,7 +110,7 @@ fn main() -> anyhow::Result<()> {
     rows.push(setting.row("dense", &setting.dense, &all, Distill::None)?);
     for model in &args.models {
         let name = Path::new(model).file_name().map_or(model.clone(), |name| name.to_string_lossy().into());
-        let checkpoint = Checkpoint::open(model)?;
+        let checkpoint = cli::open(model, None)?;
         let name = format!("{name} {:.8}", checkpoint.sha256(&mut cli::Bars::default())?);
         let student = cli::load(&checkpoint, args.dtype.dtype())?.sharing(&setting.dense)?;
         rows.push(setting.row(&name, &student, &[], Distill::None)?);

@@ -75,7 +75,7 @@ fn main() -> anyhow::Result<()> {
     let needed = heal.losses.need_teacher();
     let name = args.teacher.as_ref().filter(|_| needed);
     anyhow::ensure!(name.is_some() || !needed, "--teacher is needed, or --distill none");
-    let original = name.map(Checkpoint::open).transpose()?;
+    let original = name.map(|name| cli::open(name, None)).transpose()?;
     let cache = match (&original, &args.teacher_cache) {
         (Some(original), Some(path)) => Some(cached(&args, original, path, &train)?),
         _ => None,

@@ -51,8 +51,10 @@ pub enum Error {
     /// A model could not be found or fetched by its hub id.
     #[error("hub model `{id}`: {reason}")]
     Hub {
-        /// The id as given, `org/name`.
+        /// The id as given, `org/name` or `org/name@revision`.
         id: String,
+        /// The status that the hub refused with, such as 401 or 404; none where it did not answer, or nobody asked it.
+        status: Option<u16>,
         /// What failed and what can be done about it.
         reason: String,
     },

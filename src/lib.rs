@@ -20,7 +20,7 @@ mod progress;
 pub use candle_core as candle;
 
 pub use account::{Account, Held};
-pub use checkpoint::{Checkpoint, Format, SaveOptions, Saved};
+pub use checkpoint::{Checkpoint, Format, HubOptions, SaveOptions, Saved};
 pub use data::{Bos, Tokenizer, Windows};
 pub use error::{Error, Result};
 pub use eval::{Perplexity, perplexity};

@@ -13,15 +13,21 @@ use foldgpt::candle::{DType, Device};
 use foldgpt::importance::{self, Importance, MethodOptions};
 use foldgpt::pipeline::{Goal, MixOptions, Share, Total};
 use foldgpt::plan::{Budget, Donor, Groups, Ranks, Residual, ResidualStart, ScaleStart};
-use foldgpt::{Bos, Checkpoint, Decoder, Format, Observer, Perplexity, Target, Tokenizer, Windows};
+use foldgpt::{
+    Bos, Checkpoint, Decoder, Format, HubOptions, Observer, Perplexity, Target, Tokenizer, Windows,
+};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 // Which model.
 #[derive(Debug, Args)]
 pub struct ModelArgs {
-    /// A directory in the Hugging Face layout, a GGUF file, or a hub id (`org/name`, feature `hub`)
+    /// A directory in the Hugging Face layout, a GGUF file, or a hub id (`org/name`, feature `hub`); what private models
+    /// need is found in HF_TOKEN or where `hf auth login` saves it, since flags are seen by others on the machine
     #[arg(long)]
     pub model: String,
+    /// The branch, tag or commit of a hub id; `org/name@revision` says the same
+    #[arg(long)]
+    pub revision: Option<String>,
     /// How matrices are held in memory; bf16 takes half the room and, on CPUs with AVX-512 bf16, less time
     #[arg(long, value_enum, default_value = "f32")]
     pub dtype: DtypeArg,
@@ -53,7 +59,7 @@ impl DtypeArg {
 
 impl ModelArgs {
     pub fn open(&self) -> Result<Checkpoint> {
-        Ok(Checkpoint::open(&self.model)?)
+        open(&self.model, self.revision.as_deref())
     }
 
     pub fn load(&self) -> Result<(Checkpoint, Decoder)> {
@@ -61,6 +67,18 @@ impl ModelArgs {
         let decoder = load(&checkpoint, self.dtype.dtype())?;
         Ok((checkpoint, decoder))
     }
+}
+
+/// A model on disk or of the hub, with bars for what is fetched.
+pub fn open(model: &str, revision: Option<&str>) -> Result<Checkpoint> {
+    if Path::new(model).exists() || !model.contains('/') {
+        anyhow::ensure!(revision.is_none(), "--revision is for a hub id, and {model} is none");
+        return Ok(Checkpoint::open(model)?);
+    }
+    let mut options = HubOptions::from_env()?;
+    options.revision = revision.map(str::to_owned);
+    let fetched = Checkpoint::open_hub(model, &options, &mut Bars::default());
+    fetched.with_context(|| format!("there is no {model} on disk"))
 }
 
 /// A checkpoint's weights on the CPU.
@@ -409,10 +427,13 @@ pub struct Bars {
 
 impl Observer for Bars {
     fn started(&mut self, stage: &'static str, total: u64) {
-        let style = ProgressStyle::with_template("{msg:18} {wide_bar} {pos}/{len} {eta} left");
         if let Some(outer) = self.bar.take() {
             outer.finish_and_clear();
         }
+        let style = ProgressStyle::with_template(match stage {
+            "fetch" | "hash" => "{msg:18} {wide_bar} {bytes}/{total_bytes} {eta} left",
+            _ => "{msg:18} {wide_bar} {pos}/{len} {eta} left",
+        });
         let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr());
         self.bar =
             Some(bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar())).with_message(stage));

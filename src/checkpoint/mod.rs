@@ -11,6 +11,7 @@ mod staging;
 mod surgery;
 
 pub use compact::FORMAT_VERSION;
+pub use hub::HubOptions;
 pub use save::{Format, SaveOptions, Saved};
 pub use staging::check_destination;
 
@@ -62,7 +63,8 @@ enum Source {
 
 impl Checkpoint {
     /// Opens a model: a directory in the Hugging Face layout, a GGUF file, or (with the feature `hub`) a hub id
-    /// `org/name`. What exists on disk is never looked for elsewhere.
+    /// `org/name` or `org/name@revision`, by what the environment says ([`HubOptions::from_env`]). What exists on disk
+    /// is never looked for elsewhere.
     ///
     /// # Errors
     /// A path that does not exist, a file that is truncated or not what it seems, a configuration that is not
@@ -76,9 +78,28 @@ impl Checkpoint {
             return Self::open_gguf(path);
         }
         match path.to_str().filter(|name| hub::is_hub_id(name)) {
-            Some(id) => Self::open_directory(&hub::fetch(id)?),
+            Some(id) => Self::open_hub(id, &HubOptions::from_env()?, &mut ()),
             None => Err(Error::format(path, "does not exist, expected a directory, a gguf file or a hub id")),
         }
+    }
+
+    /// Opens a model of the Hugging Face hub by its id, `org/name` or `org/name@revision`, and fetches into the cache
+    /// what that does not hold: the config, the weights and what belongs to the tokenizer, no other file. Needs the
+    /// feature `hub`.
+    ///
+    /// The hub is asked what the revision stands for now; nothing more is asked where the cache holds that, and nothing
+    /// at all for a commit that it holds. Where nobody answers, the cache's last state of the revision is opened.
+    ///
+    /// The observer is told of bytes in the stage `fetch`, first for what describes the model, then for the rest. A
+    /// transfer that breaks or is cancelled leaves what has arrived, and goes on from there, now or in a later process.
+    /// A file counts as fetched once its length and hash are those of the hub's list.
+    ///
+    /// # Errors
+    /// [`Error::Hub`] where the hub refuses (its `status` tells a missing token from a missing model, revision or
+    /// file), does not answer and the cache does not hold all of the model, or sends what it should not; a full disk;
+    /// a cancelling observer; and what [`open`](Self::open) says of the files.
+    pub fn open_hub(id: &str, options: &HubOptions, observer: &mut dyn Observer) -> Result<Self> {
+        Self::open_directory(&hub::fetch(id, options, observer)?)
     }
 
     /// A checkpoint that is not on disk yet: what [`save`](Self::save) will write beside the weights of a new model.

@@ -1,6 +1,6 @@
 //! Safetensors files, read tensor by tensor.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -98,25 +98,29 @@ fn shards(directory: &Path, stem: &str) -> Result<Vec<PathBuf>> {
     if !index.exists() {
         return Err(Error::format(directory, format!("no weights, expected {} or {}", names.0, names.1)));
     }
-    let text = std::fs::read_to_string(&index).map_err(Error::io("read", &index))?;
-    let json: Value =
-        serde_json::from_str(&text).map_err(|error| Error::format(&index, error.to_string()))?;
+    Ok(shard_names(&index)?.into_iter().map(|name| directory.join(name)).collect())
+}
+
+/// The files that an index names, each once.
+pub(super) fn shard_names(index: &Path) -> Result<BTreeSet<String>> {
+    let text = std::fs::read_to_string(index).map_err(Error::io("read", index))?;
+    let json: Value = serde_json::from_str(&text).map_err(|error| Error::format(index, error.to_string()))?;
     let map = json.get("weight_map").and_then(Value::as_object);
-    let map = map.ok_or_else(|| Error::format(&index, "no object `weight_map`"))?;
-    let mut names = std::collections::BTreeSet::new();
+    let map = map.ok_or_else(|| Error::format(index, "no object `weight_map`"))?;
+    let mut names = BTreeSet::new();
     for (tensor, file) in map {
         // A shard is a plain file name beside its index, never a path that leads elsewhere.
         let name =
             file.as_str().filter(|name| !name.is_empty() && !name.contains(['/', '\\']) && *name != "..");
         let Some(name) = name else {
-            return Err(Error::tensor(&index, tensor, format!("is in {file}, expected a file name")));
+            return Err(Error::tensor(index, tensor, format!("is in {file}, expected a file name")));
         };
-        names.insert(name);
+        names.insert(name.to_owned());
     }
     if names.is_empty() {
-        return Err(Error::format(&index, "`weight_map` is empty"));
+        return Err(Error::format(index, "`weight_map` is empty"));
     }
-    Ok(names.into_iter().map(|name| directory.join(name)).collect())
+    Ok(names)
 }
 
 /// The header of one file: every tensor's place, checked against the file's length.
