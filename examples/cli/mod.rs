@@ -22,7 +22,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 #[derive(Debug, Args)]
 pub struct ModelArgs {
     /// A directory in the Hugging Face layout, a GGUF file, or a hub id (`org/name`, feature `hub`); what private models
-    /// need is found in HF_TOKEN or where `hf auth login` saves it, since flags are seen by others on the machine
+    /// need is found in `HF_TOKEN` or where `hf auth login` saves it, since flags are seen by others on the machine
     #[arg(long)]
     pub model: String,
     /// The branch, tag or commit of a hub id; `org/name@revision` says the same
@@ -71,14 +71,12 @@ impl ModelArgs {
 
 /// A model on disk or of the hub, with bars for what is fetched.
 pub fn open(model: &str, revision: Option<&str>) -> Result<Checkpoint> {
-    if Path::new(model).exists() || !model.contains('/') {
-        anyhow::ensure!(revision.is_none(), "--revision is for a hub id, and {model} is none");
-        return Ok(Checkpoint::open(model)?);
-    }
+    let mut bars = Bars::default();
+    let Some(revision) = revision else { return Ok(Checkpoint::open_observed(model, &mut bars)?) };
+    anyhow::ensure!(!Path::new(model).exists(), "--revision is for a hub id, and {model} is on disk");
     let mut options = HubOptions::from_env()?;
-    options.revision = revision.map(str::to_owned);
-    let fetched = Checkpoint::open_hub(model, &options, &mut Bars::default());
-    fetched.with_context(|| format!("there is no {model} on disk"))
+    options.revision = Some(revision.to_owned());
+    Ok(Checkpoint::open_hub(model, &options, &mut bars)?)
 }
 
 /// A checkpoint's weights on the CPU.

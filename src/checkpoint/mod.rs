@@ -70,6 +70,15 @@ impl Checkpoint {
     /// A path that does not exist, a file that is truncated or not what it seems, a configuration that is not
     /// supported, or tensors that contradict it; nothing large is allocated before all of this is known.
     pub fn open(model: impl AsRef<Path>) -> Result<Self> {
+        Self::open_observed(model, &mut ())
+    }
+
+    /// As [`open`](Self::open), and tells an observer of what is fetched from the hub, as
+    /// [`open_hub`](Self::open_hub) does.
+    ///
+    /// # Errors
+    /// As `open`, or a cancelling observer.
+    pub fn open_observed(model: impl AsRef<Path>, observer: &mut dyn Observer) -> Result<Self> {
         let path = model.as_ref();
         if path.is_dir() {
             return Self::open_directory(path);
@@ -78,7 +87,7 @@ impl Checkpoint {
             return Self::open_gguf(path);
         }
         match path.to_str().filter(|name| hub::is_hub_id(name)) {
-            Some(id) => Self::open_hub(id, &HubOptions::from_env()?, &mut ()),
+            Some(id) => Self::open_hub(id, &HubOptions::from_env()?, observer),
             None => Err(Error::format(path, "does not exist, expected a directory, a gguf file or a hub id")),
         }
     }

@@ -50,7 +50,7 @@ impl<'a> Inputs<'a> {
     /// Opens and checks everything that can be checked before there is any work.
     pub(super) fn open(recipe: &'a Recipe, observer: &mut dyn Observer) -> Result<Self> {
         recipe.check()?;
-        let checkpoint = Checkpoint::open(&recipe.model)?;
+        let checkpoint = Checkpoint::open_observed(&recipe.model, observer)?;
         let arch = checkpoint.architecture();
         let remove = recipe.most_removed(arch, &checkpoint.block_bytes(), checkpoint.tensor_bytes())?;
         recipe.check_model(arch, remove)?;

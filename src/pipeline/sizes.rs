@@ -113,7 +113,7 @@ impl Inputs<'_> {
         match self.recipe.format {
             Format::Compact => sizes.stored_bytes = sizes.parameters as u64 * per,
             Format::Expanded => {
-                sizes.assumed.push("no scale or residual is merged into a matrix".to_string())
+                sizes.assumed.push("no scale or residual is merged into a matrix".to_string());
             }
         }
     }

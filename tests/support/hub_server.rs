@@ -187,7 +187,7 @@ fn serve(mut stream: &TcpStream, state: &Mutex<State>) -> bool {
         Some(Fault::Body(body)) => (announced, reply.body) = (Some(body.len()), body),
         Some(Fault::WrongRange) => {
             let range = reply.headers.iter_mut().find(|(name, _)| *name == "content-range").unwrap();
-            range.1 = "bytes 1-2/3".to_owned();
+            "bytes 1-2/3".clone_into(&mut range.1);
         }
         _ => {}
     }
