@@ -2,18 +2,22 @@
 
 mod compact;
 mod config;
+mod copy;
 mod gguf;
 mod hub;
 mod layout;
+mod parts;
 mod safetensors;
 mod save;
 mod staging;
+mod streamed;
 mod surgery;
 
 pub use compact::FORMAT_VERSION;
 pub use hub::HubOptions;
 pub use save::{Format, SaveOptions, Saved};
 pub use staging::check_destination;
+pub use streamed::{StreamOptions, StreamedDecoder};
 
 use std::collections::HashMap;
 use std::io::Read;
@@ -29,6 +33,7 @@ use crate::model::{Architecture, Decoder, Param};
 use crate::progress::{self, Observer};
 use gguf::GgufFile;
 use layout::Stored;
+use parts::Parts;
 use safetensors::Safetensors;
 
 /// A model on disk: its configuration, its tensors by name, its tokenizer.
@@ -209,28 +214,16 @@ impl Checkpoint {
     ) -> Result<Decoder> {
         const STAGE: &str = "load";
         self.check_types(dtype)?;
-        let (mut read, total) = (0, self.tensors.len() as u64);
-        let mut holders = HashMap::new();
-        for stored in &self.tensors {
-            holders.extend(stored.params.iter().map(|(param, _)| (*param, stored)));
-        }
-        let mut waiting: HashMap<Param, Tensor> = HashMap::new();
+        let total = self.tensors.len() as u64;
         progress::stage(STAGE, total, observer, |observer| {
+            let (mut parts, mut told) = (Parts::new(self, dtype, device), 0);
             Decoder::build(self.architecture.clone(), |param, _| {
-                if let Some(ready) = waiting.remove(&param) {
-                    return Ok(ready);
+                let value = parts.param(param)?;
+                if parts.read > told {
+                    told = parts.read;
+                    progress::advance(STAGE, told, total, observer)?;
                 }
-                let Some(stored) = holders.get(&param) else {
-                    return Err(Error::tensor(&self.location, param.to_string(), "is stored nowhere"));
-                };
-                let dtype = param.dtype_in_memory(dtype, device);
-                let tensor = self.cast(stored, self.read(stored)?, dtype)?.to_device(device)?;
-                waiting.extend(stored.split(&tensor)?);
-                read += 1;
-                progress::advance(STAGE, read, total, observer)?;
-                waiting
-                    .remove(&param)
-                    .ok_or_else(|| Error::tensor(&self.location, &stored.name, "does not hold it"))
+                Ok(value)
             })
         })
         .map(|decoder| decoder.stored_as(self.narrowest_dtype()))

@@ -78,12 +78,17 @@ impl Safetensors {
 impl Entry {
     /// The tensor as it is stored, on the CPU.
     pub(crate) fn read(&self, name: &str) -> Result<Tensor> {
+        Tensor::from_raw_buffer(&self.bytes()?, self.dtype, &self.shape, &Device::Cpu)
+            .map_err(|error| Error::tensor(&self.file, name, error.to_string()))
+    }
+
+    /// The tensor's bytes, as they lie in the file.
+    pub(crate) fn bytes(&self) -> Result<Vec<u8>> {
         let mut file = File::open(&self.file).map_err(Error::io("open", &self.file))?;
         file.seek(SeekFrom::Start(self.start)).map_err(Error::io("read", &self.file))?;
         let mut bytes = vec![0u8; self.bytes];
         file.read_exact(&mut bytes).map_err(Error::io("read", &self.file))?;
-        Tensor::from_raw_buffer(&bytes, self.dtype, &self.shape, &Device::Cpu)
-            .map_err(|error| Error::tensor(&self.file, name, error.to_string()))
+        Ok(bytes)
     }
 }
 

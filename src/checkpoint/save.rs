@@ -105,32 +105,49 @@ impl Checkpoint {
         options: &SaveOptions,
         observer: &mut dyn Observer,
     ) -> Result<Saved> {
-        let directory = directory.as_ref();
         if let Some(plan) = plan {
-            self.check_plan(plan, decoder, observer)?;
+            let kept: Vec<usize> = decoder.blocks().iter().map(|block| block.own.origin).collect();
+            self.check_plan(plan, &kept, decoder.architecture(), observer)?;
         }
+        let written = self.of_decoder(decoder, options.format)?;
+        self.write(&written, plan, directory.as_ref(), options, observer)
+    }
+
+    /// Writes all of it beside its place, compares, and renames.
+    pub(super) fn write(
+        &self,
+        written: &Written<'_>,
+        plan: Option<&Plan>,
+        directory: &Path,
+        options: &SaveOptions,
+        observer: &mut dyn Observer,
+    ) -> Result<Saved> {
         let staging = Staging::beside(directory)?;
-        let written = Written::new(self, decoder, options.format)?;
-        let config = self.config_of(&written)?;
+        let config = self.config_of(written)?;
         staging.write("config.json", pretty(&config)?.as_bytes())?;
         if let Some(plan) = plan {
             staging.write(PLAN, plan.to_json()?.as_bytes())?;
         }
         self.write_companions(&staging)?;
-        let (weight_files, tensor_bytes) = write_weights(&written, &staging, options, observer)?;
-        compare(&written, &staging.path, observer)?;
+        let (weight_files, tensor_bytes) = write_weights(written, &staging, options, observer)?;
+        compare(written, &staging.path, observer)?;
         staging.commit(directory)?;
         Ok(Saved { directory: directory.to_path_buf(), tensor_bytes, weight_files })
     }
 
     /// A plan is written only beside what it describes.
-    fn check_plan(&self, plan: &Plan, decoder: &Decoder, observer: &mut dyn Observer) -> Result<()> {
+    pub(super) fn check_plan(
+        &self,
+        plan: &Plan,
+        kept: &[usize],
+        architecture: &Architecture,
+        observer: &mut dyn Observer,
+    ) -> Result<()> {
         plan.check_model(&self.architecture)?;
-        let kept: Vec<usize> = decoder.blocks().iter().map(|block| block.own.origin).collect();
         if kept != plan.kept() {
             return Err(Error::Plan(format!("keeps blocks {:?}, the decoder has {kept:?}", plan.kept())));
         }
-        if plan.architecture(&self.architecture)? != *decoder.architecture() {
+        if plan.architecture(&self.architecture)? != *architecture {
             let reason = "and the decoder differ in the halves of blocks, or in what these share and add";
             return Err(Error::Plan(reason.into()));
         }
@@ -143,7 +160,6 @@ impl Checkpoint {
     }
 
     fn config_of(&self, written: &Written<'_>) -> Result<Value> {
-        let kept: Vec<usize> = written.decoder.blocks().iter().map(|block| block.own.origin).collect();
         let embedding = self.tensors.first().map_or(DType::BF16, |stored| self.stored_dtype(&stored.name));
         // Where merging made tensors wider, readers that follow this field should not narrow them again.
         let widened = written.types.iter().any(|dtype| dtype.size_in_bytes() > embedding.size_in_bytes());
@@ -154,7 +170,7 @@ impl Checkpoint {
             DType::F16 => "float16",
             _ => "float32",
         };
-        let mut config = surgery::cut(&self.config, &kept, &written.architecture, dtype)?;
+        let mut config = surgery::cut(&self.config, &written.kept, &written.architecture, dtype)?;
         if let (Format::Compact, Some(fields)) = (written.format, config.as_object_mut()) {
             fields.insert(compact::SECTION.into(), compact::to_section(&written.architecture)?);
         }
@@ -210,48 +226,76 @@ impl Checkpoint {
     }
 }
 
-/// What is written of a decoder: which tensors, in which types, and what they hold.
-struct Written<'a> {
-    decoder: &'a Decoder,
-    format: Format,
-    /// The decoder's architecture as the written checkpoint will have it.
-    architecture: Architecture,
-    tensors: Vec<Stored>,
-    types: Vec<DType>,
-    params: HashMap<Param, &'a Tensor>,
-    shapes: HashMap<Param, Vec<usize>>,
+/// A checkpoint in the making: which tensors, in which types, and what they hold.
+pub(super) struct Written<'a> {
+    pub(super) format: Format,
+    /// The architecture that it will have.
+    pub(super) architecture: Architecture,
+    /// The index that each of its blocks has in the original model.
+    pub(super) kept: Vec<usize>,
+    pub(super) tensors: Vec<Stored>,
+    pub(super) types: Vec<DType>,
     /// Whether matrices are written that are held in parts.
-    merges: bool,
+    pub(super) merges: bool,
+    pub(super) content: Box<dyn Content + 'a>,
 }
 
-impl<'a> Written<'a> {
-    fn new(checkpoint: &Checkpoint, decoder: &'a Decoder, format: Format) -> Result<Self> {
+/// What the tensors of a checkpoint in the making hold.
+pub(super) trait Content {
+    /// The bytes of a tensor as it will be stored in `dtype`.
+    fn bytes(&self, stored: &Stored, dtype: DType) -> Result<Vec<u8>>;
+
+    /// Whether a tensor of the checkpoint that was written holds what it should.
+    fn is_in(&self, reloaded: &Checkpoint, stored: &Stored) -> Result<bool>;
+}
+
+impl Checkpoint {
+    /// What is written of a decoder.
+    fn of_decoder<'a>(&self, decoder: &'a Decoder, format: Format) -> Result<Written<'a>> {
         let architecture = match format {
             Format::Expanded => decoder.architecture().expanded(),
             Format::Compact => decoder.architecture().clone(),
         };
         let tensors = stored_tensors(&architecture);
-        let mut written = Self {
+        let content = InMemory {
             decoder,
             format,
-            types: Vec::new(),
             params: decoder.params().collect(),
             shapes: architecture.params().into_iter().collect(),
-            merges: false,
-            architecture,
-            tensors,
         };
-        let merged: Vec<bool> = written.tensors.iter().map(|stored| written.is_merged(stored)).collect();
-        written.merges = merged.contains(&true);
-        let types = written.tensors.iter().zip(merged).map(|(stored, merged)| {
-            let dtype = checkpoint.type_of(decoder, stored)?;
-            let wide = merged && checkpoint.dtype.is_none() && dtype != DType::F64;
-            Ok(if wide || written.is_vector_beyond(stored, dtype)? { DType::F32 } else { dtype })
+        let merged: Vec<bool> = tensors.iter().map(|stored| content.is_merged(stored)).collect();
+        let merges = merged.contains(&true);
+        let types = tensors.iter().zip(merged).map(|(stored, merged)| {
+            let dtype = self.type_of(decoder, stored)?;
+            let wide = merged && self.dtype.is_none() && dtype != DType::F64;
+            Ok(if wide || content.is_vector_beyond(stored, dtype)? { DType::F32 } else { dtype })
         });
-        written.types = types.collect::<Result<_>>()?;
-        Ok(written)
+        let types = types.collect::<Result<Vec<DType>>>()?;
+        let kept = decoder.blocks().iter().map(|block| block.own.origin).collect();
+        Ok(Written { format, architecture, kept, tensors, types, merges, content: Box::new(content) })
+    }
+}
+
+/// The tensors of a decoder in memory.
+struct InMemory<'a> {
+    decoder: &'a Decoder,
+    format: Format,
+    params: HashMap<Param, &'a Tensor>,
+    shapes: HashMap<Param, Vec<usize>>,
+}
+
+impl Content for InMemory<'_> {
+    fn bytes(&self, stored: &Stored, dtype: DType) -> Result<Vec<u8>> {
+        bytes_of(&self.tensor(stored, dtype)?)
     }
 
+    fn is_in(&self, reloaded: &Checkpoint, stored: &Stored) -> Result<bool> {
+        let on_disk = reloaded.read(stored)?;
+        Ok(bytes_of(&on_disk)? == self.bytes(stored, on_disk.dtype())?)
+    }
+}
+
+impl InMemory<'_> {
     /// Whether a tensor holds a matrix that the decoder has in parts.
     fn is_merged(&self, stored: &Stored) -> bool {
         self.format == Format::Expanded
@@ -304,32 +348,39 @@ fn write_weights(
     options: &SaveOptions,
     observer: &mut dyn Observer,
 ) -> Result<(Vec<String>, u64)> {
-    let views = written.tensors.iter().zip(&written.types).map(|(stored, dtype)| {
-        let bytes = stored.shape.iter().product::<usize>() * dtype.size_in_bytes();
-        TensorView { stored, dtype: *dtype, bytes, written, failure: RefCell::new(None) }
-    });
-    let views: Vec<TensorView<'_>> = views.collect();
-    let shards = shards(&views, options.max_shard_bytes);
-    let total: u64 = views.iter().map(|view| view.bytes as u64).sum();
+    let sizes = written.tensors.iter().zip(&written.types);
+    let sizes: Vec<usize> =
+        sizes.map(|(stored, dtype)| stored.shape.iter().product::<usize>() * dtype.size_in_bytes()).collect();
+    let total: u64 = sizes.iter().map(|&bytes| bytes as u64).sum();
     let stem = if written.format == Format::Compact { COMPACT } else { STANDARD };
     let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
     let (mut names, mut weight_map) = (Vec::new(), serde_json::Map::new());
-    crate::progress::steps(STAGE, shards.len(), observer, |place| {
-        let name = match shards.len() {
-            1 => single(stem),
-            count => format!("{stem}-{:05}-of-{count:05}.safetensors", place + 1),
-        };
-        let path = staging.path.join(&name);
-        let Some(views) = shards.get(place) else { return Ok(()) };
-        let named = views.iter().map(|view| (view.stored.name.as_str(), *view));
-        ::safetensors::serialize_to_file(named, Some(metadata.clone()), &path)
-            .map_err(|error| not_written(&path, error))?;
-        if let Some(error) = views.iter().find_map(|view| view.failure.take()) {
-            return Err(error);
+    crate::progress::stage(STAGE, total, observer, |observer| {
+        let course = RefCell::new(Course { done: 0, total, observer, failure: None });
+        let views = written.tensors.iter().zip(&written.types).zip(&sizes);
+        let views = views.map(|((stored, dtype), &bytes)| {
+            let content = written.content.as_ref();
+            TensorView { stored, dtype: *dtype, bytes, content, course: &course }
+        });
+        let views: Vec<TensorView<'_, '_>> = views.collect();
+        let shards = shards(&views, options.max_shard_bytes);
+        for (place, views) in shards.iter().enumerate() {
+            let name = match shards.len() {
+                1 => single(stem),
+                count => format!("{stem}-{:05}-of-{count:05}.safetensors", place + 1),
+            };
+            let path = staging.path.join(&name);
+            let named = views.iter().map(|view| (view.stored.name.as_str(), *view));
+            let serialized = ::safetensors::serialize_to_file(named, Some(metadata.clone()), &path);
+            if let Some(error) = course.borrow_mut().failure.take() {
+                return Err(error);
+            }
+            serialized.map_err(|error| not_written(&path, error))?;
+            staging.adopt(&path)?;
+            weight_map
+                .extend(views.iter().map(|view| (view.stored.name.clone(), Value::from(name.as_str()))));
+            names.push(name);
         }
-        staging.adopt(&path)?;
-        weight_map.extend(views.iter().map(|view| (view.stored.name.clone(), Value::from(name.as_str()))));
-        names.push(name);
         Ok(())
     })?;
     if names.len() > 1 {
@@ -348,25 +399,41 @@ fn compare(written: &Written<'_>, directory: &Path, observer: &mut dyn Observer)
     }
     crate::progress::steps("verify", reloaded.tensors.len(), observer, |place| {
         let Some(stored) = reloaded.tensors.get(place) else { return Ok(()) };
-        let on_disk = reloaded.read(stored)?;
-        if bytes_of(&on_disk)? == bytes_of(&written.tensor(stored, on_disk.dtype())?)? {
+        if written.content.is_in(&reloaded, stored)? {
             return Ok(());
         }
         Err(Error::tensor(directory, &stored.name, "does not read back as it was written"))
     })
 }
 
+/// How far the writing is.
+struct Course<'o> {
+    done: u64,
+    total: u64,
+    observer: &'o mut dyn Observer,
+    /// Why a tensor could not be put together, or that the observer stopped: the writer's interface has no place for
+    /// an error.
+    failure: Option<Error>,
+}
+
+impl Course<'_> {
+    /// Tells the observer of so many bytes more.
+    fn advance(&mut self, bytes: usize) -> Result<()> {
+        self.done += bytes as u64;
+        crate::progress::advance(STAGE, self.done, self.total, self.observer)
+    }
+}
+
 /// A stored tensor put together only while it is written.
-struct TensorView<'a> {
+struct TensorView<'a, 'o> {
     stored: &'a Stored,
     dtype: DType,
     bytes: usize,
-    written: &'a Written<'a>,
-    /// Why the tensor could not be put together: the writer's interface has no place for an error.
-    failure: RefCell<Option<Error>>,
+    content: &'a dyn Content,
+    course: &'a RefCell<Course<'o>>,
 }
 
-impl ::safetensors::View for &TensorView<'_> {
+impl ::safetensors::View for &TensorView<'_, '_> {
     fn dtype(&self) -> ::safetensors::Dtype {
         self.dtype.into()
     }
@@ -375,11 +442,17 @@ impl ::safetensors::View for &TensorView<'_> {
         &self.stored.shape
     }
 
+    /// Nothing after a failure: what is written then is thrown away.
     fn data(&self) -> Cow<'_, [u8]> {
-        let bytes = self.written.tensor(self.stored, self.dtype).and_then(|tensor| bytes_of(&tensor));
-        Cow::Owned(bytes.unwrap_or_else(|error| {
-            *self.failure.borrow_mut() = Some(error);
-            vec![0; self.bytes]
+        let mut course = self.course.borrow_mut();
+        if course.failure.is_some() {
+            return Cow::Borrowed(&[]);
+        }
+        let bytes = self.content.bytes(self.stored, self.dtype);
+        let told = bytes.and_then(|bytes| course.advance(self.bytes).map(|()| bytes));
+        Cow::Owned(told.unwrap_or_else(|error| {
+            course.failure = Some(error);
+            Vec::new()
         }))
     }
 
@@ -388,15 +461,15 @@ impl ::safetensors::View for &TensorView<'_> {
     }
 }
 
-fn bytes_of(tensor: &Tensor) -> Result<Vec<u8>> {
+pub(super) fn bytes_of(tensor: &Tensor) -> Result<Vec<u8>> {
     let mut bytes = Vec::with_capacity(tensor.elem_count() * tensor.dtype().size_in_bytes());
     tensor.write_bytes(&mut bytes)?;
     Ok(bytes)
 }
 
 /// Consecutive tensors, cut where a file would pass `limit`.
-fn shards<'a, 'b>(views: &'b [TensorView<'a>], limit: u64) -> Vec<Vec<&'b TensorView<'a>>> {
-    let mut shards: Vec<Vec<&TensorView<'_>>> = Vec::new();
+fn shards<'b, 'a, 'o>(views: &'b [TensorView<'a, 'o>], limit: u64) -> Vec<Vec<&'b TensorView<'a, 'o>>> {
+    let mut shards: Vec<Vec<&TensorView<'_, '_>>> = Vec::new();
     let mut filled = 0u64;
     for view in views {
         let bytes = view.bytes as u64;

@@ -7,10 +7,12 @@ use candle_core::{IndexOp, Tensor};
 use serde::Serialize;
 
 use super::block_influence::{dots, norms};
+use super::sweep::{groups, sweep};
 use super::{Importance, Scores, check_removal};
+use crate::checkpoint::StreamedDecoder;
 use crate::data::Windows;
 use crate::error::Result;
-use crate::model::Decoder;
+use crate::model::{BlockSource, Decoder};
 use crate::progress::{self, Observer};
 
 /// Angular distance: `arccos cos(x_l, x_{l+n}) / π` at the last token, the mean over windows; the `n` consecutive
@@ -29,21 +31,38 @@ impl Importance for AngularDistance {
     }
 
     fn score(&self, decoder: &Decoder, windows: &Windows, observer: &mut dyn Observer) -> Result<Scores> {
+        self.measure(decoder, windows, observer)
+    }
+
+    fn score_streamed(
+        &self,
+        model: &StreamedDecoder<'_>,
+        windows: &Windows,
+        observer: &mut dyn Observer,
+    ) -> Result<Scores> {
+        self.measure(model, windows, observer)
+    }
+}
+
+impl AngularDistance {
+    fn measure(
+        &self,
+        source: &dyn BlockSource,
+        windows: &Windows,
+        observer: &mut dyn Observer,
+    ) -> Result<Scores> {
         let start = Instant::now();
-        let depth = decoder.depth();
+        let depth = source.architecture().depth();
         check_removal(self.remove, depth.saturating_sub(1))?;
+        let last = last_tokens(source, windows, self.method(), observer)?;
         let (mut single, mut spans) = (Vec::new(), vec![0.0; (depth + 1).saturating_sub(self.remove)]);
-        progress::steps(self.method(), windows.len(), observer, |window| {
-            let states = decoder.hidden_states(&windows.tensor(window, decoder.device())?)?;
-            let last =
-                states.iter().map(|x| Ok(x.i((.., windows.seq_len() - 1..))?)).collect::<Result<Vec<_>>>()?;
-            let span = |n: usize| last.iter().zip(last.iter().skip(n)).map(|(x, y)| distance(x, y));
+        for states in &last {
+            let span = |n: usize| states.iter().zip(states.iter().skip(n)).map(|(x, y)| distance(x, y));
             single.push(span(1).collect::<Result<Vec<f64>>>()?);
             for (sum, distance) in spans.iter_mut().zip(span(self.remove)) {
                 *sum += distance?;
             }
-            Ok(())
-        })?;
+        }
         let runs = (windows.len() * depth) as f64;
         let mut scores =
             Scores::of_windows(self.method(), windows, &single)?.with_options(self)?.costing(start, runs);
@@ -53,6 +72,36 @@ impl Importance for AngularDistance {
         }
         Ok(scores)
     }
+}
+
+/// The last token's state before the first block and after every one, `(1, 1, hidden)` each, for every window.
+fn last_tokens(
+    source: &dyn BlockSource,
+    windows: &Windows,
+    stage: &'static str,
+    observer: &mut dyn Observer,
+) -> Result<Vec<Vec<Tensor>>> {
+    let pass = source.pass_over(windows.seq_len())?;
+    let mut last: Vec<Vec<Tensor>> = vec![Vec::new(); windows.len()];
+    // A copy: otherwise the states of all tokens would be kept alive.
+    let of = |x: &Tensor| -> Result<Tensor> { Ok(x.i((.., windows.seq_len() - 1..))?.force_contiguous()?) };
+    let total = (windows.len() * source.architecture().depth()) as u64;
+    progress::counted(stage, total, observer, |report| {
+        let mut done = 0;
+        for group in groups(source, windows) {
+            sweep(source, windows, &group, &pass, &mut |window, x, y| {
+                let Some(row) = last.get_mut(window) else { return Ok(()) };
+                if row.is_empty() {
+                    row.push(of(x)?);
+                }
+                row.push(of(y)?);
+                done += 1;
+                report(done)
+            })?;
+        }
+        Ok(())
+    })?;
+    Ok(last)
 }
 
 /// The angle of two `(1, 1, hidden)` vectors over π, from 0 to 1.

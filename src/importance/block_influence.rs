@@ -4,10 +4,12 @@ use std::time::Instant;
 
 use candle_core::{D, DType, Tensor};
 
+use super::sweep::{groups, sweep};
 use super::{Importance, Scores};
+use crate::checkpoint::StreamedDecoder;
 use crate::data::Windows;
 use crate::error::Result;
-use crate::model::Decoder;
+use crate::model::{BlockSource, Decoder};
 use crate::progress::{self, Observer};
 
 /// Block Influence: `1 − E[cos(x, block(x))]`, the mean over all tokens of one forward pass.
@@ -23,25 +25,51 @@ impl Importance for BlockInfluence {
     }
 
     fn score(&self, decoder: &Decoder, windows: &Windows, observer: &mut dyn Observer) -> Result<Scores> {
+        self.measure(decoder, windows, observer)
+    }
+
+    fn score_streamed(
+        &self,
+        model: &StreamedDecoder<'_>,
+        windows: &Windows,
+        observer: &mut dyn Observer,
+    ) -> Result<Scores> {
+        self.measure(model, windows, observer)
+    }
+}
+
+impl BlockInfluence {
+    fn measure(
+        self,
+        source: &dyn BlockSource,
+        windows: &Windows,
+        observer: &mut dyn Observer,
+    ) -> Result<Scores> {
         let start = Instant::now();
-        let pass = decoder.pass(0, windows.seq_len())?;
-        let mut by_window = Vec::with_capacity(windows.len());
-        progress::steps(self.method(), windows.len(), observer, |window| {
-            let mut x = decoder.embed(&windows.tensor(window, decoder.device())?, &pass)?;
-            let mut x_norms = norms(&x)?;
-            let mut influences = Vec::with_capacity(decoder.depth());
-            for index in 0..decoder.depth() {
-                let y = decoder.run_block(index, &x, &pass)?;
-                let y_norms = norms(&y)?;
-                let cosines = (dots(&x, &y)? / (x_norms * &y_norms)?)?;
-                influences.push(1.0 - f64::from(cosines.mean_all()?.to_scalar::<f32>()?));
-                (x, x_norms) = (y, y_norms);
+        let pass = source.pass_over(windows.seq_len())?;
+        let mut by_window: Vec<Vec<f64>> = vec![Vec::new(); windows.len()];
+        // The lengths of a block's output are those of the next one's input.
+        let mut lengths: Vec<Option<Tensor>> = vec![None; windows.len()];
+        let total = (windows.len() * source.architecture().depth()) as u64;
+        progress::counted(self.method(), total, observer, |report| {
+            let mut done = 0;
+            for group in groups(source, windows) {
+                sweep(source, windows, &group, &pass, &mut |window, x, y| {
+                    let (Some(row), Some(kept)) = (by_window.get_mut(window), lengths.get_mut(window)) else {
+                        return Ok(());
+                    };
+                    let x_norms = kept.take().map_or_else(|| norms(x), Ok)?;
+                    let y_norms = norms(y)?;
+                    let cosines = (dots(x, y)? / (x_norms * &y_norms)?)?;
+                    row.push(1.0 - f64::from(cosines.mean_all()?.to_scalar::<f32>()?));
+                    *kept = Some(y_norms);
+                    done += 1;
+                    report(done)
+                })?;
             }
-            by_window.push(influences);
             Ok(())
         })?;
-        let runs = (windows.len() * decoder.depth()) as f64;
-        Ok(Scores::of_windows(self.method(), windows, &by_window)?.costing(start, runs))
+        Ok(Scores::of_windows(self.method(), windows, &by_window)?.costing(start, total as f64))
     }
 }
 

@@ -9,10 +9,12 @@ use serde::{Deserialize, Serialize};
 
 use super::gate_functions::{Gated, epsilon, hard_concrete, logit, sigmoid, smoothed};
 use super::gate_state::State;
-use super::{Importance, Scores, check_blocks, check_removal, spearman, whole_blocks};
+use super::gate_walk::{Draw, Drawn, walk};
+use super::{Importance, Scores, check_blocks, check_removal, spearman};
+use crate::checkpoint::StreamedDecoder;
 use crate::data::Windows;
 use crate::error::{Error, Result};
-use crate::model::{Decoder, Part, Unit, Walk};
+use crate::model::{Architecture, BlockSource, Decoder, Part, Unit, fingerprint};
 use crate::progress::{self, Observer};
 
 /// One scalar gate a block, trained on the model's loss with all weights frozen: 1 is the original block, 0 removes
@@ -94,9 +96,16 @@ impl Importance for Gates {
     }
 
     fn score(&self, decoder: &Decoder, windows: &Windows, observer: &mut dyn Observer) -> Result<Scores> {
-        let units = if self.halves { Unit::halves(decoder.depth()) } else { whole_blocks(decoder) };
-        let trained = self.train(decoder, windows, &units, observer)?;
-        trained.scores(STAGE, windows)?.with_options(self)
+        self.score_on(decoder, windows, observer)
+    }
+
+    fn score_streamed(
+        &self,
+        model: &StreamedDecoder<'_>,
+        windows: &Windows,
+        observer: &mut dyn Observer,
+    ) -> Result<Scores> {
+        self.score_on(model, windows, observer)
     }
 }
 
@@ -142,15 +151,41 @@ impl Gates {
         units: &[Unit],
         observer: &mut dyn Observer,
     ) -> Result<TrainedGates> {
-        check_blocks(&self.protected, decoder)?;
+        self.train_on(decoder, windows, units, observer)
+    }
+
+    fn score_on(
+        &self,
+        source: &dyn BlockSource,
+        windows: &Windows,
+        observer: &mut dyn Observer,
+    ) -> Result<Scores> {
+        let depth = source.architecture().depth();
+        let units = if self.halves { Unit::halves(depth) } else { Unit::blocks(depth) };
+        let trained = self.train_on(source, windows, &units, observer)?;
+        trained.scores(STAGE, windows)?.with_options(self)
+    }
+
+    fn train_on(
+        &self,
+        source: &dyn BlockSource,
+        windows: &Windows,
+        units: &[Unit],
+        observer: &mut dyn Observer,
+    ) -> Result<TrainedGates> {
+        let arch = source.architecture();
+        check_blocks(&self.protected, arch.depth())?;
         self.check(units)?;
-        let gated = self.gated(decoder, units);
-        let mut state = self.resume(decoder, windows, &gated)?;
+        let gated = self.gated(arch, units);
+        let mut state = self.resume(source, windows, &gated)?;
         let total = self.steps as u64;
         progress::stage(STAGE, total, observer, |observer| {
             while state.step < self.steps && state.quiet < (self.steps / 10).max(1) {
                 let start = Instant::now();
-                self.step(&mut state, decoder, windows, &gated)?;
+                let done = state.step as u64;
+                self.step(&mut state, source, windows, &gated, &mut || {
+                    progress::advance(STAGE, done, total, observer)
+                })?;
                 state.seconds += start.elapsed().as_secs_f64();
                 let due = state.step == self.steps || state.step.is_multiple_of(SAVE_EVERY);
                 if let Some(path) = self.state_file.as_deref().filter(|_| due) {
@@ -191,8 +226,7 @@ impl Gates {
         }
     }
 
-    fn gated<'a>(&self, decoder: &Decoder, units: &'a [Unit]) -> Gated<'a> {
-        let arch = decoder.architecture();
+    fn gated<'a>(&self, arch: &Architecture, units: &'a [Unit]) -> Gated<'a> {
         let cost = |unit: &Unit| arch.parameters_of(unit.part) as f64;
         let costs: Vec<f64> = units.iter().map(cost).collect();
         let target = costs.iter().sum::<f64>() - self.remove as f64 * arch.parameters_of(Part::Whole) as f64;
@@ -205,10 +239,10 @@ impl Gates {
     }
 
     /// The state to go on from: that of the file, or a new one.
-    fn resume(&self, decoder: &Decoder, windows: &Windows, gated: &Gated<'_>) -> Result<State> {
+    fn resume(&self, source: &dyn BlockSource, windows: &Windows, gated: &Gated<'_>) -> Result<State> {
         let units = gated.units;
         let options = Self { state_file: None, ..self.clone() };
-        let parts = (options, units, windows.ids_sha256(), decoder.fingerprint()?);
+        let parts = (options, units, windows.ids_sha256(), fingerprint(source)?);
         let identity = serde_json::to_string(&parts).map_err(|error| Error::Plan(error.to_string()))?;
         match self.state_file.as_deref().filter(|path| path.exists()) {
             Some(path) => State::read(path, &identity, units.len()),
@@ -228,7 +262,14 @@ impl Gates {
             .collect()
     }
 
-    fn step(&self, state: &mut State, decoder: &Decoder, windows: &Windows, gated: &Gated<'_>) -> Result<()> {
+    fn step(
+        &self,
+        state: &mut State,
+        source: &dyn BlockSource,
+        windows: &Windows,
+        gated: &Gated<'_>,
+        tick: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<()> {
         let units = gated.units;
         let which = state.step % 2;
         // Drawn from seed and step alone: a resumed run draws what an uninterrupted one does.
@@ -237,18 +278,16 @@ impl Gates {
         let progress = state.step as f64 / self.steps as f64;
         let Some(set) = state.sets.get_mut(which) else { return Ok(()) };
         let (batch, half) = (self.batch as f64 * (windows.seq_len() - 1) as f64, windows.len() / 2);
-        let mut slopes = vec![0.0; units.len()];
-        for _ in 0..self.batch {
+        let draw = |_| {
             let range = if which == 0 && half > 0 { 0..half } else { half..windows.len() };
             let window = rng.random_range(range);
-            let drawn = self.draw(&set.phi, gated, progress, &mut rng);
-            let (loss, gradients, runs) = walk(decoder, windows, window, units, &drawn)?;
-            if !loss.is_finite() {
-                let what = format!("the loss of gate step {}", state.step);
-                return Err(Error::NotFinite { what, value: loss });
-            }
-            state.block_runs += runs;
-            for ((sum, gradient), slope) in slopes.iter_mut().zip(gradients).zip(&drawn.slopes) {
+            Draw { window, drawn: self.draw(&set.phi, gated, progress, &mut rng) }
+        };
+        let draws: Vec<Draw> = (0..self.batch).map(draw).collect();
+        let mut slopes = vec![0.0; units.len()];
+        for (walked, draw) in walk(source, windows, units, &draws, tick)?.into_iter().zip(&draws) {
+            state.block_runs += walked.block_runs;
+            for ((sum, gradient), slope) in slopes.iter_mut().zip(walked.gradients).zip(&draw.drawn.slopes) {
                 *sum += gradient * slope / batch;
             }
         }
@@ -327,33 +366,4 @@ impl Gates {
             *slope += weight * cost * smoothed(phi, epsilon(progress)).1;
         }
     }
-}
-
-/// One window forward and back under the drawn gates: the loss, its gradient by every gate, and the blocks run.
-fn walk(
-    decoder: &Decoder,
-    windows: &Windows,
-    window: usize,
-    units: &[Unit],
-    drawn: &Drawn,
-) -> Result<(f64, Vec<f64>, f64)> {
-    // A gate drawn at exactly 0 or 1 does not follow its parameter.
-    let follows = |place: usize| drawn.slopes.get(place).is_some_and(|slope| *slope != 0.0);
-    let walk = Walk::forward(decoder, units, &drawn.gates, &windows.tensor(window, decoder.device())?)?;
-    let (loss, upstream) =
-        decoder.loss_vjp(walk.output(), windows.window(window)?.get(1..).unwrap_or_default())?;
-    let gradients = walk.gate_gradients(&upstream, follows)?;
-    let runs = drawn.gates.iter().enumerate().map(|(place, &gate)| match (gate == 0.0, follows(place)) {
-        (false, _) => 3.0,
-        (true, true) => 1.0,
-        (true, false) => 0.0,
-    });
-    let blocks_in_a_unit = decoder.depth().min(units.len()) as f64 / units.len() as f64;
-    Ok((loss, gradients, blocks_in_a_unit * runs.sum::<f64>()))
-}
-
-/// Gates of one forward pass, and their derivatives with respect to their parameters.
-struct Drawn {
-    gates: Vec<f64>,
-    slopes: Vec<f64>,
 }

@@ -81,7 +81,7 @@ impl Importance for GatesWithCoupling {
     fn score(&self, decoder: &Decoder, windows: &Windows, observer: &mut dyn Observer) -> Result<Scores> {
         let start = Instant::now();
         let units = whole_blocks(decoder);
-        check_blocks(&self.gates.protected, decoder)?;
+        check_blocks(&self.gates.protected, decoder.depth())?;
         let kept = &self.gates.protected;
         let free: Vec<usize> = (0..units.len()).filter(|place| !kept.contains(place)).collect();
         check_removal(self.gates.remove, free.len())?;

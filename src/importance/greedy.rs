@@ -69,7 +69,7 @@ impl Greedy<'_> {
     ) -> Result<Scores> {
         let start = Instant::now();
         let units = whole_blocks(decoder);
-        check_blocks(self.kept, decoder)?;
+        check_blocks(self.kept, decoder.depth())?;
         let free = (0..units.len()).filter(|place| !self.kept.contains(place)).count();
         check_removal(self.remove, free)?;
         let memo = Memo::open(self.file, self.method, decoder, &units)?;

@@ -102,6 +102,18 @@ impl Method {
         matches!(self, Self::GreedyPerplexity | Self::MacroInfluence)
     }
 
+    /// Whether the method can score a model whose blocks are read from disk one at a time:
+    /// [`Importance::score_streamed`].
+    #[must_use]
+    pub fn streams(self) -> bool {
+        matches!(self, Self::Gates | Self::BlockInfluence | Self::Angular | Self::Perplexity | Self::Random)
+    }
+
+    /// The names of the methods that can.
+    pub(crate) fn streaming() -> String {
+        Self::ALL.into_iter().filter(|method| method.streams()).map(Self::name).collect::<Vec<_>>().join(", ")
+    }
+
     /// The method with its options.
     #[must_use]
     pub fn build(self, options: &MethodOptions) -> Box<dyn Importance> {

@@ -5,8 +5,11 @@ mod basis;
 mod block_influence;
 mod coupling;
 mod finalists;
+mod footprint;
+mod frontier;
 mod gate_functions;
 mod gate_state;
+mod gate_walk;
 mod gates;
 mod gates_with_coupling;
 mod greedy;
@@ -16,10 +19,12 @@ mod method;
 mod perplexity;
 mod random;
 mod removals;
+mod residence;
 mod search;
 mod select;
 mod statistics;
 mod surrogate;
+pub(crate) mod sweep;
 mod taylor;
 
 pub use angular::AngularDistance;
@@ -32,6 +37,7 @@ pub use macro_influence::MacroInfluence;
 pub use method::{Method, MethodOptions};
 pub use perplexity::PerplexityIncrease;
 pub use random::Random;
+pub use residence::Residence;
 pub use statistics::spearman;
 pub use taylor::Taylor;
 
@@ -40,10 +46,12 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::checkpoint::StreamedDecoder;
 use crate::data::Windows;
 use crate::error::{Error, Result};
 use crate::model::{Decoder, Part, Unit};
 use crate::progress::{self, Observer};
+pub(crate) use footprint::Footprint;
 use memo::Memo;
 use removals::Removals;
 
@@ -74,6 +82,23 @@ pub trait Importance {
     /// # Errors
     /// A failed computation, a score that is not finite, or a cancelling observer.
     fn score(&self, decoder: &Decoder, windows: &Windows, observer: &mut dyn Observer) -> Result<Scores>;
+
+    /// As [`score`](Self::score), of a model whose blocks are read from disk one at a time: the same scores, bit for
+    /// bit. Block Influence, angular distance, perplexity and gates can do it.
+    ///
+    /// # Errors
+    /// As [`score`](Self::score), what reading fails with, and [`Error::Argument`] for a method that needs the whole
+    /// model in memory, as methods do that say nothing else.
+    fn score_streamed(
+        &self,
+        model: &StreamedDecoder<'_>,
+        windows: &Windows,
+        observer: &mut dyn Observer,
+    ) -> Result<Scores> {
+        let _ = (model, windows, observer);
+        let expected = format!("a method that reads block after block: {}", Method::streaming());
+        Err(Error::argument("method", self.method(), expected))
+    }
 }
 
 /// What a method found, on what, and what it cost.
@@ -260,7 +285,7 @@ pub fn losses_without(
     sets: &[Vec<usize>],
     observer: &mut dyn Observer,
 ) -> Result<Vec<f64>> {
-    sets.iter().try_for_each(|set| check_blocks(set, decoder))?;
+    sets.iter().try_for_each(|set| check_blocks(set, decoder.depth()))?;
     let units = whole_blocks(decoder);
     let mut removals = Removals::new(decoder, windows, &units)?;
     let sets: Vec<_> = sets.iter().map(|set| removals.set(set)).collect();
@@ -269,9 +294,9 @@ pub fn losses_without(
 }
 
 /// Fails where a block that a method is told to keep does not exist.
-fn check_blocks(blocks: &[usize], decoder: &Decoder) -> Result<()> {
-    match blocks.iter().find(|&&index| index >= decoder.depth()) {
-        Some(&index) => Err(Error::NoSuchBlock { index, depth: decoder.depth() }),
+fn check_blocks(blocks: &[usize], depth: usize) -> Result<()> {
+    match blocks.iter().find(|&&index| index >= depth) {
+        Some(&index) => Err(Error::NoSuchBlock { index, depth }),
         None => Ok(()),
     }
 }

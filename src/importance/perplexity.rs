@@ -2,8 +2,9 @@
 
 use std::time::Instant;
 
-use super::removals::Removals;
-use super::{Importance, Scores, whole_blocks};
+use super::removals::{Removals, Removed, Report};
+use super::{Importance, Scores, frontier, whole_blocks};
+use crate::checkpoint::StreamedDecoder;
 use crate::data::Windows;
 use crate::error::Result;
 use crate::model::Decoder;
@@ -22,14 +23,40 @@ impl Importance for PerplexityIncrease {
     }
 
     fn score(&self, decoder: &Decoder, windows: &Windows, observer: &mut dyn Observer) -> Result<Scores> {
-        let start = Instant::now();
         let units = whole_blocks(decoder);
         let mut removals = Removals::new(decoder, windows, &units)?;
-        let sets: Vec<_> = (0..units.len()).map(|place| removals.set(&[place])).collect();
+        self.measure(windows, units.len(), observer, |sets, report| {
+            Ok((removals.losses(sets, report)?, removals.block_runs()))
+        })
+    }
+
+    fn score_streamed(
+        &self,
+        model: &StreamedDecoder<'_>,
+        windows: &Windows,
+        observer: &mut dyn Observer,
+    ) -> Result<Scores> {
+        self.measure(windows, model.depth(), observer, |sets, report| {
+            frontier::losses(model, windows, sets, report)
+        })
+    }
+}
+
+impl PerplexityIncrease {
+    /// The scores, by what `losses` says of the sets of one block on each window; with the blocks that it ran.
+    fn measure(
+        self,
+        windows: &Windows,
+        depth: usize,
+        observer: &mut dyn Observer,
+        losses: impl FnOnce(&[Removed], Report<'_>) -> Result<(Vec<Vec<f64>>, f64)>,
+    ) -> Result<Scores> {
+        let start = Instant::now();
+        let single = |place: usize| -> Removed { (0..depth).map(|other| other == place).collect() };
+        let sets: Vec<Removed> = (0..depth).map(single).collect();
         let total = (windows.len() * sets.len()) as u64;
-        let by_window =
-            progress::counted(self.method(), total, observer, |report| removals.losses(&sets, report))?;
-        let scores = Scores::of_windows(self.method(), windows, &by_window)?;
-        Ok(scores.costing(start, removals.block_runs()))
+        let (by_window, runs) =
+            progress::counted(self.method(), total, observer, |report| losses(&sets, report))?;
+        Ok(Scores::of_windows(self.method(), windows, &by_window)?.costing(start, runs))
     }
 }

@@ -12,6 +12,7 @@ use rayon::prelude::*;
 
 use super::memo::Memo;
 use super::statistics;
+use super::sweep::mean_loss;
 use crate::data::Windows;
 use crate::error::{Error, Result};
 use crate::model::{Decoder, Part, Pass, Unit};
@@ -114,15 +115,7 @@ impl<'a> Removals<'a> {
     /// The loss of each set on each window: a row a window.
     pub(super) fn losses(&mut self, sets: &[Removed], report: Report<'_>) -> Result<Vec<Vec<f64>>> {
         let decoder = self.shared.decoder;
-        self.values(
-            sets,
-            &|_, targets, state| {
-                let rows = state.squeeze(0)?.narrow(0, 0, targets.len())?;
-                let losses = decoder.nll(&rows, targets)?.to_vec1::<f32>()?;
-                Ok(losses.into_iter().map(f64::from).sum::<f64>() / targets.len() as f64)
-            },
-            report,
-        )
+        self.values(sets, &|_, targets, state| mean_loss(decoder, targets, state), report)
     }
 
     /// What `leaf` says of each set on each window, a row a window; equal sets are computed once.

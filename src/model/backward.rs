@@ -5,6 +5,7 @@
 
 use candle_core::{DType, Tensor, Var};
 
+use super::block::Block;
 use super::decoder::{Decoder, Pass};
 use super::params::BlockParam;
 use super::unit::{Part, Unit};
@@ -40,9 +41,8 @@ impl<'a> Walk<'a> {
         let mut x = decoder.embed(ids, &pass)?.detach();
         let mut inputs = Vec::with_capacity(units.len());
         for (&unit, &gate) in units.iter().zip(gates) {
-            let next =
-                if gate == 0.0 { x.clone() } else { gated(&x, &decoder.run_unit(unit, &x, &pass)?, gate)? };
-            inputs.push(std::mem::replace(&mut x, next.detach()));
+            let next = decoder.block(unit.block)?.gated(unit.part, gate, &x, &pass)?;
+            inputs.push(std::mem::replace(&mut x, next));
         }
         Ok(Self { decoder, pass, units, gates: gates.to_vec(), inputs, output: x })
     }
@@ -68,24 +68,15 @@ impl<'a> Walk<'a> {
             else {
                 break;
             };
-            // A removed unit passes the gradient on as it is, and only its own effect has to be known.
-            if gate == 0.0 && !wanted(place) {
-                continue;
-            }
-            if gate == 0.0 {
-                let y = self.decoder.run_unit(unit, &x, &self.pass)?;
-                *gradient = value(&self.pass.kernels.inner(&(y - x)?, &upstream)?)?;
-            } else {
-                let (effect, through) = self.decoder.unit_vjp(unit, &x, &upstream, &self.pass)?;
-                *gradient = if wanted(place) { effect } else { 0.0 };
-                upstream = gated(&upstream, &through, gate)?;
-            }
+            let block = self.decoder.block(unit.block)?;
+            let gate = Gate { value: gate, wanted: wanted(place) };
+            (*gradient, upstream) = block.gated_back(unit, gate, &x, &upstream, &self.pass)?;
         }
         Ok(gradients)
     }
 
     /// From the gradient of the loss with respect to the output to its gradients with respect to every matrix, given
-    /// to `visit` unit by unit, last to first, in the order of [`Block::matrices`](super::Block::matrices). Units are whole blocks, ungated.
+    /// to `visit` unit by unit, last to first, in the order of [`Block::matrices`]. Units are whole blocks, ungated.
     ///
     /// # Errors
     /// What `visit` fails with, a half unit, or a failed computation.
@@ -122,19 +113,65 @@ impl<'a> Walk<'a> {
     }
 }
 
-impl Decoder {
+/// A gate on the way back.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Gate {
+    /// What it was on the way there.
+    pub value: f64,
+    /// Whether its gradient is asked for.
+    pub wanted: bool,
+}
+
+impl Gate {
+    /// Whether its unit runs on the way back: a removed unit passes the gradient on as it is, and only its own effect
+    /// may have to be known.
+    pub(crate) fn runs(self) -> bool {
+        self.value != 0.0 || self.wanted
+    }
+}
+
+impl Block {
+    /// What a part of the block makes of `x` under a gate, without a graph: 1 is the original, and with 0 nothing runs.
+    pub(crate) fn gated(&self, part: Part, gate: f64, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
+        if gate == 0.0 {
+            return Ok(x.clone());
+        }
+        Ok(gated(x, &self.forward_part(part, x, pass, None)?, gate)?.detach())
+    }
+
+    /// From the gradient of the loss with respect to the output of a gated unit of this block, to that with respect to
+    /// the gate (0 where it is not wanted) and to that with respect to the input `x`.
+    pub(crate) fn gated_back(
+        &self,
+        unit: Unit,
+        gate: Gate,
+        x: &Tensor,
+        upstream: &Tensor,
+        pass: &Pass<'_>,
+    ) -> Result<(f64, Tensor)> {
+        if !gate.runs() {
+            return Ok((0.0, upstream.clone()));
+        }
+        if gate.value == 0.0 {
+            let y = self.forward_part(unit.part, x, pass, None)?;
+            let effect = value(&pass.kernels.inner(&(y - x)?, upstream)?)?;
+            return Ok((effect, upstream.clone()));
+        }
+        let (effect, through) = self.unit_vjp(unit, x, upstream, pass)?;
+        Ok((if gate.wanted { effect } else { 0.0 }, gated(upstream, &through, gate.value)?))
+    }
+
     /// `⟨upstream, u(x) − x⟩` of a unit `u`, and the product of `upstream` with the unit's Jacobian with respect to
     /// its input, `(batch, seq, hidden)`.
     ///
     /// Where the unit ends with a product, that product is never made: its part in both is known from what goes into
     /// it and from `upstream` taken back through its matrix.
     fn unit_vjp(&self, unit: Unit, x: &Tensor, upstream: &Tensor, pass: &Pass<'_>) -> Result<(f64, Tensor)> {
-        let block = self.block(unit.block)?;
         let x = Var::from_tensor(x)?;
         let kernels = pass.kernels;
-        let (effect, total) = match block.plain_ending(unit.part) {
+        let (effect, total) = match self.plain_ending(unit.part) {
             Some(ending) => {
-                let (state, inside) = block.before(&ending, unit.part, x.as_tensor(), pass)?;
+                let (state, inside) = self.before(&ending, unit.part, x.as_tensor(), pass)?;
                 let into = kernels.linear_back(upstream, &ending.weight)?;
                 let last = kernels.inner(&inside, &into)?;
                 let mut effect = value(&last)?;
@@ -148,7 +185,7 @@ impl Decoder {
                 (effect, (kernels.inner(&state, upstream)? + last)?)
             }
             None => {
-                let y = block.forward_part(unit.part, x.as_tensor(), pass, None)?;
+                let y = self.forward_part(unit.part, x.as_tensor(), pass, None)?;
                 let added = (y.detach() - x.as_tensor().detach())?;
                 let effect = value(&kernels.inner(&added, upstream)?)?;
                 (effect, kernels.inner(&y, upstream)?)
@@ -160,7 +197,9 @@ impl Decoder {
             gradient.ok_or_else(|| Error::NoGradient { tensor: format!("the input of unit {unit}") })?,
         ))
     }
+}
 
+impl Decoder {
     /// The summed loss of one window in nats, and its gradient with respect to `hidden`, the states after the last
     /// unit: `(1, seq, hidden)`, a row of zeros for the last token, which predicts nothing.
     ///

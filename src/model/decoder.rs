@@ -40,7 +40,42 @@ pub struct Pass<'a> {
     ropes: Vec<(RopeSpec, Tensor, Tensor)>,
 }
 
-impl Pass<'_> {
+impl<'a> Pass<'a> {
+    /// As [`Decoder::pass`], of a decoder of this architecture on this device.
+    pub(super) fn new(
+        architecture: &'a Architecture,
+        kernels: Kernels,
+        device: &Device,
+        offset: usize,
+        seq: usize,
+    ) -> Result<Self> {
+        if seq == 0 {
+            return Err(Error::argument("seq", 0, "at least one token"));
+        }
+        let mut ropes: Vec<(RopeSpec, Tensor, Tensor)> = Vec::new();
+        match architecture.positions {
+            Positions::Rotary => {
+                for spec in architecture.blocks.iter().map(|block| block.rope) {
+                    if !ropes.iter().any(|(known, ..)| *known == spec) {
+                        let (cos, sin) = spec.tables(offset, seq, device)?;
+                        ropes.push((spec, cos, sin));
+                    }
+                }
+            }
+            Positions::Learned => {
+                let limit = architecture.max_position_embeddings;
+                if offset + seq > limit {
+                    return Err(Error::argument(
+                        "tokens",
+                        offset + seq,
+                        format!("at most {limit} positions"),
+                    ));
+                }
+            }
+        }
+        Ok(Self { architecture, kernels, offset, seq, ropes })
+    }
+
     pub(super) fn rope(&self, spec: &RopeSpec) -> Option<(&Tensor, &Tensor)> {
         self.ropes.iter().find(|(known, ..)| known == spec).map(|(_, cos, sin)| (cos, sin))
     }
@@ -252,31 +287,7 @@ impl Decoder {
     /// # Errors
     /// [`Error::Argument`] for positions that the model has not learned, or for no tokens.
     pub fn pass(&self, offset: usize, seq: usize) -> Result<Pass<'_>> {
-        if seq == 0 {
-            return Err(Error::argument("seq", 0, "at least one token"));
-        }
-        let mut ropes: Vec<(RopeSpec, Tensor, Tensor)> = Vec::new();
-        match self.architecture.positions {
-            Positions::Rotary => {
-                for spec in self.architecture.blocks.iter().map(|block| block.rope) {
-                    if !ropes.iter().any(|(known, ..)| *known == spec) {
-                        let (cos, sin) = spec.tables(offset, seq, self.device())?;
-                        ropes.push((spec, cos, sin));
-                    }
-                }
-            }
-            Positions::Learned => {
-                let limit = self.architecture.max_position_embeddings;
-                if offset + seq > limit {
-                    return Err(Error::argument(
-                        "tokens",
-                        offset + seq,
-                        format!("at most {limit} positions"),
-                    ));
-                }
-            }
-        }
-        Ok(Pass { architecture: &self.architecture, kernels: self.kernels, offset, seq, ropes })
+        Pass::new(&self.architecture, self.kernels, self.device(), offset, seq)
     }
 
     /// The embedding's output for `(batch, seq)` ids: `(batch, seq, hidden)`.

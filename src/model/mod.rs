@@ -13,6 +13,8 @@ mod params;
 mod residual;
 mod rope;
 mod share;
+mod source;
+mod states;
 mod structure;
 mod unit;
 
@@ -28,3 +30,7 @@ pub use decoder::{Decoder, Pass};
 pub use fold_map::{FoldMap, FoldedBlock};
 pub use params::{BlockParam, NormPart, NormSite, Param, PerNormSite, PerProjection, Projection};
 pub use unit::{Part, Unit};
+
+pub(crate) use backward::Gate;
+pub(crate) use source::{BlockSource, fingerprint};
+pub(crate) use states::States;

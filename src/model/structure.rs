@@ -4,7 +4,6 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, TensorId};
-use sha2::{Digest, Sha256};
 
 use super::adapter::Adapter;
 use super::architecture::Architecture;
@@ -12,6 +11,7 @@ use super::block::{Block, BlockWeights};
 use super::decoder::Decoder;
 use super::fold_map::FoldMap;
 use super::params::{Param, Projection};
+use super::source::fingerprint;
 use super::unit::{Part, Unit};
 use crate::error::{Error, Result};
 
@@ -164,16 +164,6 @@ impl Decoder {
     /// A hash that tells decoders apart at little cost: of the architecture, and of the type and the first few values of
     /// every tensor.
     pub(crate) fn fingerprint(&self) -> Result<String> {
-        const VALUES: usize = 64;
-        let mut hash = Sha256::new();
-        hash.update(format!("{:?}", self.architecture));
-        for (_, tensor) in self.params() {
-            hash.update(tensor.dtype().as_str());
-            let values = tensor.flatten_all()?.narrow(0, 0, tensor.elem_count().min(VALUES))?;
-            for value in values.to_dtype(DType::F32)?.to_vec1::<f32>()? {
-                hash.update(value.to_le_bytes());
-            }
-        }
-        Ok(crate::data::hex(&hash.finalize()))
+        fingerprint(self)
     }
 }

@@ -1,0 +1,131 @@
+//! Writing some of a checkpoint's blocks without loading any: stored tensors are copied from file to file.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::path::Path;
+
+use candle_core::DType;
+use rayon::prelude::*;
+use sha2::{Digest, Sha256};
+
+use super::layout::{Stored, stored_tensors};
+use super::save::{Content, Format, SaveOptions, Saved, Written, bytes_of};
+use super::{Checkpoint, Source};
+use crate::error::{Error, Result};
+use crate::model::{Param, Part};
+use crate::plan::Plan;
+use crate::progress::Observer;
+
+/// What is hashed at once; a constant, so that a tensor has one hash.
+const PIECE: usize = 1 << 22;
+
+impl Checkpoint {
+    /// Writes the model with only the blocks of `kept`, in that order, as [`save`](Self::save) writes the decoder of
+    /// these blocks, byte for byte, and never has more than a tensor in memory: stored tensors are copied as they are.
+    /// Their values are not looked at.
+    ///
+    /// The directory is complete or absent, as there; each tensor is compared with what was copied by its hash.
+    ///
+    /// # Errors
+    /// [`Error::NoSuchBlock`]; a plan that removes other blocks, or that shares or removes parts of blocks; blocks
+    /// with scales, residuals or one half only in the expanded format, which has to compute; a directory that exists
+    /// and is not empty, a full disk, a result that does not read back as it was, or a cancelling observer.
+    pub fn save_blocks(
+        &self,
+        kept: &[usize],
+        plan: Option<&Plan>,
+        directory: impl AsRef<Path>,
+        options: &SaveOptions,
+        observer: &mut dyn Observer,
+    ) -> Result<Saved> {
+        let architecture = self.architecture.with_blocks(kept)?;
+        if let Some(plan) = plan {
+            self.check_plan(plan, kept, &architecture, observer)?;
+        }
+        let computed = (0..architecture.depth()).map(|depth| architecture.fold.block(depth));
+        let computed = computed.filter(|block| block.part != Part::Whole || !block.adapters.is_empty());
+        let architecture = match options.format {
+            Format::Compact => architecture,
+            Format::Expanded if computed.count() == 0 => architecture.expanded(),
+            Format::Expanded => {
+                let reason = "blocks with scales, residuals or one half cannot be copied to the expanded format, \
+                              expected the compact one, or a decoder that is saved";
+                return Err(Error::Plan(reason.into()));
+            }
+        };
+        let tensors = stored_tensors(&architecture);
+        let mut origins = HashMap::new();
+        for stored in &tensors {
+            origins.insert(stored.name.clone(), self.origin(stored, kept)?);
+        }
+        let types = tensors.iter().filter_map(|stored| origins.get(&stored.name));
+        let types = types.map(|origin| self.stored_dtype(&origin.name)).collect();
+        let (format, kept) = (options.format, kept.to_vec());
+        let content = Box::new(Copied { checkpoint: self, origins, hashes: RefCell::default() });
+        let written = Written { format, architecture, kept, tensors, types, merges: false, content };
+        self.write(&written, plan, directory.as_ref(), options, observer)
+    }
+
+    /// The tensor of this checkpoint that a tensor of the one with the blocks `kept` is.
+    fn origin(&self, stored: &Stored, kept: &[usize]) -> Result<&Stored> {
+        // What blocks share is stored under the first that uses it.
+        let holder = |block: usize| self.architecture.fold.block(block).weights;
+        let at = |held: bool| {
+            let moved = stored.params.iter().map(|&(param, rows)| match param {
+                Param::Block(depth, part) => {
+                    let block = kept.get(depth).copied().unwrap_or(depth);
+                    (Param::Block(if held { holder(block) } else { block }, part), rows)
+                }
+                other => (other, rows),
+            });
+            let moved: Vec<(Param, usize)> = moved.collect();
+            let same = |other: &&Stored| {
+                other.params == moved && other.shape == stored.shape && other.transposed == stored.transposed
+            };
+            self.tensors.iter().find(same)
+        };
+        at(false).or_else(|| at(true)).ok_or_else(|| {
+            Error::tensor(&self.location, &stored.name, "is no tensor of the checkpoint that is copied")
+        })
+    }
+
+    /// A tensor's bytes as they are stored, where they are stored in this type.
+    fn raw(&self, stored: &Stored, dtype: DType) -> Result<Option<Vec<u8>>> {
+        let Source::Safetensors(tensors) = &self.source else { return Ok(None) };
+        let entry = self.entry(tensors, &stored.name).filter(|(_, entry)| entry.dtype == dtype);
+        entry.map(|(_, entry)| entry.bytes()).transpose()
+    }
+}
+
+/// Tensors of a checkpoint on their way to another one.
+struct Copied<'a> {
+    checkpoint: &'a Checkpoint,
+    /// The tensor that each new one is.
+    origins: HashMap<String, &'a Stored>,
+    /// What was copied.
+    hashes: RefCell<HashMap<String, Vec<u8>>>,
+}
+
+impl Content for Copied<'_> {
+    fn bytes(&self, stored: &Stored, dtype: DType) -> Result<Vec<u8>> {
+        let missing = || Error::tensor(&self.checkpoint.location, &stored.name, "missing");
+        let origin = self.origins.get(&stored.name).ok_or_else(missing)?;
+        let bytes = match self.checkpoint.raw(origin, dtype)? {
+            Some(bytes) => bytes,
+            None => bytes_of(&self.checkpoint.read(origin)?)?,
+        };
+        self.hashes.borrow_mut().insert(stored.name.clone(), hash(&bytes));
+        Ok(bytes)
+    }
+
+    fn is_in(&self, reloaded: &Checkpoint, stored: &Stored) -> Result<bool> {
+        let found = reloaded.raw(stored, reloaded.stored_dtype(&stored.name))?.map(|bytes| hash(&bytes));
+        Ok(found.is_some() && found.as_ref() == self.hashes.borrow().get(&stored.name))
+    }
+}
+
+/// A hash of all bytes, by pieces on all cores: copying should not wait for it.
+fn hash(bytes: &[u8]) -> Vec<u8> {
+    let pieces: Vec<_> = bytes.par_chunks(PIECE).map(Sha256::digest).collect();
+    pieces.iter().fold(Sha256::new(), |hash, piece| hash.chain_update(piece)).finalize().to_vec()
+}

@@ -1,0 +1,180 @@
+//! Where a model's blocks come from: all of them in memory, or read one after the other.
+
+use candle_core::{DType, Device, Tensor};
+use sha2::{Digest, Sha256};
+
+use super::architecture::{Architecture, Positions};
+use super::block::{Block, Norm};
+use super::decoder::{Decoder, Pass};
+use super::fold_map::FoldMap;
+use super::params::{BlockParam, Param};
+use super::states::States;
+use super::unit::Part;
+use crate::error::Result;
+use crate::ops::Kernels;
+
+/// A model whose parts are asked for one by one, so that whoever asks need not know whether they are in memory.
+///
+/// What is computed from the parts is the same either way, bit for bit: only when a block is there differs.
+pub(crate) trait BlockSource {
+    /// What the model is made of.
+    fn architecture(&self) -> &Architecture;
+
+    /// Where its weights are computed with.
+    fn device(&self) -> &Device;
+
+    /// Which kernels compute.
+    fn kernels(&self) -> Kernels;
+
+    /// The model's beginning: a decoder that can embed.
+    fn front(&self) -> Result<Decoder>;
+
+    /// The model's end: a decoder that can normalise, and has the head.
+    fn back(&self) -> Result<Decoder>;
+
+    /// Hands over the blocks of these indices, one after the other.
+    ///
+    /// # Errors
+    /// [`NoSuchBlock`](crate::Error::NoSuchBlock) for an index beyond the depth, what reading fails with, and what `visit` fails with.
+    fn visit(&self, order: &[usize], visit: &mut dyn FnMut(&Block) -> Result<()>) -> Result<()>;
+
+    /// How many windows each visit should serve: one where blocks cost nothing to come by, so that few states are
+    /// alive; all where each visit reads the whole model.
+    fn windows_at_once(&self) -> usize;
+
+    /// Room for this many states.
+    fn states(&self, slots: usize) -> States;
+
+    /// Prepares a pass over windows of `seq` tokens.
+    fn pass_over(&self, seq: usize) -> Result<Pass<'_>> {
+        Pass::new(self.architecture(), self.kernels(), self.device(), 0, seq)
+    }
+
+    /// All indices, first to last.
+    fn all(&self) -> Vec<usize> {
+        (0..self.architecture().depth()).collect()
+    }
+}
+
+impl BlockSource for Decoder {
+    fn architecture(&self) -> &Architecture {
+        &self.architecture
+    }
+
+    fn device(&self) -> &Device {
+        self.embedding.device()
+    }
+
+    fn kernels(&self) -> Kernels {
+        self.kernels
+    }
+
+    fn front(&self) -> Result<Decoder> {
+        Ok(self.clone())
+    }
+
+    fn back(&self) -> Result<Decoder> {
+        Ok(self.clone())
+    }
+
+    fn visit(&self, order: &[usize], visit: &mut dyn FnMut(&Block) -> Result<()>) -> Result<()> {
+        order.iter().try_for_each(|&index| visit(self.block(index)?))
+    }
+
+    fn windows_at_once(&self) -> usize {
+        1
+    }
+
+    fn states(&self, slots: usize) -> States {
+        States::in_memory(slots)
+    }
+}
+
+impl Decoder {
+    /// The ends of a decoder, without any block: `matrix` is its only large matrix, the embedding or the head, and
+    /// `tensor` gives it and all that is small.
+    pub(crate) fn ends(
+        architecture: &Architecture,
+        matrix: Param,
+        mut tensor: impl FnMut(Param) -> Result<Tensor>,
+    ) -> Result<Self> {
+        let embedding = tensor(matrix)?;
+        let learned = architecture.positions == Positions::Learned && matrix == Param::Embedding;
+        let positions = learned.then(|| tensor(Param::Positions)).transpose()?;
+        let final_norm = Norm::build(architecture.norm, |part| tensor(Param::FinalNorm(part)))?;
+        // Tied, so that the one matrix is what embeds and what the head is.
+        let architecture =
+            Architecture { blocks: Vec::new(), fold: FoldMap::default(), tied: true, ..architecture.clone() };
+        Ok(Self {
+            architecture,
+            embedding,
+            positions,
+            blocks: Vec::new(),
+            final_norm,
+            head: None,
+            kernels: Kernels::default(),
+            stored: None,
+        })
+    }
+}
+
+impl Block {
+    /// The block at `depth` by itself, with what it shares with others: `tensor` gives its parameters, each asked for
+    /// by the depth that it is stored under.
+    pub(crate) fn alone(
+        arch: &Architecture,
+        depth: usize,
+        mut tensor: impl FnMut(Param) -> Result<Tensor>,
+    ) -> Result<Self> {
+        let (spec, folded) = (*arch.block(depth)?, arch.fold.block(depth));
+        let borrowed = |param: BlockParam| match param {
+            BlockParam::Weight(_) => folded.weights != depth,
+            BlockParam::Norm(..) => !folded.own_norms,
+            _ => false,
+        };
+        let mut params = arch.params_at(folded.weights);
+        params.retain(|(param, _)| borrowed(*param));
+        params.extend(arch.params_at(depth));
+        Self::build(params, depth, spec, None, |param, _| {
+            tensor(Param::Block(if borrowed(param) { folded.weights } else { depth }, param))
+        })
+    }
+
+    /// What the block, or one of its halves, makes of its input: `(batch, seq, hidden)` in and out.
+    pub(crate) fn run(&self, part: Part, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
+        self.forward_part(part, x, pass, None)
+    }
+}
+
+/// A hash that tells models apart at little cost: of the architecture, and of the type and the first few values of every
+/// tensor. It is the same wherever the blocks come from.
+pub(crate) fn fingerprint(source: &dyn BlockSource) -> Result<String> {
+    let mut hash = Sha256::new();
+    hash.update(format!("{:?}", source.architecture()));
+    let front = source.front()?;
+    for tensor in std::iter::once(&front.embedding).chain(&front.positions) {
+        update(&mut hash, tensor)?;
+    }
+    drop(front);
+    source.visit(&source.all(), &mut |block| {
+        block.params().try_for_each(|(_, tensor)| update(&mut hash, tensor))
+    })?;
+    let back = source.back()?;
+    for (_, tensor) in back.final_norm.params() {
+        update(&mut hash, tensor)?;
+    }
+    if !source.architecture().tied {
+        update(&mut hash, back.head_weight())?;
+    }
+    Ok(crate::data::hex(&hash.finalize()))
+}
+
+fn update(hash: &mut Sha256, tensor: &Tensor) -> Result<()> {
+    const VALUES: usize = 64;
+    hash.update(tensor.dtype().as_str());
+    let values = tensor.flatten_all()?.narrow(0, 0, tensor.elem_count().min(VALUES))?;
+    for value in values.to_dtype(DType::F32)?.to_vec1::<f32>()? {
+        hash.update(value.to_le_bytes());
+    }
+    Ok(())
+}
