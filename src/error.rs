@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::bytes::Bytes;
+
 /// What went wrong, where, and what was expected instead.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -93,6 +95,19 @@ pub enum Error {
         least: usize,
         /// What was done to reach that.
         reason: &'static str,
+    },
+
+    /// More memory than there may be.
+    #[error("{what} takes about {needed}, expected at most {limit}: {reason}")]
+    Memory {
+        /// What takes it.
+        what: String,
+        /// The least that it takes.
+        needed: Bytes,
+        /// What it may take.
+        limit: Bytes,
+        /// Why it cannot be less.
+        reason: String,
     },
 
     /// A recipe that cannot be read, or asks for what contradicts itself or the model.

@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 
 mod account;
+mod bytes;
 pub mod checkpoint;
 pub mod data;
 pub mod error;
@@ -20,10 +21,11 @@ mod progress;
 pub use candle_core as candle;
 
 pub use account::{Account, Held};
-pub use checkpoint::{Checkpoint, Format, HubOptions, SaveOptions, Saved};
+pub use bytes::Bytes;
+pub use checkpoint::{Checkpoint, Format, HubOptions, SaveOptions, Saved, StreamOptions, StreamedDecoder};
 pub use data::{Bos, Tokenizer, Windows};
 pub use error::{Error, Result};
-pub use eval::{Perplexity, perplexity};
+pub use eval::{Perplexity, perplexity, perplexity_streamed};
 pub use fold::{OutputError, fold, fold_on, output_errors};
 pub use generate::Generate;
 pub use heal::Heal;

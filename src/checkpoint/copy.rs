@@ -42,11 +42,11 @@ impl Checkpoint {
         if let Some(plan) = plan {
             self.check_plan(plan, kept, &architecture, observer)?;
         }
-        let computed = (0..architecture.depth()).map(|depth| architecture.fold.block(depth));
-        let computed = computed.filter(|block| block.part != Part::Whole || !block.adapters.is_empty());
+        let mut folded = (0..architecture.depth()).map(|depth| architecture.fold.block(depth));
+        let computed = folded.any(|block| block.part != Part::Whole || !block.adapters.is_empty());
         let architecture = match options.format {
             Format::Compact => architecture,
-            Format::Expanded if computed.count() == 0 => architecture.expanded(),
+            Format::Expanded if !computed => architecture.expanded(),
             Format::Expanded => {
                 let reason = "blocks with scales, residuals or one half cannot be copied to the expanded format, \
                               expected the compact one, or a decoder that is saved";

@@ -5,5 +5,5 @@ mod perplexity;
 mod task;
 
 pub use choices::{Accuracy, accuracy};
-pub use perplexity::{Perplexity, perplexity};
+pub use perplexity::{Perplexity, perplexity, perplexity_streamed};
 pub use task::{Choice, Item, Task};

@@ -2,9 +2,11 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::checkpoint::StreamedDecoder;
 use crate::data::Windows;
 use crate::error::{Error, Result};
-use crate::model::Decoder;
+use crate::importance::sweep::{groups, summed_loss, sweep};
+use crate::model::{Architecture, BlockSource, Decoder};
 use crate::progress::{self, Observer};
 
 /// A model's loss on a text, with all that the number depends on.
@@ -32,13 +34,47 @@ pub struct Perplexity {
 /// # Errors
 /// A token outside of the vocabulary, a loss that is not finite, or a cancelling observer.
 pub fn perplexity(decoder: &Decoder, windows: &Windows, observer: &mut dyn Observer) -> Result<Perplexity> {
+    measure(decoder, windows, observer)
+}
+
+/// As [`perplexity`], of a model whose blocks are read from disk one at a time: the same loss, bit for bit.
+///
+/// # Errors
+/// As [`perplexity`], and what reading fails with.
+pub fn perplexity_streamed(
+    model: &StreamedDecoder<'_>,
+    windows: &Windows,
+    observer: &mut dyn Observer,
+) -> Result<Perplexity> {
+    measure(model, windows, observer)
+}
+
+fn measure(source: &dyn BlockSource, windows: &Windows, observer: &mut dyn Observer) -> Result<Perplexity> {
+    let arch = source.architecture();
+    windows.iter().try_for_each(|window| check_vocabulary(arch, window))?;
+    let pass = source.pass_over(windows.seq_len())?;
+    // Windows that have passed a block, or the head.
+    let steps = (windows.len() * (arch.depth() + 1)) as u64;
     let mut total = 0.0f64;
-    progress::steps("perplexity", windows.len(), observer, |index| {
-        let nll = window_nll(decoder, windows, index)?;
-        if !nll.is_finite() {
-            return Err(Error::NotFinite { what: format!("the loss of window {index}"), value: nll });
+    progress::counted("perplexity", steps, observer, |report| {
+        let mut done = 0;
+        for group in groups(source, windows) {
+            let mut states = sweep(source, windows, &group, &pass, &mut |_, _, _| {
+                done += 1;
+                report(done)
+            })?;
+            let back = source.back()?;
+            for (slot, index) in group.enumerate() {
+                let targets = windows.window(index)?.get(1..).unwrap_or_default();
+                let nll = summed_loss(&back, targets, &states.take(slot)?)?;
+                if !nll.is_finite() {
+                    return Err(Error::NotFinite { what: format!("the loss of window {index}"), value: nll });
+                }
+                total += nll;
+                done += 1;
+                report(done)?;
+            }
         }
-        total += nll;
         Ok(())
     })?;
     let tokens = windows.len() * (windows.seq_len() - 1);
@@ -54,18 +90,8 @@ pub fn perplexity(decoder: &Decoder, windows: &Windows, observer: &mut dyn Obser
     })
 }
 
-/// The summed loss of one window, in nats.
-fn window_nll(decoder: &Decoder, windows: &Windows, index: usize) -> Result<f64> {
-    let window = windows.window(index)?;
-    check_vocabulary(decoder, window)?;
-    let hidden = decoder.hidden(&windows.tensor(index, decoder.device())?)?; // (1, seq, hidden)
-    let targets = window.get(1..).unwrap_or_default();
-    let losses = decoder.nll(&hidden.squeeze(0)?.narrow(0, 0, targets.len())?, targets)?;
-    Ok(losses.to_vec1::<f32>()?.into_iter().map(f64::from).sum())
-}
-
-fn check_vocabulary(decoder: &Decoder, ids: &[u32]) -> Result<()> {
-    let vocab = decoder.architecture().vocab_size;
+fn check_vocabulary(arch: &Architecture, ids: &[u32]) -> Result<()> {
+    let vocab = arch.vocab_size;
     match ids.iter().find(|&&id| id as usize >= vocab) {
         Some(id) => Err(Error::argument("token id", id, format!("less than the vocabulary of {vocab}"))),
         None => Ok(()),

@@ -124,6 +124,7 @@ impl Frontier<'_> {
 
 /// The sets of a branch that remove the block at `place`, and those that run it.
 fn part(sets: &[Removed], place: usize, branch: Branch) -> (Branch, Branch) {
-    let removes = |&index: &usize| sets.get(index).and_then(|set| set.get(place)).copied().unwrap_or_default();
+    let removes =
+        |&index: &usize| sets.get(index).and_then(|set| set.get(place)).copied().unwrap_or_default();
     branch.into_iter().partition(removes)
 }

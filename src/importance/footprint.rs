@@ -1,0 +1,104 @@
+//! What scoring takes in memory, counted before it begins.
+
+use candle_core::DType;
+
+use super::{Method, MethodOptions};
+use crate::account::{Account, Held};
+use crate::checkpoint::Checkpoint;
+use crate::data::Windows;
+use crate::model::{Architecture, Param, Part};
+
+/// What a process takes before it has a model: its code, its threads, a tokenizer.
+const PROCESS: u64 = 64 << 20;
+
+/// Rows whose logits exist at once, with as many numbers on their way to a loss.
+const ROWS: u64 = 2 * 128;
+
+/// Counts weights, states and activations. What an allocator keeps beside them is not counted.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Footprint<'a> {
+    arch: &'a Architecture,
+    /// What matrices are held in.
+    dtype: DType,
+    windows: u64,
+    seq_len: u64,
+}
+
+impl<'a> Footprint<'a> {
+    pub(crate) fn new(arch: &'a Architecture, dtype: DType, windows: &Windows) -> Self {
+        Self { arch, dtype, windows: windows.len() as u64, seq_len: windows.seq_len() as u64 }
+    }
+
+    /// All weights.
+    pub(crate) fn weights(&self) -> u64 {
+        let held = Held { stored: self.dtype, resident: self.dtype, context: 1 };
+        Account::planned(self.arch, held).resident_bytes
+    }
+
+    /// One hidden state of a window.
+    pub(crate) fn state(&self) -> u64 {
+        self.seq_len * self.arch.hidden_size as u64 * 4
+    }
+
+    /// The activations of one block on one window.
+    pub(crate) fn activations(&self) -> u64 {
+        let wide = self.arch.hidden_size * 8 + self.arch.intermediate_size * 3;
+        self.seq_len * wide as u64 * 4
+    }
+
+    /// What a method keeps in memory beside the weights and the activations of one block.
+    pub(crate) fn kept(&self, method: Method) -> u64 {
+        let depth = self.arch.depth() as u64;
+        match method {
+            Method::Taylor => 2 * 4 * depth * self.arch.parameters_of(Part::Whole) as u64,
+            Method::Coupling | Method::Gates => 2 * depth * self.state(),
+            Method::GreedyPerplexity | Method::MacroInfluence => self.windows * (depth + 1) * self.state(),
+            _ => depth * self.state(),
+        }
+    }
+
+    /// Scoring with all weights in memory.
+    pub(crate) fn in_memory(&self, method: Method) -> u64 {
+        PROCESS
+            + self.weights()
+            + self.kept(method)
+            + self.activations() * rayon::current_num_threads() as u64
+    }
+
+    /// Scoring with blocks read from disk one at a time, but for the states between blocks.
+    pub(crate) fn streamed(&self, checkpoint: &Checkpoint, method: Method, options: &MethodOptions) -> u64 {
+        // Backwards every activation has a gradient, and one to add to it; each window of a batch has a state and the
+        // gradient with respect to it.
+        let (activations, states) = match method {
+            Method::Gates => (3 * self.activations(), 4 + 2 * options.gates.batch as u64),
+            _ => (self.activations(), 4),
+        };
+        PROCESS + self.weights_streamed(checkpoint) + activations + states * self.state()
+    }
+
+    /// Two blocks, and what takes to read one, or one of the ends.
+    fn weights_streamed(&self, checkpoint: &Checkpoint) -> u64 {
+        let (mut block, mut largest) = (0, 0);
+        for (param, shape) in self.arch.block_params() {
+            let count = shape.iter().product::<usize>() as u64;
+            block += count * Param::Block(0, param).dtype_on_cpu(self.dtype).size_in_bytes() as u64;
+            largest = largest.max(count);
+        }
+        let (held, reading) = (self.dtype.size_in_bytes() as u64, checkpoint.reading_bytes(self.dtype));
+        let blocks = 2 * block + largest * reading.saturating_sub(held);
+        let (vocab, hidden) = (self.arch.vocab_size as u64, self.arch.hidden_size as u64);
+        let ends = vocab * hidden * reading.max(held) + ROWS * vocab * 4;
+        blocks.max(ends)
+    }
+
+    /// The states between blocks, where none lies on disk.
+    pub(crate) fn states(&self, method: Method, options: &MethodOptions) -> u64 {
+        let depth = self.arch.depth() as u64;
+        let count = match method {
+            Method::Perplexity => self.windows * (depth + 1),
+            Method::Gates => options.gates.batch as u64 * depth * if options.gates.halves { 2 } else { 1 },
+            _ => self.windows,
+        };
+        count * self.state()
+    }
+}
