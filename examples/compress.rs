@@ -20,7 +20,7 @@ use std::path::PathBuf;
 use clap::Parser;
 use foldgpt::importance::{Gates, GatesWithCoupling};
 use foldgpt::pipeline::{Precision, Report};
-use foldgpt::{Checkpoint, Compressor, Recipe};
+use foldgpt::{Bytes, Checkpoint, Compressor, Recipe};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -30,7 +30,8 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 struct Args {
     /// A recipe, TOML or JSON (*.json), in place of all flags but --work and --dry-run
     #[arg(long, conflicts_with_all = ["model", "dtype", "text", "method", "TargetArgs", "ScoringArgs", "SharingArgs",
-        "format", "protect", "out", "seed", "windows", "eval_windows", "WindowArgs", "HealArgs", "max_nll_increase"])]
+        "format", "protect", "out", "seed", "windows", "eval_windows", "WindowArgs", "HealArgs", "max_nll_increase",
+        "max_memory"])]
     recipe: Option<PathBuf>,
     /// Say what would be done, how long it takes and what comes out, and write nothing
     #[arg(long)]
@@ -81,6 +82,10 @@ struct Args {
     /// Save nothing whose loss is higher by more than this, in nats per token
     #[arg(long)]
     max_nll_increase: Option<f64>,
+    /// Take at most this much memory, such as 3GB: blocks are read from disk one at a time where the model is larger, and
+    /// can only be dropped then (methods block-influence, angular, perplexity and gates)
+    #[arg(long)]
+    max_memory: Option<Bytes>,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -141,6 +146,7 @@ fn recipe(args: &Args) -> anyhow::Result<Recipe> {
     recipe.mix = args.sharing.mix();
     recipe.heal = args.heal.heal(args.seed);
     recipe.max_nll_increase = args.max_nll_increase;
+    recipe.max_memory = args.max_memory;
     recipe.format = args.format.into();
     Ok(recipe)
 }

@@ -1,9 +1,9 @@
 //! Scores how much each block of a model matters, and says which would go.
 //!
 //! ```text
-//! cargo run --release --example score -- --model M --text F [--method coupling] [--remove 0.2] [--json]
+//! cargo run --release --example score -- --model M --text F [--method coupling] [--remove 0.2] [--max-memory 3GB] [--json]
 //! ```
-#![allow(clippy::print_stdout)]
+#![allow(clippy::print_stdout, clippy::print_stderr)]
 
 mod chart;
 mod cli;
@@ -12,9 +12,10 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use clap::Parser;
-use foldgpt::importance::Coupling;
+use foldgpt::candle::Device;
+use foldgpt::importance::{Coupling, Residence};
 use foldgpt::model::{Part, Unit};
-use foldgpt::{Plan, Scores, Windows};
+use foldgpt::{Bytes, Checkpoint, Plan, Scores, Windows};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -42,6 +43,13 @@ struct Args {
     windows: usize,
     #[command(flatten)]
     window: cli::WindowArgs,
+    /// Take at most this much memory, such as 3GB: blocks are read from disk one at a time where the model is larger
+    /// (methods block-influence, angular, perplexity and gates)
+    #[arg(long)]
+    max_memory: Option<Bytes>,
+    /// With --max-memory, the directory for states that memory has no room for
+    #[arg(long, requires = "max_memory")]
+    scratch: Option<PathBuf>,
     /// Seed of everything drawn at random
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -52,18 +60,18 @@ struct Args {
 
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
-    let (checkpoint, decoder) = args.model.load()?;
-    cli::check_protected(&args.protect, &decoder)?;
+    let checkpoint = args.model.open()?;
+    let arch = checkpoint.architecture();
+    cli::check_protected(&args.protect, arch.depth())?;
     let text = cli::read_text(&args.text)?;
     let windows = args.window.cut(&checkpoint.tokenizer()?, &text, Some(args.windows))?;
 
     let target = args.target.target();
-    let count = target.map_or(Ok(0), |target| target.blocks(decoder.architecture()))?;
-    let method = args.method.build(count, &args.protect, args.seed, &args.scoring)?;
-    let mut scores = method.score(&decoder, &windows, &mut cli::Bars::default())?;
+    let count = target.map_or(Ok(0), |target| target.blocks(arch))?;
+    let mut scores = score(&args, &checkpoint, &windows, count)?;
     let mut would_go = Vec::new();
     if let Some(target) = target {
-        let plan = Plan::new(decoder.architecture(), &scores, target, &args.protect)?;
+        let plan = Plan::new(arch, &scores, target, &args.protect)?;
         scores.chosen = Some(plan.removed().to_vec());
         would_go = plan.units();
     }
@@ -73,6 +81,29 @@ fn main() -> anyhow::Result<()> {
         print_scores(&scores, &would_go, &windows);
     }
     Ok(())
+}
+
+/// Scores with the model in memory, or with its blocks on disk where it may not take as much.
+fn score(args: &Args, checkpoint: &Checkpoint, windows: &Windows, count: usize) -> anyhow::Result<Scores> {
+    let (name, dtype) = (args.method.method()?, args.model.dtype.dtype());
+    let options = args.method.options(count, &args.protect, args.seed, &args.scoring)?;
+    let (method, mut bars) = (name.build(&options), cli::Bars::default());
+    let Some(most) = args.max_memory else {
+        return Ok(method.score(&cli::load(checkpoint, dtype)?, windows, &mut bars)?);
+    };
+    let residence = name.residence(checkpoint, dtype, windows, &options, most)?;
+    eprintln!("{residence}");
+    let scores = if let Residence::Streamed { mut options, .. } = residence {
+        options.scratch.clone_from(&args.scratch);
+        let model = checkpoint.streamed(dtype, &Device::Cpu, options)?;
+        method.score_streamed(&model, windows, &mut bars)?
+    } else {
+        method.score(&cli::load(checkpoint, dtype)?, windows, &mut bars)?
+    };
+    if let Some(peak) = cli::peak_memory() {
+        eprintln!("peak resident memory {peak}");
+    }
+    Ok(scores)
 }
 
 /// The scores, with what they were computed in, and the halves that would go where halves were scored.

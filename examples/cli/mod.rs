@@ -14,7 +14,7 @@ use foldgpt::importance::{self, Importance, MethodOptions};
 use foldgpt::pipeline::{Goal, MixOptions, Share, Total};
 use foldgpt::plan::{Budget, Donor, Groups, Ranks, Residual, ResidualStart, ScaleStart};
 use foldgpt::{
-    Bos, Checkpoint, Decoder, Format, HubOptions, Observer, Perplexity, Target, Tokenizer, Windows,
+    Bos, Bytes, Checkpoint, Decoder, Format, HubOptions, Observer, Perplexity, Target, Tokenizer, Windows,
 };
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
@@ -195,6 +195,17 @@ impl Method {
         seed: u64,
         scoring: &ScoringArgs,
     ) -> Result<Box<dyn Importance>> {
+        Ok(self.method()?.build(&self.options(remove, protected, seed, scoring)?))
+    }
+
+    /// What the method is told.
+    pub fn options(
+        self,
+        remove: usize,
+        protected: &[usize],
+        seed: u64,
+        scoring: &ScoringArgs,
+    ) -> Result<MethodOptions> {
         anyhow::ensure!(!scoring.halves || self == Self::Gates, "--halves is for --method gates");
         let mut options = MethodOptions::default();
         (options.remove, options.protected, options.seed) = (remove, protected.to_vec(), seed);
@@ -203,7 +214,7 @@ impl Method {
         options.coupling.gates.steps = scoring.gate_steps.unwrap_or(options.coupling.gates.steps);
         options.gates_file = scoring.file(&format!("{}-{remove}-gates.json", self.name()))?;
         options.values_file = scoring.file(&format!("{}-values.jsonl", self.name()))?;
-        Ok(self.method()?.build(&options))
+        Ok(options)
     }
 }
 
@@ -408,11 +419,18 @@ fn protocol_line(tokens: usize, windows: usize, seq_len: usize, bos: bool, sha25
 }
 
 /// Fails early for blocks that are to stay and do not exist.
-pub fn check_protected(protected: &[usize], decoder: &Decoder) -> Result<()> {
-    if let Some(index) = protected.iter().find(|&&index| index >= decoder.depth()) {
-        anyhow::bail!("--protect: block {index} does not exist: the model has {} blocks", decoder.depth());
+pub fn check_protected(protected: &[usize], depth: usize) -> Result<()> {
+    if let Some(index) = protected.iter().find(|&&index| index >= depth) {
+        anyhow::bail!("--protect: block {index} does not exist: the model has {depth} blocks");
     }
     Ok(())
+}
+
+/// The most memory that this process has had at once, where the system says it.
+pub fn peak_memory() -> Option<Bytes> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    line.trim().parse::<Bytes>().ok().map(|kilobytes| Bytes(kilobytes.0 / 1000 * 1024))
 }
 
 /// A bar on standard error for every stage; nothing where standard error is no terminal.
@@ -429,7 +447,7 @@ impl Observer for Bars {
             outer.finish_and_clear();
         }
         let style = ProgressStyle::with_template(match stage {
-            "fetch" | "hash" => "{msg:18} {wide_bar} {bytes}/{total_bytes} {eta} left",
+            "fetch" | "hash" | "save" => "{msg:18} {wide_bar} {bytes}/{total_bytes} {eta} left",
             _ => "{msg:18} {wide_bar} {pos}/{len} {eta} left",
         });
         let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr());

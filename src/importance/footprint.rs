@@ -8,13 +8,20 @@ use crate::checkpoint::Checkpoint;
 use crate::data::Windows;
 use crate::model::{Architecture, Param, Part};
 
-/// What a process takes before it has a model: its code, its threads, a tokenizer.
-const PROCESS: u64 = 64 << 20;
+/// What is counted, and a sixteenth of it for what is not: what the allocator keeps, code, threads, a tokenizer.
+pub(crate) fn with_overhead(counted: u64) -> u64 {
+    counted.saturating_add(counted / 16)
+}
+
+/// What may be counted of so many bytes.
+pub(crate) fn without_overhead(bytes: u64) -> u64 {
+    bytes / 17 * 16
+}
 
 /// Rows whose logits exist at once, with as many numbers on their way to a loss.
 const ROWS: u64 = 2 * 128;
 
-/// Counts weights, states and activations. What an allocator keeps beside them is not counted.
+/// Counts weights, states and activations.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Footprint<'a> {
     arch: &'a Architecture,
@@ -73,7 +80,7 @@ impl<'a> Footprint<'a> {
             Method::Gates => (3 * self.activations(), 4 + 2 * options.gates.batch as u64),
             _ => (self.activations(), 4),
         };
-        PROCESS + self.weights_streamed(checkpoint) + activations + states * self.state()
+        self.weights_streamed(checkpoint) + activations + states * self.state()
     }
 
     /// Two blocks, and what takes to read one, or one of the ends.

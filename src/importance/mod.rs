@@ -51,7 +51,7 @@ use crate::data::Windows;
 use crate::error::{Error, Result};
 use crate::model::{Decoder, Part, Unit};
 use crate::progress::{self, Observer};
-pub(crate) use footprint::Footprint;
+pub(crate) use footprint::{Footprint, with_overhead, without_overhead};
 use memo::Memo;
 use removals::Removals;
 

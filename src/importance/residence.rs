@@ -4,7 +4,7 @@ use std::fmt;
 
 use candle_core::DType;
 
-use super::{Footprint, Method, MethodOptions};
+use super::{Footprint, Method, MethodOptions, with_overhead, without_overhead};
 use crate::bytes::Bytes;
 use crate::checkpoint::{Checkpoint, StreamOptions};
 use crate::data::Windows;
@@ -32,7 +32,8 @@ impl Method {
     /// Where the weights of a model, with matrices of `dtype` on the CPU, are to be so that scoring with this method on
     /// these windows takes at most `most` bytes: in memory where that is enough, and else on disk.
     ///
-    /// Counted are weights, states and activations, not what the allocator keeps beside them.
+    /// Counted are weights, states and activations; what the allocator keeps beside them and all else is taken for a
+    /// sixteenth of that.
     ///
     /// # Errors
     /// [`Error::Memory`] where neither fits, or the method cannot read block after block.
@@ -45,7 +46,7 @@ impl Method {
         most: Bytes,
     ) -> Result<Residence> {
         let footprint = Footprint::new(checkpoint.architecture(), dtype, windows);
-        let bytes = footprint.in_memory(self);
+        let bytes = with_overhead(footprint.in_memory(self));
         if bytes <= most.0 {
             return Ok(Residence::Memory { bytes });
         }
@@ -59,13 +60,13 @@ impl Method {
             let reason = format!("only {} can read block after block", Self::streaming());
             return Err(refuse(bytes, reason));
         }
-        let least = footprint.streamed(checkpoint, self, options);
-        let Some(room) = most.0.checked_sub(least) else {
+        let least = with_overhead(footprint.streamed(checkpoint, self, options));
+        let Some(spare) = most.0.checked_sub(least) else {
             return Err(refuse(least, "blocks are read one at a time already".into()));
         };
-        let all = footprint.states(self, options);
+        let (room, all) = (without_overhead(spare), footprint.states(self, options));
         let options = StreamOptions { state_bytes: (room < all).then_some(room), ..StreamOptions::default() };
-        Ok(Residence::Streamed { bytes: least + room.min(all), options })
+        Ok(Residence::Streamed { bytes: least + with_overhead(room.min(all)), options })
     }
 }
 

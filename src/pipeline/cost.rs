@@ -74,6 +74,14 @@ impl Inputs<'_> {
         }
     }
 
+    /// How often scoring reads all blocks, where they are on disk.
+    pub(super) fn scoring_passes(&self) -> usize {
+        match self.recipe.method {
+            Method::Gates => 2 * self.method_options().gates.steps,
+            _ => 1,
+        }
+    }
+
     /// Planning: every neighbour tied at every step, at half the depth each, where ties are measured.
     pub(super) fn planning_cost(&self) -> Cost {
         let (depth, windows) = (self.depth() as f64, self.calibration.len() as f64);

@@ -8,19 +8,20 @@ use serde::{Deserialize, Serialize};
 
 use super::cost::Cost;
 use super::inputs::{Inputs, Keys};
+use super::memory::Memory;
 use super::planning::Planned;
-use super::recipe::{Precision, Recipe};
+use super::recipe::Recipe;
 use super::run::{EVALUATION, HEALED, PLAN, SCORES};
 use super::sizes::Sizes;
 use super::stage::Stage;
-use crate::account::{Account, Held};
-use crate::checkpoint::check_destination;
+use crate::checkpoint::{StreamOptions, check_destination};
 use crate::data::Windows;
 use crate::error::Result;
 use crate::eval::perplexity;
-use crate::heal::{HealReport, ParamGroup, Trainable};
-use crate::importance::{Method, Scores};
-use crate::model::{Architecture, Part, Projection};
+use crate::heal::HealReport;
+use crate::importance::Scores;
+use crate::importance::sweep::mean_loss;
+use crate::model::{BlockSource, Part};
 use crate::progress::Observer;
 
 /// What a run would do.
@@ -176,6 +177,7 @@ impl Known {
     fn stages(&self, inputs: &Inputs<'_>, speed: &Speed, blocks: usize) -> Vec<Forecast> {
         let recipe = inputs.recipe;
         let memory = Memory::of(inputs);
+        let streams = inputs.streamed.is_some();
         let of = |stage, what: String, known: bool, cost: Cost, peak: u64| Forecast {
             stage,
             what,
@@ -183,11 +185,19 @@ impl Known {
             seconds: if known { 0.0 } else { speed.seconds(cost) },
             peak_bytes: if known { 0 } else { peak },
         };
+        // The next block is read while one computes: what takes longer counts.
+        let read = |cost: Cost, passes: usize| {
+            let reading = speed.load * passes as f64;
+            let waits = streams && reading > speed.seconds(cost);
+            if waits { Cost { seconds: reading, ..Cost::default() } } else { cost }
+        };
         let mut stages = Vec::new();
         let calibration = format!("{} windows of {}", inputs.calibration.len(), inputs.calibration.seq_len());
         if inputs.needs_scores() {
-            let what = format!("importance by {} on {calibration}", recipe.method);
-            stages.push(of(Stage::Score, what, self.scores, inputs.scoring_cost(), memory.scoring()));
+            let how = if streams { ", blocks read from disk one at a time" } else { "" };
+            let what = format!("importance by {} on {calibration}{how}", recipe.method);
+            let cost = read(inputs.scoring_cost(), inputs.scoring_passes());
+            stages.push(of(Stage::Score, what, self.scores, cost, memory.scoring()));
         }
         let what = format!("{} of {} blocks may go", inputs.remove, inputs.depth());
         stages.push(of(Stage::Plan, what, self.plan, inputs.planning_cost(), memory.plain()));
@@ -201,11 +211,12 @@ impl Known {
         let evaluation = &inputs.evaluation;
         let models =
             [(self.dense, inputs.depth()), (self.folded, blocks), (self.evaluated, blocks)].into_iter();
-        let left: usize = models.filter(|(known, _)| !known).map(|(_, blocks)| blocks).sum();
+        let left: Vec<usize> = models.filter(|(known, _)| !known).map(|(_, blocks)| blocks).collect();
         let (windows, tasks) = (evaluation.len(), inputs.tasks.len());
         let what = format!("losses on {windows} windows of {}, {tasks} tasks", evaluation.seq_len());
         let known = self.dense && self.folded && self.evaluated;
-        stages.push(of(Stage::Evaluate, what, known, inputs.evaluation_cost(left), memory.plain()));
+        let cost = read(inputs.evaluation_cost(left.iter().sum()), left.len());
+        stages.push(of(Stage::Evaluate, what, known, cost, memory.plain()));
         // Written, read back, and hashed.
         let writing = Cost { seconds: 3.0 * speed.load, ..Cost::default() };
         let what = format!("a checkpoint at {}", recipe.out.display());
@@ -217,12 +228,14 @@ impl Known {
 impl Speed {
     /// Reads the model and runs it on a few tokens, twice: the first pass touches memory for the first time.
     fn measure(inputs: &Inputs<'_>, observer: &mut dyn Observer) -> Result<Self> {
+        if inputs.streamed.is_some() {
+            return Self::measure_streamed(inputs);
+        }
         let start = Instant::now();
         let decoder = inputs.checkpoint.decoder_observed(DType::F32, &Device::Cpu, observer)?;
         let load = start.elapsed().as_secs_f64();
-        let tokens = inputs.calibration.seq_len().min(FEW);
-        let ids = inputs.calibration.window(0)?.iter().take(tokens).copied().collect();
-        let few = Windows::from_ids(vec![ids])?;
+        let few = few(inputs)?;
+        let tokens = few.seq_len();
         perplexity(&decoder, &few, &mut ())?;
         let start = Instant::now();
         decoder.hidden(&few.tensor(0, &Device::Cpu)?)?;
@@ -239,78 +252,38 @@ impl Speed {
         })
     }
 
+    /// Reads one block and the ends, and runs them on a few tokens.
+    fn measure_streamed(inputs: &Inputs<'_>) -> Result<Self> {
+        let model = inputs.checkpoint.streamed(DType::F32, &Device::Cpu, StreamOptions::default())?;
+        let few = few(inputs)?;
+        let (tokens, pass) = (few.seq_len(), model.pass_over(few.seq_len())?);
+        let x = model.front()?.embed(&few.tensor(0, &Device::Cpu)?, &pass)?;
+        let (mut read, mut block) = (0.0, 0.0);
+        let start = Instant::now();
+        model.visit(&[0], &mut |first| {
+            read = start.elapsed().as_secs_f64();
+            first.run(Part::Whole, &x, &pass)?;
+            let start = Instant::now();
+            first.run(Part::Whole, &x, &pass)?;
+            block = start.elapsed().as_secs_f64();
+            Ok(())
+        })?;
+        let back = model.back()?;
+        let start = Instant::now();
+        mean_loss(&back, few.window(0)?.get(1..).unwrap_or_default(), &x)?;
+        let head = start.elapsed().as_secs_f64();
+        let windows = inputs.calibration.seq_len() as f64 / tokens as f64;
+        let load = read * inputs.depth() as f64;
+        Ok(Self { block: block * windows, head: head * windows, load, tokens })
+    }
+
     fn seconds(&self, cost: Cost) -> f64 {
         cost.blocks * self.block + cost.heads * self.head + cost.seconds
     }
 }
 
-/// What takes room beside the weights.
-struct Memory<'a> {
-    inputs: &'a Inputs<'a>,
-    arch: &'a Architecture,
-}
-
-impl<'a> Memory<'a> {
-    fn of(inputs: &'a Inputs<'a>) -> Self {
-        Self { inputs, arch: inputs.checkpoint.architecture() }
-    }
-
-    fn weights(&self, resident: DType) -> u64 {
-        let held = Held { stored: resident, resident, context: 1 };
-        Account::planned(self.arch, held).resident_bytes
-    }
-
-    /// One hidden state of a window.
-    fn state(&self) -> u64 {
-        (self.inputs.calibration.seq_len() * self.arch.hidden_size * 4) as u64
-    }
-
-    /// The dense model, and the activations of one block on every core.
-    fn plain(&self) -> u64 {
-        let wide = self.arch.hidden_size * 8 + self.arch.intermediate_size * 3;
-        let block = self.inputs.calibration.seq_len() * wide * 4 * rayon::current_num_threads();
-        self.weights(DType::F32) + block as u64
-    }
-
-    fn scoring(&self) -> u64 {
-        let recipe = self.inputs.recipe;
-        let copy = if recipe.dtype == Precision::Bf16 { self.weights(DType::BF16) } else { 0 };
-        let (depth, windows) = (self.arch.depth() as u64, self.inputs.calibration.len() as u64);
-        let kept = match recipe.method {
-            Method::Taylor => 2 * 4 * depth * self.arch.parameters_of(Part::Whole) as u64,
-            Method::Coupling | Method::Gates => 2 * depth * self.state(),
-            Method::GreedyPerplexity | Method::MacroInfluence => windows * (depth + 1) * self.state(),
-            _ => depth * self.state(),
-        };
-        self.plain() + copy + kept
-    }
-
-    /// What is trained with its moments and its best values, in f32, and one input of every block.
-    fn healing(&self) -> u64 {
-        let Some(heal) = self.inputs.heal() else { return self.plain() };
-        let trained: usize = heal.groups.iter().map(|group| self.trained(group)).sum();
-        let inputs = (self.arch.depth() * heal.micro_batch) as u64 * self.state();
-        self.plain() + 5 * 4 * trained as u64 + inputs
-    }
-
-    /// How many numbers a group trains, at most.
-    fn trained(&self, group: &ParamGroup) -> usize {
-        let arch = self.arch;
-        let depth = arch.depth() - self.inputs.remove;
-        let shapes =
-            || Projection::ALL.into_iter().filter_map(|projection| arch.projection_shape(projection));
-        match &group.params {
-            Trainable::Norms => (4 * depth + 1) * arch.hidden_size,
-            Trainable::Scales => depth * shapes().map(|(output, _)| output).sum::<usize>(),
-            Trainable::Lora(lora) => {
-                depth * lora.rank * shapes().map(|(output, input)| output + input).sum::<usize>()
-            }
-            Trainable::LastBlocks(count) => count * arch.parameters_of(Part::Whole),
-            Trainable::Head => arch.vocab_size * arch.hidden_size,
-            Trainable::Residuals | Trainable::SharedMatrices | Trainable::Matrices => {
-                depth * arch.parameters_of(Part::Whole)
-            }
-            Trainable::Everything => arch.parameter_count(),
-        }
-    }
+/// The beginning of a window.
+fn few(inputs: &Inputs<'_>) -> Result<Windows> {
+    let ids = inputs.calibration.window(0)?.iter().take(FEW).copied().collect();
+    Windows::from_ids(vec![ids])
 }

@@ -1,11 +1,12 @@
 //! What a compression works on, opened and checked, and the hashes of what each stage depends on.
 
+use candle_core::{DType, Device};
 use serde::Serialize;
 
 use super::recipe::Recipe;
 use super::stage::Stage;
 use super::work::{Key, Work};
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, StreamOptions, StreamedDecoder};
 use crate::data::{Tokenizer, Windows};
 use crate::error::{Error, Result};
 use crate::eval::Task;
@@ -29,6 +30,8 @@ pub(super) struct Inputs<'a> {
     /// How many blocks the method chooses: what is removed, or at most removed.
     pub remove: usize,
     pub work: Work,
+    /// How blocks are read from disk, where the model does not fit in the memory that there may be.
+    pub streamed: Option<StreamOptions>,
 }
 
 /// The key of every stage's result, each made of those before it.
@@ -72,7 +75,7 @@ impl<'a> Inputs<'a> {
         let calibration = first.spread(cut.calibrate)?;
         let model_sha256 = checkpoint.sha256(observer)?;
         let work = Work(recipe.work_directory());
-        Ok(Self {
+        let mut inputs = Self {
             recipe,
             checkpoint,
             model_sha256,
@@ -83,7 +86,19 @@ impl<'a> Inputs<'a> {
             tasks,
             remove,
             work,
-        })
+            streamed: None,
+        };
+        inputs.streamed = inputs.residence()?;
+        Ok(inputs)
+    }
+
+    /// The model with its blocks on disk.
+    pub(super) fn stream(&self, dtype: DType) -> Result<StreamedDecoder<'_>> {
+        let options = self.streamed.clone().unwrap_or_default();
+        if let Some(scratch) = &options.scratch {
+            std::fs::create_dir_all(scratch).map_err(Error::io("create", scratch))?;
+        }
+        self.checkpoint.streamed(dtype, &Device::Cpu, options)
     }
 
     /// Whether anything may be removed.

@@ -33,6 +33,7 @@ mod check;
 mod cost;
 mod forecast;
 mod inputs;
+mod memory;
 mod planning;
 mod recipe;
 mod report;
@@ -49,6 +50,7 @@ pub use stage::Stage;
 
 use std::path::{Path, PathBuf};
 
+use crate::bytes::Bytes;
 use crate::checkpoint::Format;
 use crate::error::Result;
 use crate::heal::Heal;
@@ -130,6 +132,12 @@ impl Compressor {
     /// How a model whose blocks share is written.
     pub fn format(mut self, format: Format) -> Self {
         self.recipe.format = format;
+        self
+    }
+
+    /// The most memory that a run may take, as far as it can be counted: see [`Recipe::max_memory`].
+    pub fn max_memory(mut self, limit: Bytes) -> Self {
+        self.recipe.max_memory = Some(limit);
         self
     }
 

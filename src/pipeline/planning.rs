@@ -20,16 +20,23 @@ pub(super) struct Planned {
 }
 
 impl Inputs<'_> {
-    /// What goes and what is shared.
+    /// What goes and what is shared; without the dense model, where that follows from the scores alone.
     pub(super) fn decide(
         &self,
-        dense: &Decoder,
+        dense: Option<&Decoder>,
         scores: Option<&Scores>,
         observer: &mut dyn Observer,
     ) -> Result<Planned> {
-        let mut planned = match (self.recipe.mix, scores) {
-            (Some(mix), Some(scores)) => self.mixed(&mix, dense, scores, observer)?,
-            _ => Planned { plan: self.removed_and_shared(dense, scores, observer)?, mixes: Vec::new() },
+        let mut planned = match (self.recipe.mix, dense, scores) {
+            (Some(mix), Some(dense), Some(scores)) => self.mixed(&mix, dense, scores, observer)?,
+            (_, Some(dense), _) => {
+                Planned { plan: self.removed_and_shared(dense, scores, observer)?, mixes: Vec::new() }
+            }
+            (_, None, _) => {
+                let target = self.recipe.target.map_or(Target::Blocks(0), |goal| self.target(goal));
+                let plan = self.recipe.builder(target, scores).build(self.checkpoint.architecture())?;
+                Planned { plan, mixes: Vec::new() }
+            }
         };
         planned.plan = planned.plan.for_model(&self.model_sha256);
         Ok(planned)

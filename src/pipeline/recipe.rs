@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use candle_core::DType;
 use serde::{Deserialize, Serialize};
 
+use crate::bytes::Bytes;
 use crate::checkpoint::Format;
 use crate::data::Bos;
 use crate::error::{Error, Result};
@@ -48,6 +49,11 @@ pub struct Recipe {
     pub seed: u64,
     /// What blocks are scored in. All else is computed in f32.
     pub dtype: Precision,
+    /// The most memory that a run may take: a number of bytes, or a text such as `"3GB"`; without a bound where absent.
+    /// Where the model in memory would be more, its blocks are read from disk one at a time, for the same result; then
+    /// blocks can only be dropped, and scored by Block Influence, angular distance, perplexity, gates or chance.
+    /// Counted are weights, states and activations, with a sixteenth for all else.
+    pub max_memory: Option<Bytes>,
     /// How the text is cut.
     pub windows: WindowOptions,
     /// How blocks are scored; by gates with coupling where absent.

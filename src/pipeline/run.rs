@@ -15,7 +15,7 @@ use super::stage::Stage;
 use super::work::Key;
 use crate::checkpoint::{Checkpoint, Format, SaveOptions, check_destination};
 use crate::error::{Error, Result};
-use crate::eval::{Accuracy, Task, accuracy, perplexity};
+use crate::eval::{Accuracy, Task, accuracy, perplexity, perplexity_streamed};
 use crate::fold::fold_on;
 use crate::heal::{HealReport, Teacher};
 use crate::importance::Scores;
@@ -48,19 +48,21 @@ impl<'a> Run<'a> {
         let scores = self.score(observer)?;
         let key = self.keys.plan.clone();
         let planned = self.stage(Stage::Plan, PLAN, &key, observer, |run, observer| {
-            let dense = run.dense(observer)?;
-            run.inputs.decide(&dense, scores.as_ref(), observer)
+            let dense = if run.streams() { None } else { Some(run.dense(observer)?) };
+            run.inputs.decide(dense.as_ref(), scores.as_ref(), observer)
         })?;
         let Planned { plan, mixes } = planned;
         let heal = self.heal(&plan, observer)?;
 
         let Keys { dense, folded, evaluate, .. } = self.keys.clone();
-        let dense = self.measured(&dense, observer, |run, observer| run.dense(observer))?;
+        let (all, kept): (Vec<usize>, _) = ((0..self.inputs.depth()).collect(), plan.kept());
+        let dense = self.measured(&dense, &all, observer, |run, observer| run.dense(observer))?;
         let folded = heal
             .is_some()
-            .then(|| self.measured(&folded, observer, |run, observer| run.folded(&plan, observer)));
+            .then(|| self.measured(&folded, &kept, observer, |run, observer| run.folded(&plan, observer)));
         let folded = folded.transpose()?;
-        let compressed = self.measured(&evaluate, observer, |run, observer| run.result(&plan, observer))?;
+        let compressed =
+            self.measured(&evaluate, &kept, observer, |run, observer| run.result(&plan, observer))?;
         self.check_gate(&dense, &compressed)?;
 
         let saved = self.save(&plan, observer)?;
@@ -122,19 +124,20 @@ impl<'a> Run<'a> {
     fn score(&mut self, observer: &mut dyn Observer) -> Result<Option<Scores>> {
         let Some(key) = self.keys.score.clone() else { return Ok(None) };
         let scores = self.stage(Stage::Score, SCORES, &key, observer, |run, observer| {
-            let dense = run.dense(observer)?;
+            let dense = if run.streams() { None } else { Some(run.dense(observer)?) };
             let inputs = &run.inputs;
-            let scored = match inputs.recipe.dtype {
-                Precision::F32 => dense,
-                other => dense.to_dtype(other.dtype())?,
-            };
             let method = inputs.recipe.method;
             let mut options = inputs.method_options();
             options.gates_file = Some(inputs.work.new_path("gates", &key, ".json")?);
             // What was measured of sets of blocks serves other numbers and windows too.
             let values = Key::of(method.name(), &(inputs.model(), inputs.recipe.dtype))?;
             options.values_file = Some(inputs.work.new_path(method.name(), &values, ".jsonl")?);
-            method.build(&options).score(&scored, &inputs.calibration, observer)
+            let (method, dtype) = (method.build(&options), inputs.recipe.dtype);
+            let Some(dense) = dense else {
+                return method.score_streamed(&inputs.stream(dtype.dtype())?, &inputs.calibration, observer);
+            };
+            let scored = if dtype == Precision::F32 { dense } else { dense.to_dtype(dtype.dtype())? };
+            method.score(&scored, &inputs.calibration, observer)
         })?;
         Ok(Some(scores))
     }
@@ -176,10 +179,11 @@ impl<'a> Run<'a> {
         Ok(Some(report))
     }
 
-    /// The numbers of a model on what evaluates.
+    /// The numbers of a model on what evaluates: of the blocks `kept` read from disk, or of a decoder.
     fn measured(
         &mut self,
         key: &Key,
+        kept: &[usize],
         observer: &mut dyn Observer,
         decoder: impl FnOnce(&mut Self, &mut dyn Observer) -> Result<Decoder>,
     ) -> Result<Measured> {
@@ -187,19 +191,16 @@ impl<'a> Run<'a> {
             return Ok(known);
         }
         // Folding is a stage of its own, and no part of this one.
-        let decoder = decoder(self, observer)?;
-        self.stage(Stage::Evaluate, EVALUATION, key, observer, |run, observer| {
-            let inputs = &run.inputs;
-            let start = Instant::now();
-            let perplexity = perplexity(&decoder, &inputs.evaluation, observer)?;
-            let seconds = start.elapsed().as_secs_f64();
-            let answer = |task: &Task| -> Result<(String, Accuracy)> {
-                Ok((task.name.clone(), accuracy(&decoder, &inputs.tokenizer, task, &mut *observer)?))
-            };
-            let tasks = inputs.tasks.iter().map(answer).collect::<Result<BTreeMap<_, _>>>()?;
-            let (blocks, parameters) = (decoder.depth(), decoder.parameter_count());
-            Ok(Measured { blocks, parameters, perplexity, seconds, tasks })
+        let decoder = if self.streams() { None } else { Some(decoder(self, observer)?) };
+        self.stage(Stage::Evaluate, EVALUATION, key, observer, |run, observer| match &decoder {
+            Some(decoder) => run.inputs.measure(decoder, observer),
+            None => run.inputs.measure_streamed(kept, observer),
         })
+    }
+
+    /// Whether the model stays on disk.
+    fn streams(&self) -> bool {
+        self.inputs.streamed.is_some()
     }
 
     /// Fails where more was lost than may be.
@@ -215,14 +216,20 @@ impl<'a> Run<'a> {
         if let Some(saved) = self.inputs.saved(&self.keys, observer)? {
             return Ok(saved);
         }
-        let result = self.result(plan, observer)?;
+        let result = if self.streams() { None } else { Some(self.result(plan, observer)?) };
         let key = self.keys.save.clone();
         self.begin(Stage::Save, observer, |run, observer| {
             let Inputs { checkpoint, recipe, work, .. } = &run.inputs;
-            // Adapters that are no part of a matrix after healing are no part of the plan either.
-            let same = plan.architecture(checkpoint.architecture())? == *result.architecture();
-            let (plan, options) = (Some(plan).filter(|_| same), SaveOptions::from(recipe.format));
-            let saved = checkpoint.save(&result, plan, &recipe.out, &options, observer)?;
+            let options = SaveOptions::from(recipe.format);
+            let saved = match &result {
+                Some(result) => {
+                    // Adapters that are no part of a matrix after healing are no part of the plan either.
+                    let same = plan.architecture(checkpoint.architecture())? == *result.architecture();
+                    let plan = Some(plan).filter(|_| same);
+                    checkpoint.save(result, plan, &recipe.out, &options, observer)?
+                }
+                None => checkpoint.save_blocks(&plan.kept(), Some(plan), &recipe.out, &options, observer)?,
+            };
             let (directory, tensor_bytes) = (saved.directory, saved.tensor_bytes);
             // At once: whoever is stopped while it is hashed has to know it as its own.
             let mut record = SavedRecord { directory, tensor_bytes, weights_sha256: None };
@@ -282,6 +289,27 @@ pub(super) struct Saved {
 }
 
 impl Inputs<'_> {
+    fn measure(&self, decoder: &Decoder, observer: &mut dyn Observer) -> Result<Measured> {
+        let start = Instant::now();
+        let perplexity = perplexity(decoder, &self.evaluation, observer)?;
+        let seconds = start.elapsed().as_secs_f64();
+        let answer = |task: &Task| -> Result<(String, Accuracy)> {
+            Ok((task.name.clone(), accuracy(decoder, &self.tokenizer, task, &mut *observer)?))
+        };
+        let tasks = self.tasks.iter().map(answer).collect::<Result<BTreeMap<_, _>>>()?;
+        let (blocks, parameters) = (decoder.depth(), decoder.parameter_count());
+        Ok(Measured { blocks, parameters, perplexity, seconds, tasks })
+    }
+
+    fn measure_streamed(&self, kept: &[usize], observer: &mut dyn Observer) -> Result<Measured> {
+        let start = Instant::now();
+        let model = self.stream(DType::F32)?.with_blocks(kept)?;
+        let perplexity = perplexity_streamed(&model, &self.evaluation, observer)?;
+        let seconds = start.elapsed().as_secs_f64();
+        let (blocks, parameters) = (model.depth(), model.architecture().parameter_count());
+        Ok(Measured { blocks, parameters, perplexity, seconds, tasks: BTreeMap::new() })
+    }
+
     /// What this recipe has saved, where it is still there.
     pub(super) fn saved(&self, keys: &Keys, observer: &mut dyn Observer) -> Result<Option<Saved>> {
         let known: Option<SavedRecord> = self.work.known(SAVED, &keys.save)?;

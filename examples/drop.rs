@@ -1,0 +1,61 @@
+//! Writes a model without some of its blocks. Stored tensors are copied from file to file: the model is never in memory.
+//!
+//! ```text
+//! cargo run --release --example drop -- --model M --blocks 21,22,23 --out DIR
+//! ```
+//!
+//! Which blocks those are, `score` says; `compress` does both, and evaluates.
+#![allow(clippy::print_stdout)]
+
+mod cli;
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use clap::Parser;
+use foldgpt::{Bytes, SaveOptions};
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// Writes a model without some of its blocks, never having it in memory
+#[derive(Parser)]
+struct Args {
+    /// A directory in the Hugging Face layout, a GGUF file, or a hub id (`org/name`, feature `hub`)
+    #[arg(long)]
+    model: String,
+    /// The blocks that go, by index from 0
+    #[arg(long, value_delimiter = ',', required = true)]
+    blocks: Vec<usize>,
+    /// The directory to write, new or empty
+    #[arg(long)]
+    out: PathBuf,
+    /// Tensors are split into files of at most this many bytes
+    #[arg(long, default_value = "5GB")]
+    max_shard: Bytes,
+}
+
+fn main() -> anyhow::Result<()> {
+    let args = Args::parse();
+    let checkpoint = cli::open(&args.model, None)?;
+    let depth = checkpoint.architecture().depth();
+    if let Some(index) = args.blocks.iter().find(|&&index| index >= depth) {
+        anyhow::bail!("--blocks: block {index} does not exist: the model has {depth} blocks");
+    }
+    let kept: Vec<usize> = (0..depth).filter(|index| !args.blocks.contains(index)).collect();
+    anyhow::ensure!(!kept.is_empty(), "--blocks: no block would stay");
+
+    let mut options = SaveOptions::default();
+    options.max_shard_bytes = args.max_shard.0;
+    let start = Instant::now();
+    let saved = checkpoint.save_blocks(&kept, None, &args.out, &options, &mut cli::Bars::default())?;
+    let seconds = start.elapsed().as_secs_f64();
+    let rate = Bytes((saved.tensor_bytes as f64 / seconds) as u64);
+    println!("{} of {depth} blocks stay, {} of tensors", kept.len(), Bytes(saved.tensor_bytes));
+    println!("written and compared in {seconds:.1} s, {rate} per second");
+    if let Some(peak) = cli::peak_memory() {
+        println!("peak resident memory {peak}");
+    }
+    println!("saved to {}", saved.directory.display());
+    Ok(())
+}

@@ -1,0 +1,141 @@
+//! What a run takes in memory, and whether blocks are read from disk for it.
+
+use candle_core::DType;
+
+use super::inputs::Inputs;
+use super::recipe::{Goal, Precision, Recipe};
+use crate::bytes::Bytes;
+use crate::checkpoint::StreamOptions;
+use crate::error::{Error, Result};
+use crate::heal::{ParamGroup, Trainable};
+use crate::importance::{Footprint, Method, MethodOptions, with_overhead, without_overhead};
+use crate::model::{Architecture, Part, Projection};
+
+impl Inputs<'_> {
+    /// How blocks are read from disk, where the run would take more memory than it may otherwise.
+    pub(super) fn residence(&self) -> Result<Option<StreamOptions>> {
+        let Some(most) = self.recipe.max_memory else { return Ok(None) };
+        let memory = Memory::of(self);
+        let needed = Bytes(with_overhead(memory.plain().max(memory.scoring()).max(memory.healing())));
+        if needed <= most {
+            return Ok(None);
+        }
+        if let Some(reason) = self.recipe.needs_the_model() {
+            let reason = format!("is {most}, the run takes about {needed}, and {reason}");
+            return Err(Error::recipe("max_memory", reason));
+        }
+        let least = with_overhead(memory.streamed(0));
+        let spare = most.0.checked_sub(least).ok_or_else(|| {
+            let reason = "at least, with blocks read from disk one at a time";
+            Error::recipe(
+                "max_memory",
+                format!("is {most}, and the run takes about {} {reason}", Bytes(least)),
+            )
+        })?;
+        // Beside the results: the system's directory for temporary files may itself be in memory.
+        let scratch = Some(self.work.0.clone());
+        Ok(Some(StreamOptions { state_bytes: Some(without_overhead(spare)), scratch }))
+    }
+}
+
+impl Recipe {
+    /// Why the recipe cannot be followed with blocks read from disk one at a time.
+    fn needs_the_model(&self) -> Option<String> {
+        if !self.method.streams() {
+            let names = Method::streaming();
+            return Some(format!(
+                "the method {} has to have the model in memory, unlike {names}",
+                self.method
+            ));
+        }
+        let halves = self.gates.as_ref().is_some_and(|gates| gates.halves);
+        let fields = [
+            (self.heal.is_some(), "heal"),
+            (self.share.is_some(), "share"),
+            (self.mix.is_some(), "mix"),
+            (!self.tasks.is_empty(), "tasks"),
+            (matches!(self.target, Some(Goal::NllIncrease(_))), "target.nll-increase"),
+            (halves, "gates.halves"),
+        ];
+        let (_, field) = fields.into_iter().find(|(asked, _)| *asked)?;
+        Some(format!(
+            "`{field}` has to have the model in memory: blocks that are read from disk are only dropped"
+        ))
+    }
+}
+
+/// What takes room beside the weights.
+pub(super) struct Memory<'a> {
+    inputs: &'a Inputs<'a>,
+    arch: &'a Architecture,
+}
+
+impl<'a> Memory<'a> {
+    pub(super) fn of(inputs: &'a Inputs<'a>) -> Self {
+        Self { inputs, arch: inputs.checkpoint.architecture() }
+    }
+
+    /// The counts of scoring with matrices of this type.
+    fn counted(&self, dtype: DType) -> Footprint<'_> {
+        Footprint::new(self.arch, dtype, &self.inputs.calibration)
+    }
+
+    /// The dense model, and the activations of one block on every core; of a run that reads blocks from disk, all of it.
+    pub(super) fn plain(&self) -> u64 {
+        if let Some(options) = &self.inputs.streamed {
+            return self.streamed(options.state_bytes.unwrap_or(u64::MAX));
+        }
+        let counted = self.counted(DType::F32);
+        counted.weights() + counted.activations() * rayon::current_num_threads() as u64
+    }
+
+    pub(super) fn scoring(&self) -> u64 {
+        if self.inputs.streamed.is_some() {
+            return self.plain();
+        }
+        let recipe = self.inputs.recipe;
+        let copy = if recipe.dtype == Precision::Bf16 { self.counted(DType::BF16).weights() } else { 0 };
+        self.plain() + copy + self.counted(DType::F32).kept(recipe.method)
+    }
+
+    /// Scoring or evaluating, whichever takes more, with blocks read from disk and room for so many bytes of states.
+    fn streamed(&self, room: u64) -> u64 {
+        let Inputs { recipe, checkpoint, evaluation, .. } = self.inputs;
+        let takes = |counted: Footprint<'_>, method: Method, options: &MethodOptions| {
+            counted.streamed(checkpoint, method, options) + counted.states(method, options).min(room)
+        };
+        let scoring = takes(self.counted(recipe.dtype.dtype()), recipe.method, &self.inputs.method_options());
+        // A loss keeps what Block Influence keeps: one state a window.
+        let evaluated = Footprint::new(self.arch, DType::F32, evaluation);
+        scoring.max(takes(evaluated, Method::BlockInfluence, &MethodOptions::default()))
+    }
+
+    /// What is trained with its moments and its best values, in f32, and one input of every block.
+    pub(super) fn healing(&self) -> u64 {
+        let Some(heal) = self.inputs.heal() else { return self.plain() };
+        let trained: usize = heal.groups.iter().map(|group| self.trained(group)).sum();
+        let inputs = (self.arch.depth() * heal.micro_batch) as u64 * self.counted(DType::F32).state();
+        self.plain() + 5 * 4 * trained as u64 + inputs
+    }
+
+    /// How many numbers a group trains, at most.
+    fn trained(&self, group: &ParamGroup) -> usize {
+        let arch = self.arch;
+        let depth = arch.depth() - self.inputs.remove;
+        let shapes =
+            || Projection::ALL.into_iter().filter_map(|projection| arch.projection_shape(projection));
+        match &group.params {
+            Trainable::Norms => (4 * depth + 1) * arch.hidden_size,
+            Trainable::Scales => depth * shapes().map(|(output, _)| output).sum::<usize>(),
+            Trainable::Lora(lora) => {
+                depth * lora.rank * shapes().map(|(output, input)| output + input).sum::<usize>()
+            }
+            Trainable::LastBlocks(count) => count * arch.parameters_of(Part::Whole),
+            Trainable::Head => arch.vocab_size * arch.hidden_size,
+            Trainable::Residuals | Trainable::SharedMatrices | Trainable::Matrices => {
+                depth * arch.parameters_of(Part::Whole)
+            }
+            Trainable::Everything => arch.parameter_count(),
+        }
+    }
+}
