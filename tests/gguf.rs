@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use foldgpt::candle::quantized::gguf_file::{self, Value as Stored};
 use foldgpt::candle::quantized::{GgmlDType, QTensor};
 use foldgpt::candle::{DType, Device, Tensor};
-use foldgpt::{Checkpoint, Decoder, SaveOptions};
+use foldgpt::importance::PerplexityIncrease;
+use foldgpt::{Checkpoint, Decoder, Importance, SaveOptions, StreamOptions};
 use serde_json::{Value, json};
 use support::{FAMILIES, distance, expected, fixture, input_ids, load};
 
@@ -338,6 +339,29 @@ fn logits_are_those_of_transformers() {
         let off = distance(&decoder.forward(&input_ids(name)).unwrap(), &expected(name)["logits"]);
         assert!(off < 1e-4, "{name}: logits off by {off}");
         assert_eq!(decoder.architecture(), load(name).architecture(), "{name}");
+    }
+}
+
+#[test]
+fn blocks_of_a_file_are_streamed_and_copied_as_they_are_loaded() {
+    for name in FAMILIES {
+        let scratch = tempfile::tempdir().unwrap();
+        let (checkpoint, windows) = (open(name, scratch.path()), support::windows(name));
+        let decoder = decoder(&checkpoint);
+        let streamed = checkpoint.streamed(DType::F32, &Device::Cpu, StreamOptions::default()).unwrap();
+        let method = PerplexityIncrease::default();
+        let in_memory = method.score(&decoder, &windows, &mut ()).unwrap();
+        let from_disk = method.score_streamed(&streamed, &windows, &mut ()).unwrap();
+        assert_eq!(in_memory.importance(), from_disk.importance(), "{name}");
+
+        let (computed, copied) = (scratch.path().join("computed"), scratch.path().join("copied"));
+        let (cut, options) = (decoder.with_blocks(&[0, 2]).unwrap(), SaveOptions::default());
+        checkpoint.save(&cut, None, &computed, &options, &mut ()).unwrap();
+        checkpoint.save_blocks(&[0, 2], None, &copied, &options, &mut ()).unwrap();
+        for file in ["model.safetensors", "config.json", "tokenizer.json"] {
+            let read = |directory: &Path| std::fs::read(directory.join(file)).unwrap();
+            assert!(read(&computed) == read(&copied), "{name}: {file} differs");
+        }
     }
 }
 

@@ -7,11 +7,11 @@ use std::path::{Path, PathBuf};
 
 use foldgpt::candle::{DType, Device};
 use foldgpt::heal::{Budget, Losses, Teacher, hold_out};
-use foldgpt::importance::{BlockInfluence, Method};
-use foldgpt::pipeline::{Goal, MixOptions, Share, Stage, Total};
+use foldgpt::importance::{BlockInfluence, Gates, Method};
+use foldgpt::pipeline::{Goal, MixOptions, Report, Share, Stage, Total};
 use foldgpt::plan::Groups;
 use foldgpt::{
-    Bos, Checkpoint, Compressor, Error, Format, Heal, Importance, Observer, Plan, Recipe, SaveOptions,
+    Bos, Bytes, Checkpoint, Compressor, Error, Format, Heal, Importance, Observer, Plan, Recipe, SaveOptions,
     Target, Windows, fold_on, perplexity,
 };
 use tempfile::TempDir;
@@ -413,4 +413,60 @@ fn a_mix_meets_its_total() {
     let report = compressor.run(&mut ()).unwrap();
     assert!(report.compressed.parameters as f64 <= 0.8 * report.dense.parameters as f64);
     assert!(report.plan.removed().len() <= 2);
+}
+
+#[test]
+fn a_run_in_little_memory_reads_blocks_from_disk_and_gives_the_same_model() {
+    let directory = directory();
+    let path = directory.path();
+    for method in [Method::BlockInfluence, Method::Angular, Method::Perplexity, Method::Gates] {
+        let named = |what: &str| {
+            let mut compressor = compressor(path, &format!("{method}-{what}"));
+            compressor = compressor.method(method).work(path.join(format!("{method}-{what}.work")));
+            if method == Method::Gates {
+                let mut gates = Gates::default();
+                gates.steps = 4;
+                compressor.recipe.gates = Some(gates);
+            }
+            compressor
+        };
+        let in_memory = named("memory").run(&mut ()).unwrap();
+        let little = named("disk").max_memory(Bytes(6_000_000));
+        let forecast = little.dry_run(&mut ()).unwrap();
+        assert!(forecast.stages[0].what.contains("disk"), "{method}: {}", forecast.stages[0].what);
+        assert!(forecast.peak_bytes() < 6_000_000, "{method}: {}", forecast.peak_bytes());
+        let mut watch = Watch::default();
+        let from_disk = little.run(&mut watch).unwrap();
+        assert!(!watch.stages.contains(&"load"), "{method}: the model was loaded");
+        assert_eq!(from_disk.ran, [Stage::Score, Stage::Plan, Stage::Evaluate, Stage::Save]);
+        assert_eq!(in_memory.dense.perplexity, from_disk.dense.perplexity, "{method}");
+        assert_eq!(in_memory.compressed.perplexity, from_disk.compressed.perplexity, "{method}");
+        assert_eq!(in_memory.compressed.parameters, from_disk.compressed.parameters, "{method}");
+        let importance = |report: &Report| report.plan.scores().unwrap().importance();
+        assert_eq!(importance(&in_memory), importance(&from_disk), "{method}");
+        let (memory, disk) = (format!("{method}-memory"), format!("{method}-disk"));
+        assert!(weights(&path.join(memory)) == weights(&path.join(disk)), "{method}");
+        assert!(little.run(&mut ()).unwrap().ran.is_empty(), "{method}");
+    }
+}
+
+#[test]
+fn what_little_memory_cannot_do_is_refused_before_any_work() {
+    let directory = directory();
+    let path = directory.path();
+    let little = || compressor(path, "out").max_memory(Bytes(6_000_000));
+    let refused = |compressor: Compressor| match compressor.run(&mut ()) {
+        Err(Error::Recipe { field: Some(field), reason }) if field == "max_memory" => reason,
+        other => panic!("{other:?}"),
+    };
+    assert!(refused(little().heal(heal(2))).contains("`heal`"));
+    assert!(refused(little().method(Method::Taylor)).contains("taylor"));
+    assert!(refused(little().share(Share::new(Groups::of(2)))).contains("`share`"));
+    assert!(refused(compressor(path, "out").max_memory(Bytes(1000))).contains("at least"));
+    assert!(!path.join("work").exists() && !path.join("out").exists());
+    // With enough of it, a limit changes nothing.
+    let enough = compressor(path, "out").heal(heal(2)).max_memory(Bytes(u64::MAX)).run(&mut ()).unwrap();
+    assert!(enough.heal.is_some());
+    let recipe = Recipe::from_toml("max_memory = \"3GB\"").unwrap();
+    assert_eq!(recipe.max_memory, Some(Bytes(3_000_000_000)));
 }

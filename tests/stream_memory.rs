@@ -1,0 +1,102 @@
+//! What streamed scoring and copying hold in memory, counted by the allocator.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::path::Path;
+
+use foldgpt::candle::{DType, Device};
+use foldgpt::importance::{BlockInfluence, Gates, PerplexityIncrease};
+use foldgpt::{Checkpoint, Decoder, Importance, SaveOptions, StreamOptions, Windows};
+use peak_alloc::PeakAlloc;
+
+#[global_allocator]
+static ALLOCATOR: PeakAlloc = PeakAlloc;
+
+const SEQ: usize = 128;
+const HIDDEN: usize = 256;
+const INTERMEDIATE: usize = 1024;
+const VOCAB: usize = 2000;
+const DEPTH: usize = 12;
+const F32: usize = size_of::<f32>();
+/// One block's matrices, in numbers.
+const BLOCK: usize = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * INTERMEDIATE;
+/// One hidden state of a window.
+const STATE: usize = SEQ * HIDDEN * F32;
+
+/// A random model on disk, in bf16 and several shards.
+fn write(directory: &Path) {
+    let config = serde_json::json!({
+        "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": DEPTH, "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": VOCAB,
+        "rms_norm_eps": 1e-5, "tie_word_embeddings": false,
+    });
+    let tiny = Checkpoint::open(Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/tiny-stories")).unwrap();
+    let checkpoint = Checkpoint::create(config, tiny.tokenizer().unwrap()).unwrap();
+    let decoder = Decoder::random(checkpoint.architecture().clone(), 0, DType::F32, &Device::Cpu).unwrap();
+    let mut options = SaveOptions::default();
+    options.max_shard_bytes = 8_000_000;
+    checkpoint.save(&decoder, None, directory, &options, &mut ()).unwrap();
+}
+
+fn windows(count: u32) -> Windows {
+    let window = |index: u32| (0..SEQ as u32).map(|i| (i * 37 + index * 101) % VOCAB as u32).collect();
+    Windows::from_ids((0..count).map(window).collect()).unwrap()
+}
+
+/// The most bytes that are held while `work` runs, beyond those before it.
+fn peak<T>(work: impl Fn() -> T) -> usize {
+    work(); // pools of threads and their buffers are there from now on
+    let before = ALLOCATOR.current_usage();
+    ALLOCATOR.reset_peak_usage();
+    work();
+    ALLOCATOR.peak_usage() - before
+}
+
+// One test: others would be counted too.
+#[test]
+fn streaming_holds_two_blocks_and_copying_a_tensor() {
+    let scratch = tempfile::tempdir().unwrap();
+    let directory = scratch.path().join("model");
+    write(&directory);
+    let checkpoint = Checkpoint::open(&directory).unwrap();
+    let (model, stored) = ((DEPTH * BLOCK + 2 * VOCAB * HIDDEN) * F32, checkpoint.tensor_bytes() as usize);
+    // Three matrices of the MLP's width and about ten of the model's; backwards each has a gradient, and one to add.
+    let activations = (3 * INTERMEDIATE + 10 * HIDDEN) * SEQ * F32;
+    // A matrix as it lies in the file and as a tensor, and its rows of logits.
+    let reading = 3 * VOCAB.max(INTERMEDIATE) * HIDDEN * 2;
+    let score = |method: &dyn Importance, dtype: DType, count: u32, room: Option<u64>| {
+        let mut options = StreamOptions::default();
+        options.state_bytes = room;
+        let (windows, streamed) =
+            (windows(count), checkpoint.streamed(dtype, &Device::Cpu, options).unwrap());
+        peak(|| method.score_streamed(&streamed, &windows, &mut ()).unwrap())
+    };
+    for (dtype, bytes) in [(DType::F32, F32), (DType::BF16, 2)] {
+        let limit = 2 * BLOCK * bytes + reading + activations + 12 * STATE;
+        let taken = score(&BlockInfluence::default(), dtype, 4, None);
+        assert!(taken < limit, "{dtype:?}: {taken} bytes, expected fewer than {limit}");
+        assert!(3 * taken < model, "{dtype:?}: {taken} bytes of a model of {model}");
+    }
+    let mut gates = Gates::default();
+    (gates.remove, gates.steps, gates.batch) = (2, 2, 1);
+    let limit = 2 * BLOCK * F32 + reading + 3 * activations + (DEPTH + 8) * STATE;
+    let taken = score(&gates, DType::F32, 4, None);
+    assert!(taken < limit, "gates: {taken} bytes, expected fewer than {limit}");
+
+    // States that lie on disk take no memory, however many windows there are.
+    let few = score(&PerplexityIncrease::default(), DType::F32, 1, Some(0));
+    let many = score(&PerplexityIncrease::default(), DType::F32, 6, Some(0));
+    let all = 5 * (DEPTH + 1) * STATE;
+    assert!(many.saturating_sub(few) < all / 3, "{few} and {many} bytes, with {all} of states");
+
+    let out = scratch.path().join("out");
+    let kept: Vec<usize> = (0..DEPTH).step_by(2).collect();
+    let copying = peak(|| {
+        let saved = checkpoint.save_blocks(&kept, None, &out, &SaveOptions::default(), &mut ()).unwrap();
+        std::fs::remove_dir_all(&saved.directory).unwrap();
+    });
+    let tensor = VOCAB.max(INTERMEDIATE) * HIDDEN * 2;
+    // The tensor, the writer's buffer, and headers.
+    let limit = 2 * tensor + (3 << 20);
+    assert!(copying < limit, "{copying} bytes, expected fewer than {limit}");
+    assert!(4 * copying < stored, "{copying} bytes to copy from {stored}");
+}
