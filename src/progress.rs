@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 
 /// Watches long work, and may stop it.
 ///
-/// Stages are `fetch` (from the hub, in bytes), `load`, `hash`, `save`, `verify`, `perplexity`, `losses`, for folding
+/// Stages are `fetch` (from the hub), `hash` and `save` (in bytes), `load`, `verify`, `perplexity`, `losses`, for folding
 /// `donors`, `ties`, `ranks`, `starts` and `output error`, for healing `heal` and `teacher`, and for scoring the
 /// method's own name, in part with `gates`, `coupling`, `search` and `finalists`. The pipeline's own stages are
 /// `compress: ` and their name, with those of the work inside of them: stages can be nested.
