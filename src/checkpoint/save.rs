@@ -95,8 +95,8 @@ impl Checkpoint {
     /// hidden directory that ends in `.partial` and may be deleted.
     ///
     /// # Errors
-    /// A directory that exists and is not empty, a decoder of another architecture, a full disk, or a result that
-    /// does not read back as it was.
+    /// A directory that exists and is not empty, a decoder of another architecture or one that is quantised, a full
+    /// disk, or a result that does not read back as it was.
     pub fn save(
         &self,
         decoder: &Decoder,
@@ -105,6 +105,7 @@ impl Checkpoint {
         options: &SaveOptions,
         observer: &mut dyn Observer,
     ) -> Result<Saved> {
+        decoder.check_not_quantized()?;
         let directory = directory.as_ref();
         if let Some(plan) = plan {
             self.check_plan(plan, decoder, observer)?;
