@@ -25,6 +25,8 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 struct Args {
     #[command(flatten)]
     model: cli::ModelArgs,
+    #[command(flatten)]
+    quantize: cli::quantize::QuantizeArgs,
     /// Text to evaluate on
     #[arg(long, group = "what")]
     text: Option<PathBuf>,
@@ -53,6 +55,7 @@ fn main() -> anyhow::Result<()> {
     let tasks = args.tasks.iter().map(|path| Task::read(path, args.limit));
     let tasks = tasks.collect::<foldgpt::Result<Vec<Task>>>()?;
     let (checkpoint, decoder) = args.model.load()?;
+    let decoder = args.quantize.apply(decoder)?;
     if tasks.is_empty() {
         perplexity(&args, &checkpoint, &decoder)
     } else {

@@ -36,7 +36,8 @@ fn matrices_of_a_group_exist_once_through_every_conversion() {
                     let block = &decoder.blocks()[depth];
                     assert!(Arc::ptr_eq(&first.weights, &block.weights), "{family} {name}");
                     for at in Projection::ALL {
-                        let ids = [first, block].map(|block| block.weights.tensor(at).unwrap().map(Tensor::id));
+                        let ids =
+                            [first, block].map(|block| block.weights.tensor(at).unwrap().map(Tensor::id));
                         assert_eq!(ids[0], ids[1], "{family} {name}");
                     }
                 }

@@ -156,11 +156,11 @@ fn a_view_is_quantised_and_not_what_it_is_a_view_of() {
         let rows = value.dim(0)?;
         Ok(Tensor::cat(&[&value.zeros_like()?, value, value], 0)?.narrow(0, rows, rows)?)
     });
-    let bytes = |decoder: &Decoder| -> Vec<Vec<u8>> {
+    let encoded = |decoder: &Decoder| -> Vec<Vec<u8>> {
         let narrow = quantized(decoder, GgmlDType::Q4K);
         narrow.quantized_matrices().map(|(_, blocks)| blocks.data().unwrap().into_owned()).collect()
     };
-    assert!(bytes(&views.unwrap()) == bytes(&dense));
+    assert!(encoded(&views.unwrap()) == encoded(&dense));
 }
 
 #[test]
@@ -177,7 +177,7 @@ fn what_depths_share_is_quantised_once_and_stays_shared() {
     }
     let distinct = |decoder: &Decoder| -> usize {
         let of_blocks = decoder.blocks().iter().flat_map(|block| {
-            let of = |at| block.weights.get(at).and_then(Matrix::as_quantized).map(Arc::as_ptr);
+            let of = move |at| block.weights.get(at).and_then(Matrix::as_quantized).map(Arc::as_ptr);
             Projection::ALL.into_iter().filter_map(of)
         });
         of_blocks.collect::<HashSet<_>>().len()
@@ -192,7 +192,7 @@ fn what_depths_share_is_quantised_once_and_stays_shared() {
     // Quantised after folding or folded after quantising: the same blocks.
     let folded_after = fold(&quantized(&dense, GgmlDType::Q8_0), &plan).unwrap();
     let ids = some_ids(12);
-    assert_eq!(distance(&folded_after.forward(&ids).unwrap(), &narrow.forward(&ids).unwrap()), 0.0);
+    assert!(distance(&folded_after.forward(&ids).unwrap(), &narrow.forward(&ids).unwrap()) <= 0.0);
     // And back again.
     let back = narrow.to_dtype(DType::F32).unwrap();
     assert_eq!(back.architecture(), folded.architecture());
@@ -201,8 +201,8 @@ fn what_depths_share_is_quantised_once_and_stays_shared() {
 
 #[test]
 fn bytes_are_those_of_the_blocks_and_of_the_tensors_that_are_left() {
-    let bits = |dtype| if dtype == GgmlDType::Q8_0 { 8.5 } else { 4.5 };
-    for (dense, dtype) in [(stories().1, GgmlDType::Q8_0), (wide(), GgmlDType::Q8_0), (wide(), GgmlDType::Q4K)]
+    for (dense, dtype) in
+        [(stories().1, GgmlDType::Q8_0), (wide(), GgmlDType::Q8_0), (wide(), GgmlDType::Q4K)]
     {
         let narrow = quantized(&dense, dtype);
         let blocks: usize =
@@ -211,8 +211,8 @@ fn bytes_are_those_of_the_blocks_and_of_the_tensors_that_are_left() {
             let of = narrow.quantized_matrices().filter(|(_, blocks)| blocks.dtype() == kind);
             of.map(|(_, blocks)| blocks.shape().elem_count()).sum()
         };
-        let stated = [GgmlDType::Q8_0, GgmlDType::Q4K].map(|kind| numbers(kind) as f64 * bits(kind) / 8.0);
-        assert_eq!(blocks as f64, stated.iter().sum::<f64>());
+        // 8 bits and a factor of 16 for 32 numbers; 4 bits, and 256 for 256 numbers: factors of factors and offsets.
+        assert_eq!(blocks, numbers(GgmlDType::Q8_0) * 34 / 32 + numbers(GgmlDType::Q4K) * 144 / 256);
         let tensors: usize = narrow.tensors().map(|tensor| 4 * tensor.elem_count()).sum();
         let account = Account::counted(&narrow, 64).unwrap();
         assert_eq!(account.resident_bytes, (blocks + tensors) as u64, "{dtype:?}");
@@ -243,7 +243,8 @@ fn rows_of_the_embedding_are_dequantised_when_they_are_looked_up() {
 #[test]
 fn reading_in_pieces_gives_what_reading_at_once_gives() {
     let ids = some_ids(40);
-    for (decoder, dtype) in [(stories().1, GgmlDType::Q8_0), (wide(), GgmlDType::Q8_0), (wide(), GgmlDType::Q4K)]
+    for (decoder, dtype) in
+        [(stories().1, GgmlDType::Q8_0), (wide(), GgmlDType::Q8_0), (wide(), GgmlDType::Q4K)]
     {
         let narrow = quantized(&decoder, dtype);
         let (mut cache, mut states, mut read) = (narrow.cache(), Vec::new(), 0);
@@ -280,10 +281,12 @@ fn what_needs_no_gradient_works() {
     let (checkpoint, dense) = stories();
     let narrow = quantized(&dense, GgmlDType::Q8_0);
     let windows = windows(&checkpoint);
-    let nll = |decoder| perplexity(decoder, &windows, &mut ()).unwrap().mean_nll;
+    let nll = |decoder: &Decoder| perplexity(decoder, &windows, &mut ()).unwrap().mean_nll;
     assert!((nll(&narrow) - nll(&dense)).abs() < 0.02, "{} and {}", nll(&narrow), nll(&dense));
-    let influence =
-        |decoder| BlockInfluence.score(decoder, &windows, &mut ()).unwrap().blocks.into_iter().map(|b| b.score);
+    let influence = |decoder: &Decoder| {
+        let scores = BlockInfluence::default().score(decoder, &windows, &mut ()).unwrap();
+        scores.blocks.into_iter().map(|block| block.importance)
+    };
     for (narrow, dense) in influence(&narrow).zip(influence(&dense)) {
         assert!((narrow - dense).abs() < 0.02, "{narrow} and {dense}");
     }
@@ -312,10 +315,10 @@ fn what_cannot_be_done_with_blocks_is_refused() {
     let ids = windows.tensor(0, &Device::Cpu).unwrap();
     refuses(Walk::forward(&narrow, &units, &vec![1.0; units.len()], &ids));
     refuses(narrow.loss_vjp(&dense.hidden(&ids).unwrap(), &windows.window(0).unwrap()[1..]));
-    refuses(Taylor.score(&narrow, &windows, &mut ()));
+    refuses(Taylor::default().score(&narrow, &windows, &mut ()));
     refuses(Coupling::from_gate_gradients(&narrow, &windows, &units, &mut ()));
     let mut heal = Heal::default();
-    heal.budget = Budget::Steps(1);
+    (heal.budget, heal.batch, heal.micro_batch) = (Budget::Steps(1), 2, 1);
     refuses(heal.run(&narrow, &windows, None, None, &mut ()));
     heal.losses = Losses::logits();
     refuses(heal.run(&dense, &windows, None, Some(Teacher::Model(&narrow)), &mut ()));

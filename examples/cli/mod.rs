@@ -2,6 +2,7 @@
 #![allow(dead_code, unreachable_pub, clippy::print_stdout, clippy::print_stderr)]
 
 pub mod heal;
+pub mod quantize;
 pub mod work;
 
 use std::ops::ControlFlow;

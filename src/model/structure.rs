@@ -24,7 +24,8 @@ impl Decoder {
     /// # Errors
     /// A conversion that the device does not have.
     pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
-        self.dequantized()?.map(|param, value| Ok(value.to_dtype(param.dtype_in_memory(dtype, value.device()))?))
+        self.dequantized()?
+            .map(|param, value| Ok(value.to_dtype(param.dtype_in_memory(dtype, value.device()))?))
     }
 
     /// The same decoder on another device. What is shared stays shared.
