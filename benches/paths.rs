@@ -94,7 +94,7 @@ impl Models {
 
 fn forward<'a>(models: &'a Models, window: &'a Windows, products: &'a Products) -> Vec<Path<'a>> {
     let depth = models.wide.depth();
-    let ids = window.tensor(0, models.wide.device()).unwrap();
+    let (_, ids) = work::first(window);
     let hidden = models.wide.hidden(&ids).unwrap().squeeze(0).unwrap();
     let mut paths = Vec::new();
     for (name, decoder) in [("f32", &models.wide), ("bf16", &models.narrow)] {
@@ -140,7 +140,7 @@ fn coupling<'a>(models: &'a Models, windows: &'a Windows, units: &'a [Unit]) -> 
     // None off, each off, each pair off.
     let sets = 1 + units.len() * (units.len() + 1) / 2;
     let heads = (sets * windows.len()) as f64;
-    let ids = windows.tensor(0, decoder.device()).unwrap();
+    let (_, ids) = work::first(windows);
     let hidden = decoder.hidden(&ids).unwrap().squeeze(0).unwrap();
     let bound = move || {
         let block = seconds(|| work::blocks(decoder, windows)) / decoder.depth() as f64;

@@ -118,8 +118,8 @@ impl Timing {
 
     fn seconds(&self, work: Work) -> anyhow::Result<f64> {
         let decoder = &self.decoder;
-        let window = self.windows.window(0)?;
-        let ids = self.windows.tensor(0, decoder.device())?;
+        let window = self.windows.iter().next().context("no windows")?;
+        let ids = Tensor::from_slice(window, (1, window.len()), decoder.device())?;
         let targets = window.get(1..).unwrap_or_default();
         let mut cache = decoder.cache();
         if let Work::Decode = work {

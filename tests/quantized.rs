@@ -54,6 +54,12 @@ fn windows(checkpoint: &Checkpoint) -> Windows {
     Windows::from_text(&checkpoint.tokenizer().unwrap(), &text, 160, Some(2), Bos::Auto).unwrap()
 }
 
+/// The first window, and the same as a batch of one.
+fn first(windows: &Windows) -> (&[u32], Tensor) {
+    let window = windows.iter().next().unwrap();
+    (window, Tensor::from_slice(window, (1, window.len()), &Device::Cpu).unwrap())
+}
+
 fn blocks_of(weight: &Tensor, dtype: GgmlDType) -> Matrix {
     Matrix::Quantized(Arc::new(QTensor::quantize(weight, dtype).unwrap()))
 }
@@ -94,8 +100,9 @@ fn a_product_is_off_by_the_rounding_of_its_inputs_and_no_more() {
 
 /// How far logits may be from those of the dequantised matrices, as a share of the largest logit. What differs is the
 /// rounding of inputs to 8 bits: a relative error of half a percent or so for each product (the largest of 32 numbers is
-/// two to three times their root mean square, and a step's error a third of it), which a dozen blocks add up at random.
-const LOGITS: f32 = 0.03;
+/// two to three times their root mean square, and a step's error a third of it), which blocks add up at random. Twice
+/// the most that was found, 0.021.
+const LOGITS: f32 = 0.04;
 
 #[test]
 fn logits_are_those_of_the_dequantised_matrices_but_for_rounded_inputs() {
@@ -109,13 +116,11 @@ fn logits_are_those_of_the_dequantised_matrices_but_for_rounded_inputs() {
         assert_eq!(exact.matrix_types(), "f32");
         let (found, expected) = (narrow.forward(&ids).unwrap(), exact.forward(&ids).unwrap());
         let off = distance(&found, &expected);
-        println!("{name} {dtype:?}: off by {off}");
         assert!(off < LOGITS, "{name} {dtype:?}: off by {off}");
         assert!(off > 0.0, "{name} {dtype:?}: nothing is quantised");
         if dtype == GgmlDType::Q8_0 {
             // Matrices in 8 bits are as close to the original ones as inputs are.
             let off = distance(&exact.forward(&ids).unwrap(), &dense.forward(&ids).unwrap());
-            println!("{name}: matrices off by {off}");
             assert!(off < LOGITS, "{name}: matrices off by {off}");
         }
         // Under the primitives the same decoder computes with what its blocks stand for.
@@ -264,9 +269,9 @@ fn losses_are_those_of_the_logits() {
     let (checkpoint, dense) = stories();
     let narrow = quantized(&dense, GgmlDType::Q8_0);
     let windows = windows(&checkpoint);
-    let ids = windows.tensor(0, &Device::Cpu).unwrap();
+    let (window, ids) = first(&windows);
     let hidden = narrow.hidden(&ids).unwrap().squeeze(0).unwrap();
-    let targets = &windows.window(0).unwrap()[1..];
+    let targets = &window[1..];
     let rows = hidden.narrow(0, 0, targets.len()).unwrap();
     // More rows than have their logits at once.
     let found = narrow.nll(&rows, targets).unwrap();
@@ -312,9 +317,9 @@ fn what_cannot_be_done_with_blocks_is_refused() {
     let narrow = quantized(&dense, GgmlDType::Q8_0);
     let windows = windows(&checkpoint);
     let units = Unit::blocks(dense.depth());
-    let ids = windows.tensor(0, &Device::Cpu).unwrap();
+    let (window, ids) = first(&windows);
     refuses(Walk::forward(&narrow, &units, &vec![1.0; units.len()], &ids));
-    refuses(narrow.loss_vjp(&dense.hidden(&ids).unwrap(), &windows.window(0).unwrap()[1..]));
+    refuses(narrow.loss_vjp(&dense.hidden(&ids).unwrap(), &window[1..]));
     refuses(Taylor::default().score(&narrow, &windows, &mut ()));
     refuses(Coupling::from_gate_gradients(&narrow, &windows, &units, &mut ()));
     let mut heal = Heal::default();

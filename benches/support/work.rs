@@ -9,14 +9,20 @@ use foldgpt::importance::Coupling;
 use foldgpt::model::{KvCache, Unit, Walk};
 use foldgpt::{Decoder, Windows};
 
+/// The first window, and the same as a batch of one.
+pub fn first(windows: &Windows) -> (&[u32], Tensor) {
+    let window = windows.iter().next().unwrap();
+    (window, Tensor::from_slice(window, (1, window.len()), &Device::Cpu).unwrap())
+}
+
 /// The blocks on the first window.
 pub fn blocks(decoder: &Decoder, windows: &Windows) {
-    black_box(decoder.hidden(&windows.tensor(0, &Device::Cpu).unwrap()).unwrap());
+    black_box(decoder.hidden(&first(windows).1).unwrap());
 }
 
 /// The losses of the first window from these states after the last block.
 pub fn head(decoder: &Decoder, windows: &Windows, hidden: &Tensor) {
-    black_box(decoder.nll(hidden, windows.window(0).unwrap()).unwrap());
+    black_box(decoder.nll(hidden, first(windows).0).unwrap());
 }
 
 /// Blocks and head on every window, each without its last token.
@@ -32,9 +38,9 @@ pub fn forward(decoder: &Decoder, windows: &Windows) {
 /// One window forward and back to a gate on every block.
 pub fn gate_step(decoder: &Decoder, windows: &Windows) {
     let units = Unit::blocks(decoder.depth());
-    let ids = windows.tensor(0, &Device::Cpu).unwrap();
+    let (window, ids) = first(windows);
     let walk = Walk::forward(decoder, &units, &vec![0.9; units.len()], &ids).unwrap();
-    let (_, upstream) = decoder.loss_vjp(walk.output(), &windows.window(0).unwrap()[1..]).unwrap();
+    let (_, upstream) = decoder.loss_vjp(walk.output(), &window[1..]).unwrap();
     black_box(walk.gate_gradients(&upstream, |_| true).unwrap());
 }
 

@@ -17,7 +17,7 @@ use crate::progress::{self, Observer};
 const STAGE: &str = "quantize";
 
 impl Decoder {
-    /// The same decoder with its matrices quantised to a type of ggml (Q8_0, Q4_0, Q4_K, Q5_K or Q6_K): those of all
+    /// The same decoder with its matrices quantised to Q8_0, Q4_0, Q4_K, Q5_K or Q6_K, types of ggml: those of all
     /// blocks, the embedding, and the head where it is not tied. A tied head and its embedding stay one matrix, whose
     /// rows are dequantised when they are looked up. What depths share is quantised once and stays shared.
     ///

@@ -1,5 +1,6 @@
 //! Matrices that are not trained, as operands of products.
 
+use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Storage, Tensor, bail};
 
 use super::gemm::{Threads, gemm, view};
