@@ -11,12 +11,9 @@ BINARY = str(pathlib.Path(__file__).resolve().parents[2] / "target/release/examp
 
 class Timing:
     def __init__(self, binary: str, threads: int, flags: list) -> None:
-        # As .cargo/config.toml sets them for `cargo run`.
-        environment = os.environ | {
-            "RAYON_NUM_THREADS": str(threads),
-            "CANDLE_BARRIER_POOL_SPIN_LIMIT": "10",
-            "MIMALLOC_PURGE_DELAY": "-1",
-        }
+        # Unless they are set, as .cargo/config.toml sets them for `cargo run`.
+        environment = {"CANDLE_BARRIER_POOL_SPIN_LIMIT": "10", "MIMALLOC_PURGE_DELAY": "-1"} | os.environ
+        environment["RAYON_NUM_THREADS"] = str(threads)
         self.process = subprocess.Popen(
             [binary, *flags], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
