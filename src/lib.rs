@@ -23,7 +23,7 @@ pub use account::{Account, Held};
 pub use checkpoint::{Checkpoint, Format, HubOptions, SaveOptions, Saved};
 pub use data::{Bos, Tokenizer, Windows};
 pub use error::{Error, Result};
-pub use eval::{Perplexity, perplexity};
+pub use eval::{Latency, LatencyOptions, Perplexity, latency, perplexity};
 pub use fold::{OutputError, fold, fold_on, output_errors};
 pub use generate::Generate;
 pub use heal::Heal;
