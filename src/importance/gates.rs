@@ -147,6 +147,9 @@ impl Gates {
         let gated = self.gated(decoder, units);
         let mut state = self.resume(decoder, windows, &gated)?;
         let total = self.steps as u64;
+        if state.step > 0 {
+            tracing::debug!(step = state.step, "gates go on from their state");
+        }
         progress::stage(STAGE, total, observer, |observer| {
             while state.step < self.steps && state.quiet < (self.steps / 10).max(1) {
                 let start = Instant::now();
@@ -157,6 +160,9 @@ impl Gates {
                     state.save(path)?;
                 }
                 progress::advance(STAGE, state.step as u64, total, observer)?;
+            }
+            if state.step < self.steps {
+                tracing::debug!(step = state.step, "gates have come to rest");
             }
             Ok(())
         })?;

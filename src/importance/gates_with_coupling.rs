@@ -125,8 +125,11 @@ impl GatesWithCoupling {
     ) -> Result<Option<Vec<usize>>> {
         let starts = self.starts(&known.coupling, gates, free)?;
         let finalists = self.search(known, free, &starts, observer)?;
+        let count = finalists.len();
         let best = finalists::best_of(finalists, &mut known.parts, &known.bases, observer)?;
-        Ok(best.map(|set| places(&set)))
+        let best = best.map(|set| places(&set));
+        tracing::debug!(blocks = ?best, finalists = count, "the best set that was found");
+        Ok(best)
     }
 
     /// Where the search begins: the cheapest set by pairs, and the one that the gates closed.
@@ -176,6 +179,8 @@ impl GatesWithCoupling {
                 Ok(Some(sets.iter().zip(losses).map(shifted).collect()))
             })
         })?;
+        let spent = removals.block_runs() - before;
+        tracing::debug!(sets = search.measured.len(), block_runs = spent, budget, "the search is over");
         best.truncate(self.finalists.max(1));
         Ok(best
             .into_iter()
