@@ -3,7 +3,7 @@
 //! ```text
 //! cargo run --release --example evaluate -- --model M --text F [--windows N] [--seq-len N] [--json]
 //! cargo run --release --example evaluate -- --model M --ids F.json [--json]
-//! cargo run --release --example evaluate -- --model M --tasks F.jsonl [F.jsonl …] [--limit N] [--json]
+//! cargo run --release --example evaluate -- --model M --tasks F.jsonl [F.jsonl …] [--limit N] [--json [--answers]]
 //! cargo run --release --example evaluate -- --model M --latency [--against M2] [--json]
 //! ```
 #![allow(clippy::print_stdout)]
@@ -15,7 +15,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Parser;
-use foldgpt::eval::{Task, accuracy};
+use foldgpt::eval::{Accuracy, Task, answers};
 use foldgpt::{Checkpoint, Decoder, LatencyOptions, Windows, latency};
 use serde_json::{Map, Value, json};
 
@@ -43,13 +43,16 @@ struct Args {
     /// Answer at most this many items of each task (all by default)
     #[arg(long, requires = "tasks")]
     limit: Option<usize>,
+    /// With --json, say of every item how likely each choice is and whether it was answered right
+    #[arg(long, requires = "tasks", requires = "json")]
+    answers: bool,
     /// Use at most this many windows (all by default)
     #[arg(long)]
     windows: Option<usize>,
     #[command(flatten)]
     window: cli::WindowArgs,
     /// Measure the speed and what the model takes in memory, models in turns; leave the machine alone meanwhile
-    #[arg(long, required_unless_present = "what")]
+    #[arg(long)]
     latency: bool,
     /// Tokens of the prompt that is read for the speed
     #[arg(long, requires = "latency", default_value_t = LatencyOptions::default().prompt)]
@@ -75,19 +78,24 @@ struct Model {
 
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
+    let reads = args.text.is_some() || args.ids.is_some();
+    anyhow::ensure!(
+        reads || args.latency || !args.tasks.is_empty(),
+        "one of --text, --ids, --tasks and --latency is needed"
+    );
     // Files that cannot be used are told before the model is read.
     let tasks = args.tasks.iter().map(|path| Task::read(path, args.limit));
     let tasks = tasks.collect::<foldgpt::Result<Vec<Task>>>()?;
     let mut models = load(&args)?;
     let several = models.len() > 1;
     for model in &mut models {
-        if several && !args.json && (!tasks.is_empty() || args.text.is_some() || args.ids.is_some()) {
+        if several && !args.json {
             println!("{}: {}", model.name, model.checkpoint.location().display());
         }
-        if !tasks.is_empty() {
-            model.answer(&args, &tasks)?;
-        } else if args.text.is_some() || args.ids.is_some() {
+        if reads {
             model.read(&args)?;
+        } else if !tasks.is_empty() {
+            model.answer(&args, &tasks)?;
         }
     }
     if args.latency {
@@ -128,7 +136,7 @@ impl Model {
             (None, Some(path)) => {
                 args.window.cut(&self.checkpoint.tokenizer()?, &cli::read_text(path)?, args.windows)?
             }
-            (None, None) => anyhow::bail!("one of --text, --ids and --tasks is needed"),
+            (None, None) => return Ok(()),
         };
         let result = foldgpt::perplexity(&self.decoder, &windows, &mut cli::Bars::default())?;
         if !args.json {
@@ -150,7 +158,8 @@ impl Model {
             );
         }
         for task in tasks {
-            let result = accuracy(&self.decoder, &tokenizer, task, &mut cli::Bars::default())?;
+            let answers = answers(&self.decoder, &tokenizer, task, &mut cli::Bars::default())?;
+            let result = Accuracy::of(&answers);
             if !args.json {
                 let optional =
                     |value: Option<f64>| value.map_or(String::new(), |value| format!("{value:.4}"));
@@ -160,7 +169,11 @@ impl Model {
                     task.name, result.items, result.acc, result.stderr
                 );
             }
-            results.insert(task.name.clone(), serde_json::to_value(result)?);
+            let mut result = json!(result);
+            if args.answers {
+                result["answers"] = json!(answers);
+            }
+            results.insert(task.name.clone(), result);
         }
         self.found.insert("tasks".into(), results.into());
         Ok(())
