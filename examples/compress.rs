@@ -20,7 +20,7 @@ use std::path::PathBuf;
 use clap::Parser;
 use foldgpt::importance::{Gates, GatesWithCoupling, Method};
 use foldgpt::pipeline::{Precision, Report};
-use foldgpt::{Checkpoint, Compressor, Recipe};
+use foldgpt::{Checkpoint, Compressor, LatencyOptions, Recipe};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -30,7 +30,8 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 struct Args {
     /// A recipe, TOML or JSON (*.json), in place of all flags but --work and --dry-run
     #[arg(long, conflicts_with_all = ["model", "dtype", "text", "method", "TargetArgs", "ScoringArgs", "SharingArgs",
-        "format", "protect", "out", "seed", "windows", "eval_windows", "WindowArgs", "HealArgs", "max_nll_increase"])]
+        "format", "protect", "out", "seed", "windows", "eval_windows", "WindowArgs", "HealArgs", "max_nll_increase",
+        "latency"])]
     recipe: Option<PathBuf>,
     /// Say what would be done, how long it takes and what comes out, and write nothing
     #[arg(long)]
@@ -81,6 +82,9 @@ struct Args {
     /// Save nothing whose loss is higher by more than this, in nats per token
     #[arg(long)]
     max_nll_increase: Option<f64>,
+    /// Measure how fast the model is before and after; leave the machine alone meanwhile
+    #[arg(long)]
+    latency: bool,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -139,6 +143,7 @@ fn recipe(args: &Args) -> anyhow::Result<Recipe> {
     recipe.mix = args.sharing.mix();
     recipe.heal = args.heal.heal(args.seed);
     recipe.max_nll_increase = args.max_nll_increase;
+    recipe.latency = args.latency.then(LatencyOptions::default);
     recipe.format = args.format.into();
     Ok(recipe)
 }
@@ -170,6 +175,9 @@ fn print(report: &Report) {
     rows.push(table::Row::of(name, report.saved_bytes, &report.compressed));
     println!("\n{}", table::table(&rows));
     println!("nll in nats per token, {}", cli::protocol_of(&report.compressed.perplexity));
+    if let (Some(dense), Some(compressed)) = (&report.dense.latency, &report.compressed.latency) {
+        println!("\n{}", table::speeds(&[("dense", dense), (name, compressed)]));
+    }
     if let Some(healed) = &report.heal {
         println!("{}", cli::heal::summary(healed));
     }

@@ -216,8 +216,11 @@ impl Windows {
         self.ids.iter().map(Vec::as_slice)
     }
 
-    /// One window as a batch of one, `(1, seq_len)`.
-    pub(crate) fn tensor(&self, index: usize, device: &Device) -> Result<Tensor> {
+    /// One window as a batch of one, `(1, seq_len)`, as a decoder reads it.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a window that does not exist, or a failed copy to the device.
+    pub fn tensor(&self, index: usize, device: &Device) -> Result<Tensor> {
         let window = self.window(index)?;
         Ok(Tensor::from_slice(window, (1, window.len()), device)?)
     }

@@ -164,6 +164,9 @@ impl Gates {
         let gated = self.gated(decoder, units);
         let mut state = self.resume(starts, decoder, windows, &gated)?;
         let total = self.steps as u64;
+        if state.step > 0 {
+            tracing::debug!(step = state.step, "gates go on from their state");
+        }
         progress::stage(STAGE, total, observer, |observer| {
             // Each set has had a step, at least.
             while state.step < self.steps && state.quiet < (self.steps / 10).max(2) {
@@ -175,6 +178,9 @@ impl Gates {
                     state.save(path)?;
                 }
                 progress::advance(STAGE, state.step as u64, total, observer)?;
+            }
+            if state.step < self.steps {
+                tracing::debug!(step = state.step, "gates have come to rest");
             }
             Ok(())
         })?;

@@ -185,7 +185,9 @@ impl GatesWithCoupling {
         let mut best = self.search(known, budget, free, &starts, observer)?;
         best.truncate(most);
         let best = finalists::best_of(best, &mut known.parts, &known.bases, observer)?;
-        Ok(best.map(|set| places(&set)))
+        let best = best.map(|set| places(&set));
+        tracing::debug!(blocks = ?best, finalists = most, "the best set that was found");
+        Ok(best)
     }
 
     /// Where the search begins: the cheapest set by pairs, and the one that the gates closed.
@@ -235,6 +237,7 @@ impl GatesWithCoupling {
                 Ok(Some(sets.iter().zip(losses).map(shifted).collect()))
             })
         })?;
+        tracing::debug!(sets = search.measured.len(), block_runs = spent, budget, "the search is over");
         let unshifted = |(set, loss): (Set, f64)| {
             let shift = basis.shift(all, &set);
             (set, loss - shift)

@@ -105,7 +105,8 @@ impl Greedy<'_> {
                 }
                 let allowed = candidates.iter().zip(&costs).filter(|(place, _)| !self.kept.contains(place));
                 let least = allowed.min_by(|a, b| a.1.total_cmp(b.1));
-                if let Some((&place, _)) = least.filter(|_| chosen.len() < self.remove) {
+                if let Some((&place, &cost)) = least.filter(|_| chosen.len() < self.remove) {
+                    tracing::debug!(block = place, cost, "goes next");
                     chosen.push(place);
                     removals.rebase(removals.set(&chosen));
                 }

@@ -108,6 +108,10 @@ impl Memo {
             }
         }
         file.seek(SeekFrom::End(0)).map_err(Error::io("read", path))?;
+        if !known.is_empty() {
+            let (values, path) = (known.len(), path.display());
+            tracing::debug!(values, %path, "values are known from earlier runs");
+        }
         let state = State { file, known, last: Instant::now(), used: Cost::default() };
         Ok(Some(Self { path: path.to_path_buf(), state: Mutex::new(state) }))
     }
