@@ -18,9 +18,9 @@ mod table;
 use std::path::PathBuf;
 
 use clap::Parser;
-use foldgpt::importance::{Gates, GatesWithCoupling};
+use foldgpt::importance::{Gates, GatesWithCoupling, Method};
 use foldgpt::pipeline::{Precision, Report};
-use foldgpt::{Checkpoint, Compressor, Recipe};
+use foldgpt::{Checkpoint, Compressor, LatencyOptions, Recipe};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -30,7 +30,8 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 struct Args {
     /// A recipe, TOML or JSON (*.json), in place of all flags but --work and --dry-run
     #[arg(long, conflicts_with_all = ["model", "dtype", "text", "method", "TargetArgs", "ScoringArgs", "SharingArgs",
-        "format", "protect", "out", "seed", "windows", "eval_windows", "WindowArgs", "HealArgs", "max_nll_increase"])]
+        "format", "protect", "out", "seed", "windows", "eval_windows", "WindowArgs", "HealArgs", "max_nll_increase",
+        "latency"])]
     recipe: Option<PathBuf>,
     /// Say what would be done, how long it takes and what comes out, and write nothing
     #[arg(long)]
@@ -48,8 +49,8 @@ struct Args {
     #[arg(long, required_unless_present = "recipe")]
     text: Option<PathBuf>,
     /// How blocks are scored and chosen
-    #[arg(long, value_enum, default_value_t = cli::Method::Coupling)]
-    method: cli::Method,
+    #[arg(long, value_parser = cli::methods(), default_value_t = Method::Coupling)]
+    method: Method,
     #[command(flatten)]
     target: cli::TargetArgs,
     #[command(flatten)]
@@ -81,6 +82,9 @@ struct Args {
     /// Save nothing whose loss is higher by more than this, in nats per token
     #[arg(long)]
     max_nll_increase: Option<f64>,
+    /// Measure how fast the model is before and after; leave the machine alone meanwhile
+    #[arg(long)]
+    latency: bool,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -89,6 +93,7 @@ fn main() -> anyhow::Result<()> {
         Some(path) => Compressor::read(path)?,
         None => Compressor::from(recipe(&args)?),
     };
+    anyhow::ensure!(args.work.is_none() || args.scoring.state.is_none(), "--state is in --work");
     if let Some(work) = args.work.or(args.scoring.state) {
         compressor = compressor.work(work);
     }
@@ -107,10 +112,7 @@ fn recipe(args: &Args) -> anyhow::Result<Recipe> {
         args.target.goal().is_some() || args.sharing.any(),
         "one of --remove, --remove-blocks, --max-params, --group-size and --budget-params is needed"
     );
-    anyhow::ensure!(
-        !args.scoring.halves || args.method == cli::Method::Gates,
-        "--halves is for --method gates"
-    );
+    args.scoring.check(args.method)?;
     let mut recipe = Recipe::default();
     recipe.model = args.model.clone().unwrap_or_default();
     recipe.text = args.text.clone().unwrap_or_default();
@@ -123,13 +125,13 @@ fn recipe(args: &Args) -> anyhow::Result<Recipe> {
     let windows = &mut recipe.windows;
     (windows.seq_len, windows.bos) = (args.window.seq_len, args.window.bos.into());
     (windows.calibrate, windows.evaluate) = (args.windows, args.eval_windows);
-    recipe.method = args.method.method()?;
-    if args.method == cli::Method::Gates {
+    recipe.method = args.method;
+    if args.method == Method::Gates {
         let mut gates = Gates::default();
         (gates.halves, gates.steps) = (args.scoring.halves, args.scoring.gate_steps.unwrap_or(gates.steps));
         recipe.gates = Some(gates);
     }
-    if let Some(steps) = args.scoring.gate_steps.filter(|_| args.method == cli::Method::Coupling) {
+    if let Some(steps) = args.scoring.gate_steps.filter(|_| args.method == Method::Coupling) {
         let mut coupling = GatesWithCoupling::default();
         coupling.gates.steps = steps;
         recipe.coupling = Some(coupling);
@@ -141,6 +143,7 @@ fn recipe(args: &Args) -> anyhow::Result<Recipe> {
     recipe.mix = args.sharing.mix();
     recipe.heal = args.heal.heal(args.seed);
     recipe.max_nll_increase = args.max_nll_increase;
+    recipe.latency = args.latency.then(LatencyOptions::default);
     recipe.format = args.format.into();
     Ok(recipe)
 }
@@ -160,6 +163,7 @@ fn print(report: &Report) {
     if let Some(scores) = plan.scores() {
         println!("importance by {} on {} windows of {}", scores.method, scores.windows, scores.seq_len);
         print!("{}", chart::bars(scores, &plan.units(), "removed"));
+        cli::warn_unstable(scores);
     }
     for group in plan.sharing().map(|sharing| sharing.groups.as_slice()).unwrap_or_default() {
         let cost = group.cost.map(|cost| format!(", {cost:+.4} nats")).unwrap_or_default();
@@ -171,6 +175,9 @@ fn print(report: &Report) {
     rows.push(table::Row::of(name, report.saved_bytes, &report.compressed));
     println!("\n{}", table::table(&rows));
     println!("nll in nats per token, {}", cli::protocol_of(&report.compressed.perplexity));
+    if let (Some(dense), Some(compressed)) = (&report.dense.latency, &report.compressed.latency) {
+        println!("\n{}", table::speeds(&[("dense", dense), (name, compressed)]));
+    }
     if let Some(healed) = &report.heal {
         println!("{}", cli::heal::summary(healed));
     }

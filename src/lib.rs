@@ -1,7 +1,19 @@
+// Where the README says where the documentation is on the web, the documentation has its own links: the first of two
+// definitions counts.
+//! [cookbook]: crate::cookbook
+//! [in a service]: crate::cookbook#in-a-service
+//! [own calibration text]: crate::cookbook#own-calibration-text
+//! [own importance method]: crate::cookbook#own-importance-method
+//! [own architecture]: crate::cookbook#own-architecture
+//! [a compact checkpoint]: crate::cookbook#a-compact-checkpoint
+//! [on CUDA or Metal]: crate::cookbook#on-cuda-or-metal
+//! [what takes the time]: crate::cookbook#what-takes-the-time
+//!
 #![doc = include_str!("../README.md")]
 
 mod account;
 pub mod checkpoint;
+pub mod cookbook;
 pub mod data;
 pub mod error;
 pub mod eval;
@@ -23,7 +35,7 @@ pub use account::{Account, Held};
 pub use checkpoint::{Checkpoint, Format, HubOptions, SaveOptions, Saved};
 pub use data::{Bos, Tokenizer, Windows};
 pub use error::{Error, Result};
-pub use eval::{Perplexity, perplexity};
+pub use eval::{Latency, LatencyOptions, Perplexity, latency, perplexity};
 pub use fold::{OutputError, fold, fold_on, output_errors};
 pub use generate::Generate;
 pub use heal::Heal;

@@ -175,6 +175,24 @@ fn values_and_gradients_are_those_of_the_primitives() {
     }
 }
 
+/// Loss alone, without a graph, takes another way than loss with its gradient: in several stretches of the vocabulary and
+/// several groups of rows.
+#[test]
+fn the_loss_of_a_large_vocabulary_is_that_of_the_primitives() {
+    let (rows, vocab) = (600, 4000);
+    let (hidden, head) = (values(&[rows, 16], 1), values(&[vocab, 16], 2));
+    let targets: Vec<u32> = (0..rows as u32).map(|row| row * 1237 % vocab as u32).collect();
+    let tracked = Var::from_tensor(&hidden).unwrap();
+    for softcap in [None, Some(2.0)] {
+        let nll = |kernels: Kernels, hidden: &Tensor| kernels.nll(hidden, &head, &targets, softcap).unwrap();
+        let alone = nll(Kernels::Fused, &hidden);
+        let off = distance(&alone, &nll(Kernels::Primitive, &hidden));
+        assert!(off < 2e-6, "{softcap:?}: off the primitives by {off}");
+        let off = distance(&alone, &nll(Kernels::Fused, tracked.as_tensor()).detach());
+        assert!(off < 2e-6, "{softcap:?}: off the loss with its gradient by {off}");
+    }
+}
+
 #[test]
 fn a_frozen_weight_keeps_no_gradient() {
     let x = Var::from_tensor(&values(&[4, 16], 1)).unwrap();

@@ -121,6 +121,7 @@ impl Checkpoint {
         let (weight_files, tensor_bytes) = write_weights(&written, &staging, options, observer)?;
         compare(&written, &staging.path, observer)?;
         staging.commit(directory)?;
+        tracing::debug!(path = %directory.display(), files = weight_files.len(), bytes = tensor_bytes, "saved");
         Ok(Saved { directory: directory.to_path_buf(), tensor_bytes, weight_files })
     }
 

@@ -7,9 +7,9 @@ use candle_core::{IndexOp, Tensor};
 use serde::Serialize;
 
 use super::block_influence::{dots, norms};
-use super::{Importance, Scores, check_removal};
+use super::{Importance, Scores, check_blocks, check_removal};
 use crate::data::Windows;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::Decoder;
 use crate::progress::{self, Observer};
 
@@ -21,6 +21,8 @@ use crate::progress::{self, Observer};
 pub struct AngularDistance {
     /// How many consecutive blocks to choose.
     pub remove: usize,
+    /// Blocks that stay: spans that hold one are not chosen.
+    pub protected: Vec<usize>,
 }
 
 impl Importance for AngularDistance {
@@ -31,7 +33,14 @@ impl Importance for AngularDistance {
     fn score(&self, decoder: &Decoder, windows: &Windows, observer: &mut dyn Observer) -> Result<Scores> {
         let start = Instant::now();
         let depth = decoder.depth();
+        check_blocks(&self.protected, decoder)?;
         check_removal(self.remove, depth.saturating_sub(1))?;
+        let allowed =
+            |first: &usize| !self.protected.iter().any(|b| (*first..first + self.remove).contains(b));
+        if (0..=depth - self.remove).find(allowed).is_none() {
+            let expected = format!("so few that {} consecutive blocks may go", self.remove);
+            return Err(Error::argument("protected blocks", format!("{:?}", self.protected), expected));
+        }
         let (mut single, mut spans) = (Vec::new(), vec![0.0; (depth + 1).saturating_sub(self.remove)]);
         progress::steps(self.method(), windows.len(), observer, |window| {
             let states = decoder.hidden_states(&windows.tensor(window, decoder.device())?)?;
@@ -47,7 +56,8 @@ impl Importance for AngularDistance {
         let runs = (windows.len() * depth) as f64;
         let mut scores =
             Scores::of_windows(self.method(), windows, &single)?.with_options(self)?.costing(start, runs);
-        let nearest = spans.iter().enumerate().min_by(|a, b| a.1.total_cmp(b.1));
+        let spans = spans.iter().enumerate().filter(|(first, _)| allowed(first));
+        let nearest = spans.min_by(|a, b| a.1.total_cmp(b.1));
         if let Some((first, _)) = nearest.filter(|_| self.remove > 0) {
             scores.chosen = Some((first..first + self.remove).collect());
         }

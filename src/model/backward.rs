@@ -3,7 +3,7 @@
 //! Only the input of every unit is kept; each unit is computed again on the way back, so that no graph ever spans
 //! more than one. Memory beyond the weights: one input a unit, one unit's activations, one chunk of logits.
 
-use candle_core::{DType, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 
 use super::decoder::{Decoder, Pass};
 use super::params::BlockParam;
@@ -86,15 +86,19 @@ impl<'a> Walk<'a> {
     }
 
     /// From the gradient of the loss with respect to the output to its gradients with respect to every matrix, given
-    /// to `visit` unit by unit, last to first, in the order of [`Block::matrices`](super::Block::matrices). Units are whole blocks, ungated.
+    /// to `visit` unit by unit, last to first, in the order of [`Block::matrices`](super::Block::matrices). Units are
+    /// whole blocks, and every gate is 1.
     ///
     /// # Errors
-    /// What `visit` fails with, a half unit, or a failed computation.
+    /// What `visit` fails with, a half unit, another gate, or a failed computation.
     pub fn weight_gradients(
         mut self,
         upstream: &Tensor,
         mut visit: impl FnMut(usize, Vec<Tensor>) -> Result<()>,
     ) -> Result<()> {
+        if let Some(gate) = self.gates.iter().find(|gate| (**gate - 1.0).abs() > 0.0) {
+            return Err(Error::argument("gates", gate, "1 for every unit"));
+        }
         let mut upstream = upstream.detach();
         for (place, unit) in self.units.iter().enumerate().rev() {
             let (Some(x), Some(block)) = (self.inputs.pop(), self.decoder.blocks().get(unit.block)) else {
@@ -191,5 +195,6 @@ fn gated(x: &Tensor, y: &Tensor, gate: f64) -> Result<Tensor> {
 }
 
 fn value(scalar: &Tensor) -> Result<f64> {
-    Ok(scalar.to_dtype(DType::F64)?.to_scalar()?)
+    // On the CPU: not every device knows f64.
+    Ok(scalar.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.to_scalar()?)
 }

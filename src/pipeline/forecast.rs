@@ -1,6 +1,6 @@
 //! What a run would do, without doing it.
 
-use std::fmt;
+use std::fmt::{self, Write};
 use std::time::Instant;
 
 use candle_core::{DType, Device};
@@ -10,14 +10,14 @@ use super::cost::Cost;
 use super::inputs::{Inputs, Keys};
 use super::planning::Planned;
 use super::recipe::{Precision, Recipe};
-use super::run::{EVALUATION, HEALED, PLAN, SCORES};
+use super::run::{EVALUATION, HEALED, LATENCY, PLAN, SCORES};
 use super::sizes::Sizes;
 use super::stage::Stage;
 use crate::account::{Account, Held};
 use crate::checkpoint::check_destination;
 use crate::data::Windows;
 use crate::error::Result;
-use crate::eval::perplexity;
+use crate::eval::{Latency, perplexity};
 use crate::heal::{HealReport, ParamGroup, Trainable};
 use crate::importance::{Method, Scores};
 use crate::model::{Architecture, Part, Projection};
@@ -138,6 +138,7 @@ struct Known {
     dense: bool,
     folded: bool,
     evaluated: bool,
+    timed: bool,
     saved: bool,
 }
 
@@ -146,6 +147,8 @@ impl Known {
         let work = &inputs.work;
         let evaluated = |key| work.known::<super::report::Measured>(EVALUATION, key);
         let scores = keys.score.as_ref().map(|key| work.known::<Scores>(SCORES, key)).transpose()?;
+        let timed = |key| work.known::<(Latency, Latency)>(LATENCY, key);
+        let timed = keys.latency.as_ref().map(timed).transpose()?;
         let healed = match &keys.heal {
             Some(key) => {
                 let weights = work.path(HEALED, key, "");
@@ -160,17 +163,23 @@ impl Known {
             dense: evaluated(&keys.dense)?.is_some(),
             folded: keys.heal.is_none() || evaluated(&keys.folded)?.is_some(),
             evaluated: evaluated(&keys.evaluate)?.is_some(),
+            timed: timed.is_none_or(|timed| timed.is_some()),
             saved,
         })
     }
 
     fn all(&self) -> bool {
-        self.scores && self.plan && self.healed && self.dense && self.folded && self.evaluated && self.saved
+        self.scores && self.plan && self.healed && self.measured() && self.saved
+    }
+
+    /// All of evaluating.
+    fn measured(&self) -> bool {
+        self.dense && self.folded && self.evaluated && self.timed
     }
 
     /// Whether nobody asks for the folded model.
     fn unfolded(&self, heals: bool) -> bool {
-        if heals { self.healed && self.folded } else { self.evaluated && self.saved }
+        if heals { self.healed && self.folded } else { self.evaluated && self.timed && self.saved }
     }
 
     fn stages(&self, inputs: &Inputs<'_>, speed: &Speed, blocks: usize) -> Vec<Forecast> {
@@ -203,9 +212,18 @@ impl Known {
             [(self.dense, inputs.depth()), (self.folded, blocks), (self.evaluated, blocks)].into_iter();
         let left: usize = models.filter(|(known, _)| !known).map(|(_, blocks)| blocks).sum();
         let (windows, tasks) = (evaluation.len(), inputs.tasks.len());
-        let what = format!("losses on {windows} windows of {}, {tasks} tasks", evaluation.seq_len());
-        let known = self.dense && self.folded && self.evaluated;
-        stages.push(of(Stage::Evaluate, what, known, inputs.evaluation_cost(left), memory.plain()));
+        let mut what = format!("losses on {windows} windows of {}, {tasks} tasks", evaluation.seq_len());
+        if let Some(options) = recipe.latency {
+            let _ = write!(what, ", speed in {} runs", options.runs);
+        }
+        let mut cost = Cost::default();
+        if left > 0 {
+            cost = inputs.evaluation_cost(left);
+        }
+        if !self.timed {
+            cost = cost.and(inputs.latency_cost(inputs.depth() + blocks));
+        }
+        stages.push(of(Stage::Evaluate, what, self.measured(), cost, memory.plain()));
         // Written, read back, and hashed.
         let writing = Cost { seconds: 3.0 * speed.load, ..Cost::default() };
         let what = format!("a checkpoint at {}", recipe.out.display());

@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use super::recipe::Recipe;
+use super::run::LATENCY;
 use super::stage::Stage;
 use super::work::{Key, Work};
 use crate::checkpoint::Checkpoint;
@@ -43,6 +44,8 @@ pub(super) struct Keys {
     pub dense: Key,
     pub folded: Key,
     pub evaluate: Key,
+    /// Absent where no speed is asked for.
+    pub latency: Option<Key>,
     pub save: Key,
 }
 
@@ -134,11 +137,13 @@ impl<'a> Inputs<'a> {
         let questions = (self.evaluation.ids_sha256(), items.collect::<Vec<_>>(), tokenizer);
         let evaluate = |weights: &Key| Key::of(Stage::Evaluate.name(), &(weights, &questions));
         let weights = heal.as_ref().unwrap_or(&plan);
+        let timed = |options| Key::of(LATENCY, &(self.model(), weights, options));
         let out = std::path::absolute(&recipe.out).map_err(Error::io("find", &recipe.out))?;
         Ok(Keys {
             dense: Key::of(Stage::Evaluate.name(), &(self.model(), &questions))?,
             folded: evaluate(&plan)?,
             evaluate: evaluate(weights)?,
+            latency: recipe.latency.map(timed).transpose()?,
             save: Key::of(Stage::Save.name(), &(weights, recipe.format, out))?,
             score,
             plan,

@@ -51,6 +51,7 @@ use std::path::{Path, PathBuf};
 
 use crate::checkpoint::Format;
 use crate::error::Result;
+use crate::eval::LatencyOptions;
 use crate::heal::Heal;
 use crate::importance::Method;
 use crate::progress::Observer;
@@ -124,6 +125,12 @@ impl Compressor {
     /// The quality gate: nothing is saved whose loss is higher by more than this, in nats per token.
     pub fn max_nll_increase(mut self, limit: f64) -> Self {
         self.recipe.max_nll_increase = Some(limit);
+        self
+    }
+
+    /// How fast the model is before and after, measured side by side.
+    pub fn latency(mut self, options: LatencyOptions) -> Self {
+        self.recipe.latency = Some(options);
         self
     }
 

@@ -32,6 +32,9 @@ impl Inputs<'_> {
             _ => Planned { plan: self.removed_and_shared(dense, scores, observer)?, mixes: Vec::new() },
         };
         planned.plan = planned.plan.for_model(&self.model_sha256);
+        let plan = &planned.plan;
+        let groups = plan.sharing().map_or(0, |sharing| sharing.groups.len());
+        tracing::debug!(removed = ?plan.removed(), groups, mixes = planned.mixes.len(), "planned");
         Ok(planned)
     }
 
@@ -84,6 +87,7 @@ impl Inputs<'_> {
             let reason = format!("is {limit}, and the first block to go costs {least:.4} nats per token");
             return Err(Error::recipe("target.nll-increase", reason));
         }
+        tracing::debug!(blocks = count, limit, loss = losses.get(count), "as many go as the loss allows");
         Ok(Scores { chosen: sets.into_iter().nth(count), ..scores.clone() })
     }
 

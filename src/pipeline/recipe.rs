@@ -1,13 +1,17 @@
 //! What a compression is told, as data.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 use candle_core::DType;
-use serde::{Deserialize, Serialize};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::checkpoint::Format;
 use crate::data::Bos;
 use crate::error::{Error, Result};
+use crate::eval::LatencyOptions;
 use crate::heal::Heal;
 use crate::importance::{Gates, GatesWithCoupling, Method};
 use crate::plan::{Donor, Groups, Own};
@@ -74,8 +78,40 @@ pub struct Recipe {
     pub tasks: Vec<PathBuf>,
     /// Items of each task, at most.
     pub task_items: Option<usize>,
+    /// How fast the model is before and after, and what it takes in memory: not measured where absent, since times tell
+    /// little on a machine that is busy, and only the caller knows. `true` in a file asks for [`LatencyOptions`] as they
+    /// are by default.
+    #[serde(deserialize_with = "latency")]
+    pub latency: Option<LatencyOptions>,
     /// How a model whose blocks share is written.
     pub format: Format,
+}
+
+/// Options, or whether they are those by default.
+fn latency<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> std::result::Result<Option<LatencyOptions>, D::Error> {
+    struct Asked;
+    impl<'de> Visitor<'de> for Asked {
+        type Value = Option<LatencyOptions>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("true, false, or the options of measuring speed")
+        }
+
+        fn visit_bool<E>(self, asked: bool) -> std::result::Result<Self::Value, E> {
+            Ok(asked.then(LatencyOptions::default))
+        }
+
+        fn visit_unit<E>(self) -> std::result::Result<Self::Value, E> {
+            Ok(None)
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, map: A) -> std::result::Result<Self::Value, A::Error> {
+            LatencyOptions::deserialize(MapAccessDeserializer::new(map)).map(Some)
+        }
+    }
+    deserializer.deserialize_any(Asked)
 }
 
 /// What blocks are scored in.

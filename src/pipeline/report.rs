@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::recipe::Recipe;
 use super::stage::Stage;
 use crate::error::{Error, Result};
-use crate::eval::{Accuracy, Perplexity};
+use crate::eval::{Accuracy, Latency, Perplexity};
 use crate::heal::HealReport;
 use crate::plan::{Calibration, Plan};
 
@@ -61,6 +61,10 @@ pub struct Measured {
     pub seconds: f64,
     /// The accuracy on each task, by its name.
     pub tasks: BTreeMap<String, Accuracy>,
+    /// How fast it is and what it takes in memory, in f32, where the recipe asks; of the dense model and of what was
+    /// saved, measured in turns.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub latency: Option<Latency>,
 }
 
 /// A mix that was tried.

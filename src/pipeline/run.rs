@@ -15,7 +15,7 @@ use super::stage::Stage;
 use super::work::Key;
 use crate::checkpoint::{Checkpoint, Format, SaveOptions, check_destination};
 use crate::error::{Error, Result};
-use crate::eval::{Accuracy, Task, accuracy, perplexity};
+use crate::eval::{Accuracy, Latency, Task, accuracy, latency, perplexity};
 use crate::fold::fold_on;
 use crate::heal::{HealReport, Teacher};
 use crate::importance::Scores;
@@ -55,13 +55,15 @@ impl<'a> Run<'a> {
         let heal = self.heal(&plan, observer)?;
 
         let Keys { dense, folded, evaluate, .. } = self.keys.clone();
-        let dense = self.measured(&dense, observer, |run, observer| run.dense(observer))?;
+        let mut dense = self.measured(&dense, observer, |run, observer| run.dense(observer))?;
         let folded = heal
             .is_some()
             .then(|| self.measured(&folded, observer, |run, observer| run.folded(&plan, observer)));
         let folded = folded.transpose()?;
-        let compressed = self.measured(&evaluate, observer, |run, observer| run.result(&plan, observer))?;
+        let mut compressed =
+            self.measured(&evaluate, observer, |run, observer| run.result(&plan, observer))?;
         self.check_gate(&dense, &compressed)?;
+        (dense.latency, compressed.latency) = self.latency(&plan, observer)?.unzip();
 
         let saved = self.save(&plan, observer)?;
         let inputs = &self.inputs;
@@ -198,8 +200,25 @@ impl<'a> Run<'a> {
             };
             let tasks = inputs.tasks.iter().map(answer).collect::<Result<BTreeMap<_, _>>>()?;
             let (blocks, parameters) = (decoder.depth(), decoder.parameter_count());
-            Ok(Measured { blocks, parameters, perplexity, seconds, tasks })
+            Ok(Measured { blocks, parameters, perplexity, seconds, tasks, latency: None })
         })
+    }
+
+    /// How fast the dense model and the result are, side by side.
+    fn latency(&mut self, plan: &Plan, observer: &mut dyn Observer) -> Result<Option<(Latency, Latency)>> {
+        let (Some(options), Some(key)) = (self.inputs.recipe.latency, self.keys.latency.clone()) else {
+            return Ok(None);
+        };
+        if let Some(known) = self.inputs.work.known(LATENCY, &key)? {
+            return Ok(Some(known));
+        }
+        let models = (self.dense(observer)?, self.result(plan, observer)?);
+        let measured = self.stage(Stage::Evaluate, LATENCY, &key, observer, |_, observer| {
+            let measured = latency(&[&models.0, &models.1], &options, observer)?;
+            let pair: std::result::Result<[Latency; 2], _> = measured.try_into();
+            pair.map(<(Latency, Latency)>::from).map_err(|_| Error::recipe("latency", "not two models"))
+        })?;
+        Ok(Some(measured))
     }
 
     /// Fails where more was lost than may be.
@@ -207,7 +226,10 @@ impl<'a> Run<'a> {
         let (dense, compressed) = (dense.perplexity.mean_nll, compressed.perplexity.mean_nll);
         match self.inputs.recipe.gate() {
             Some(limit) if compressed - dense > limit => Err(Error::QualityGate { dense, compressed, limit }),
-            _ => Ok(()),
+            limit => {
+                tracing::debug!(dense, compressed, limit, "lost no more than it may");
+                Ok(())
+            }
         }
     }
 
@@ -273,6 +295,7 @@ pub(super) const PLAN: &str = "plan";
 /// Healed weights, and the report of their healing.
 pub(super) const HEALED: &str = "healed";
 pub(super) const EVALUATION: &str = "evaluation";
+pub(super) const LATENCY: &str = "latency";
 const SAVED: &str = "saved";
 
 /// What is at the destination.

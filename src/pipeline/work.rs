@@ -65,6 +65,7 @@ impl Work {
         let kept: Kept<T> = serde_json::from_str(&text)
             .map_err(|error| Error::format(&path, format!("is no result of this stage: {error}")))?;
         if kept.inputs_sha256 == *key {
+            tracing::debug!(name, path = %path.display(), "known from an earlier run");
             return Ok(Some(kept.result));
         }
         Err(Error::format(&path, "is a result of other inputs than its name says"))
