@@ -25,6 +25,7 @@ impl Recipe {
                 "the seed is `seed`, for all stages",
             )?;
         }
+        refuse(self.samples.prompts.iter().any(String::is_empty), "samples.prompts", "one is empty")?;
         let limit = self.max_nll_increase.filter(|limit| !limit.is_finite());
         match limit {
             Some(limit) => Err(Error::recipe("max_nll_increase", format!("is {limit}, expected a number"))),

@@ -24,7 +24,7 @@ impl Cost {
         Self { blocks: self.blocks * count, heads: self.heads * count, seconds: self.seconds * count }
     }
 
-    fn and(self, other: Self) -> Self {
+    pub(super) fn and(self, other: Self) -> Self {
         Self {
             blocks: self.blocks + other.blocks,
             heads: self.heads + other.heads,
@@ -118,6 +118,15 @@ impl Inputs<'_> {
         let step = Cost::of(4.0 * left, 3.0).and(teacher).times(heal.batch as f64);
         let evaluations = (steps / heal.evaluate_every as f64).ceil() + 1.0;
         step.times(steps).and(Cost::of(left, 1.0).times(evaluations * choosing.len() as f64))
+    }
+
+    /// The samples of models of so many blocks together: a token at a time, each of which reads all weights as a window
+    /// of some ten tokens does.
+    pub(super) fn sampling_cost(&self, blocks: usize) -> Cost {
+        let options = &self.recipe.samples;
+        let prompts = if options.prompts.is_empty() { 2 } else { options.prompts.len() };
+        let tokens = (10 * options.tokens * prompts) as f64 / self.evaluation.seq_len() as f64;
+        Cost::of(blocks as f64, blocks as f64 / self.depth() as f64).times(tokens)
     }
 
     /// One evaluation of a model of so many blocks; of a text, four characters are taken for a token.

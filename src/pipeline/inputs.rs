@@ -43,7 +43,16 @@ pub(super) struct Keys {
     pub dense: Key,
     pub folded: Key,
     pub evaluate: Key,
+    pub samples: SampleKeys,
     pub save: Key,
+}
+
+/// The keys of what these models make of the samples' beginnings.
+#[derive(Debug, Clone)]
+pub(super) struct SampleKeys {
+    pub dense: Key,
+    pub folded: Key,
+    pub compressed: Key,
 }
 
 impl<'a> Inputs<'a> {
@@ -115,6 +124,12 @@ impl<'a> Inputs<'a> {
         (self.model_sha256.clone(), self.checkpoint.config().clone())
     }
 
+    /// The key of what a model makes of the samples' beginnings.
+    fn sample_key(&self, weights: &impl Serialize) -> Result<Key> {
+        let asked = (self.prompts()?, self.recipe.samples.tokens, self.tokenizer.to_json()?);
+        Key::of("samples", &(weights, asked))
+    }
+
     pub(super) fn keys(&self) -> Result<Keys> {
         let recipe = self.recipe;
         let calibration = (self.calibration.ids_sha256(), self.calibration.bos());
@@ -139,6 +154,11 @@ impl<'a> Inputs<'a> {
             dense: Key::of(Stage::Evaluate.name(), &(self.model(), &questions))?,
             folded: evaluate(&plan)?,
             evaluate: evaluate(weights)?,
+            samples: SampleKeys {
+                dense: self.sample_key(&self.model())?,
+                folded: self.sample_key(&plan)?,
+                compressed: self.sample_key(weights)?,
+            },
             save: Key::of(Stage::Save.name(), &(weights, recipe.format, out))?,
             score,
             plan,
