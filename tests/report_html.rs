@@ -103,7 +103,7 @@ fn figures_are_xml_with_title_axes_and_legend() {
         let document = Document::parse(&figure.svg).unwrap_or_else(|error| panic!("{name}: {error}"));
         let root = document.root_element();
         assert_eq!((root.tag_name().name(), root.attribute("role")), ("svg", Some("img")));
-        let title = root.children().find(|node| node.is_element()).unwrap();
+        let title = root.children().find(roxmltree::Node::is_element).unwrap();
         assert_eq!((title.tag_name().name(), title.text()), ("title", Some(figure.title.as_str())));
         let texts: Vec<&str> = root
             .descendants()
@@ -149,9 +149,7 @@ fn figures_without_data_are_left_out() {
     let names: Vec<&str> = report.figures().unwrap().iter().map(|figure| figure.name).collect();
     assert_eq!(names, ["importance", "depth", "size-and-loss"]);
     let page = report.to_html().unwrap();
-    for absent in
-        ["id=\"healing\"", "id=\"samples\"", "id=\"coupling\"", "id=\"trajectory\"", "<th scope=\"col\">cut"]
-    {
+    for absent in ["id=\"healing\"", "id=\"samples\"", "id=\"coupling\"", "id=\"trajectory\"", ">cut</th>"] {
         assert!(!page.contains(absent), "{absent}");
     }
 }
@@ -162,7 +160,7 @@ fn models_of_any_depth_and_scores_of_any_size_are_drawn() {
     let mut value: serde_json::Value = serde_json::from_str(&json).unwrap();
     for (depth, scale) in [(2, 0.0), (2, -3.0), (5, 1e-9), (100, 1e9)] {
         let blocks: Vec<serde_json::Value> = (0..depth)
-            .map(|index| serde_json::json!({ "index": index, "importance": scale * index as f64 }))
+            .map(|index| serde_json::json!({ "index": index, "importance": scale * f64::from(index) }))
             .collect();
         value["plan"]["depth"] = depth.into();
         value["plan"]["removed"] = serde_json::json!([1]);

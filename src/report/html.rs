@@ -43,7 +43,7 @@ fn tiles(report: &Report) -> String {
     let mut tiles = String::from("<dl class=\"tiles\">\n");
     for row in report.comparison().into_iter().take(4) {
         let Some(value) = row.compressed else { continue };
-        let relative = row.relative.map(|share| format!(" ({} %)", signed(100.0 * share, 1)));
+        let relative = row.relative.map(|share| format!(" <span>({} %)</span>", signed(100.0 * share, 1)));
         let difference = row.difference.map(|difference| signed(difference, row.digits)).unwrap_or_default();
         let unit = if row.unit.is_empty() { String::new() } else { format!(", {}", row.unit) };
         let _ = writeln!(
@@ -124,7 +124,9 @@ fn span(text: &Text) -> String {
 /// A table; numbers carry all their digits as `data`.
 fn table(table: &Table) -> String {
     let class = |column: usize| if table.is_numeric(column) { " class=\"number\"" } else { "" };
-    let mut text = String::from("<div class=\"wide\"><table>\n<thead><tr>");
+    // Where there is no room for many columns, rows are shown one below the other.
+    let many = if table.heads.len() > 4 { " class=\"many\"" } else { "" };
+    let mut text = format!("<div class=\"wide\"><table{many}>\n{}<thead><tr>", caption(table));
     for (column, head) in table.heads.iter().enumerate() {
         let _ = write!(text, "<th scope=\"col\"{}>{}</th>", class(column), escaped(head));
     }
@@ -137,16 +139,22 @@ fn table(table: &Table) -> String {
                 Some(exact) => format!("<data value=\"{exact}\">{shown}</data>"),
                 None => shown,
             };
-            let (open, close) = if column == 0 { ("th scope=\"row\"", "th") } else { ("td", "td") };
-            let _ = write!(text, "<{open}{}>{shown}</{close}>", class(column));
+            let head = table.heads.get(column).map(|head| escaped(head)).unwrap_or_default();
+            let _ = match column {
+                0 => write!(text, "<th scope=\"row\"{}>{shown}</th>", class(column)),
+                _ => write!(text, "<td data-head=\"{head}\"{}>{shown}</td>", class(column)),
+            };
         }
         text += "</tr>\n";
     }
     text += "</tbody>\n</table></div>\n";
-    let caption = escaped(table.caption);
-    if table.aside {
-        format!("<details><summary>{caption}</summary>\n{text}</details>\n")
-    } else {
-        text.replacen("<table>", &format!("<table>\n<caption>{caption}</caption>"), 1)
+    match table.aside {
+        true => format!("<details><summary>{}</summary>\n{text}</details>\n", escaped(table.caption)),
+        false => text,
     }
+}
+
+/// A table's caption, unless it stands behind it.
+fn caption(table: &Table) -> String {
+    if table.aside { String::new() } else { format!("<caption>{}</caption>\n", escaped(table.caption)) }
 }

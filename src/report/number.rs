@@ -11,10 +11,13 @@ pub(super) fn fixed(value: f64, digits: usize) -> String {
     format!("{sign}{}{rest}", groups.join(","))
 }
 
-/// The same with its sign.
+/// The same with its sign; what rounds to nothing has none.
 pub(super) fn signed(value: f64, digits: usize) -> String {
     let text = fixed(value, digits);
-    if value >= 0.0 && !text.starts_with('-') { format!("+{text}") } else { text }
+    if !text.contains(|digit| ('1'..='9').contains(&digit)) {
+        return text.trim_start_matches('-').into();
+    }
+    if value > 0.0 { format!("+{text}") } else { text }
 }
 
 /// Four significant digits, however large or small.
@@ -46,8 +49,8 @@ mod tests {
         assert_eq!(fixed(134_515_008.0, 0), "134,515,008");
         assert_eq!((fixed(-1234.5678, 2), fixed(999.0, 1)), ("-1,234.57".into(), "999.0".into()));
         assert_eq!(
-            (signed(0.5, 1), signed(-0.5, 1), signed(0.0, 2)),
-            ("+0.5".into(), "-0.5".into(), "+0.00".into())
+            (signed(0.5, 1), signed(-0.5, 1), signed(-0.001, 2)),
+            ("+0.5".into(), "-0.5".into(), "0.00".into())
         );
         assert_eq!((significant(0.012_345_6), significant(123.456)), ("0.01235".into(), "123.5".into()));
         assert_eq!((significant(1.5e-7), significant(0.0)), ("1.500e-7".into(), "0".into()));

@@ -16,11 +16,6 @@ pub(super) enum Role {
     Shares(usize),
 }
 
-/// What became of every block of the original model, first to last.
-pub(super) fn roles(plan: &Plan) -> Vec<Role> {
-    (0..plan.depth()).map(|block| role(plan, block)).collect()
-}
-
 /// What became of a unit, a block or a half of one.
 pub(super) fn role_of(plan: &Plan, block: usize, part: Part) -> Role {
     match role(plan, block) {

@@ -96,8 +96,8 @@ impl Report {
 
     pub(super) fn protocol(&self) -> Vec<Part> {
         let found = &self.compressed.perplexity;
-        let mut text = format!("NLL in nats per predicted token, computed in f32: {}.", windows_of(found));
-        text += " They are the first of the last 20 % of the text, and each is scored alone.";
+        let text = "NLL is the mean negative log-likelihood in nats per predicted token, computed in f32; perplexity is \
+                    its exponential. The evaluation windows are the first of the last 20 % of the text, each scored alone.";
         let calibration = &self.calibration;
         let calibrated = format!(
             "{} windows of {} tokens, {} begin-of-text token, spread over the first 80 % of the text",
@@ -117,7 +117,7 @@ impl Report {
             let tasks: Vec<String> = self.dense.tasks.iter().map(items).collect();
             facts.push(("tasks, by lm-evaluation-harness's rules", tasks.join(", ").into()));
         }
-        vec![Part::Text(text), Part::Facts(facts)]
+        vec![Part::Text(text.into()), Part::Facts(facts)]
     }
 
     fn blocks(&self) -> Vec<Part> {

@@ -3,7 +3,6 @@
 //! Drawings are twice as large as they are shown: plotters places everything on whole pixels.
 
 use std::fmt::{Display, Write};
-use std::io;
 use std::ops::Range;
 
 use plotters::coord::Shift;
@@ -21,11 +20,11 @@ pub(super) type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 /// A part with axes.
 pub(super) type Chart<'a> = ChartContext<'a, SVGBackend<'a>, Cartesian2d<RangedCoordf64, RangedCoordf64>>;
 
-pub(super) const WIDTH: u32 = 960;
+pub(super) const WIDTH: i32 = 960;
 /// The size of letters. plotters writes it divided by 1.24.
-const LETTERS: i32 = 33;
-const TITLE: i32 = 39;
-const LINE: i32 = 40;
+const LETTERS: i32 = 36;
+const TITLE: i32 = 42;
+const LINE: i32 = 44;
 
 /// A colour, and what it is in the dark. They differ in lightness too, and no mark is told by colour alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -108,12 +107,12 @@ impl Sheet {
     /// Draws title and legend, and below them what `draw` draws.
     pub(super) fn draw(self, draw: impl FnOnce(&Area<'_>) -> Result<()>) -> Result<Figure> {
         let mut svg = String::new();
-        let root = SVGBackend::with_string(&mut svg, (WIDTH, self.height)).into_drawing_area();
+        let root = SVGBackend::with_string(&mut svg, (WIDTH.unsigned_abs(), self.height)).into_drawing_area();
         root.draw_text(&self.title, &letters(TITLE, INK), (8, 4)).map_err(failed)?;
         let mut at = (8, TITLE + 16);
         for entry in &self.legend {
             let width = 60 + estimated_width(&entry.text);
-            if at.0 > 8 && at.0 + width > WIDTH as i32 {
+            if at.0 > 8 && at.0 + width > WIDTH {
                 at = (8, at.1 + LINE);
             }
             mark(&root, entry, (at.0 + 16, at.1 + LINE / 2))?;
@@ -149,7 +148,9 @@ fn mark(area: &Area<'_>, entry: &Entry, at: (i32, i32)) -> Result<()> {
 
 /// Letters of about this size, their place being that of their upper left corner.
 fn letters(size: i32, colour: Colour) -> TextStyle<'static> {
-    TextStyle::from(("sans-serif", size).into_font()).color(&colour.rgb())
+    let mut style = TextStyle::from(("sans-serif", size).into_font());
+    style.color = colour.rgb().to_backend_color();
+    style
 }
 
 /// Letters in the middle of their place.
@@ -165,7 +166,7 @@ pub(super) fn beside(colour: Colour, left: bool) -> TextStyle<'static> {
 
 /// About how wide a text is: nobody here knows the reader's letters.
 fn estimated_width(text: &str) -> i32 {
-    text.chars().count() as i32 * LETTERS * 46 / 100
+    (0.42 * text.chars().count() as f64 * f64::from(LETTERS)) as i32
 }
 
 /// Two axes.
@@ -180,6 +181,8 @@ pub(super) struct Axes<'f> {
     pub labels: (usize, usize),
     /// Room for the labels of the vertical one.
     pub left: u32,
+    /// Whether lines go through the ticks of the vertical one.
+    pub lines: bool,
 }
 
 impl Axes<'_> {
@@ -188,7 +191,7 @@ impl Axes<'_> {
         let mut chart = ChartBuilder::on(area)
             .margin_right(24)
             .margin_top(12)
-            .x_label_area_size(88)
+            .x_label_area_size(96)
             .y_label_area_size(self.left)
             .build_cartesian_2d(self.x, self.y)
             .map_err(failed)?;
@@ -197,7 +200,7 @@ impl Axes<'_> {
             .configure_mesh()
             .disable_x_mesh()
             .light_line_style(TRANSPARENT)
-            .bold_line_style(GRID.line(2))
+            .bold_line_style(if self.lines { GRID.line(2) } else { TRANSPARENT.into() })
             .axis_style(MUTED.line(2))
             .label_style(letters(LETTERS, INK))
             .axis_desc_style(letters(LETTERS, MUTED))
@@ -241,7 +244,7 @@ pub(super) fn around(values: impl IntoIterator<Item = f64>) -> Range<f64> {
 /// The number at a tick of an axis that spans `range`.
 pub(super) fn tick(range: &Range<f64>, value: f64) -> String {
     let (width, largest) = (range.end - range.start, range.end.abs().max(range.start.abs()));
-    if largest >= 1e6 || largest < 1e-3 {
+    if !(1e-3..1e6).contains(&largest) {
         return if value == 0.0 { "0".into() } else { format!("{value:.1e}") };
     }
     let digits = (1.0 - width.log10()).ceil().clamp(0.0, 6.0) as usize;

@@ -26,14 +26,14 @@ pub(super) fn draw(report: &Report) -> Result<Option<Figure>> {
         caption: "How much more two blocks cost together than each alone, in nats per token. On the diagonal: × for \
                   what was removed. Values beyond the scale have the colour of its end."
             .into(),
-        height: 980,
+        height: 1000,
         legend: vec![
             Entry::new(Mark::Area, ORANGE, "cover for each other"),
             Entry::new(Mark::Area, BLUE, "of little use alone"),
         ],
     };
     let figure = sheet.draw(|area| {
-        let (map, bar) = area.split_horizontally(WIDTH as i32 - 190);
+        let (map, bar) = area.split_horizontally(WIDTH - 190);
         cells(&map, matrix, limit, report.plan.removed())?;
         scale(&bar, limit)
     })?;
@@ -59,10 +59,11 @@ fn cells(area: &Area<'_>, matrix: &[Vec<f64>], limit: f64, removed: &[usize]) ->
         x_label: &whole,
         y_label: &whole,
         labels: (12, 12),
-        left: 110,
+        left: 124,
+        lines: false,
     };
     let mut chart = axes.on(area)?;
-    let size = ((640.0 / count) as i32).clamp(14, 34);
+    let size = ((800.0 / count) as i32).clamp(16, 40);
     for (i, row) in matrix.iter().enumerate() {
         for (j, &value) in row.iter().enumerate() {
             let (x, y) = (i as f64, j as f64);
@@ -86,7 +87,8 @@ fn scale(area: &Area<'_>, limit: f64) -> Result<()> {
         x_label: &|_| String::new(),
         y_label: &|value| tick(&range, value),
         labels: (1, 7),
-        left: 130,
+        left: 144,
+        lines: false,
     };
     let mut chart = axes.on(area)?;
     let step = 2.0 * limit / STEPS as f64;

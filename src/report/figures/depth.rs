@@ -7,9 +7,10 @@ use super::chart::{
     Area, Axes, BLUE, Chart, Colour, Entry, GREEN, INK, MUTED, Mark, ORANGE, Sheet, centred, put, whole,
 };
 use crate::error::Result;
+use crate::model::Part;
 use crate::pipeline::Report;
 use crate::report::document::Topic;
-use crate::report::roles::{Role, groups, letter, roles};
+use crate::report::roles::{Role, groups, letter, role_of};
 
 /// The heights of the three rows, and half of a box.
 const ORIGINAL: f64 = 2.0;
@@ -18,7 +19,8 @@ const STORED: f64 = 0.0;
 const HALF: f64 = 0.2;
 
 pub(super) fn draw(report: &Report) -> Result<Figure> {
-    let roles = roles(&report.plan);
+    let roles: Vec<Role> =
+        (0..report.plan.depth()).map(|block| role_of(&report.plan, block, Part::Whole)).collect();
     let any = |wanted: fn(&Role) -> bool| roles.iter().any(wanted);
     let mut legend = vec![Entry::new(Mark::Area, BLUE, "its own matrices")];
     if any(|role| matches!(role, Role::Shares(_))) {
@@ -62,14 +64,15 @@ fn rows(area: &Area<'_>, report: &Report, roles: &[Role]) -> Result<()> {
         x_label: &whole,
         y_label: &row,
         labels: (12, 4),
-        left: 150,
+        left: 164,
+        lines: false,
     };
     let mut chart = axes.on(area)?;
-    let size = ((780.0 / roles.len() as f64 * 0.8) as i32).clamp(14, 34);
+    let size = ((1000.0 / roles.len() as f64) as i32).clamp(16, 40);
     for (block, role) in roles.iter().enumerate() {
         let x = block as f64;
         if *role == Role::Removed {
-            put(&mut chart, [Text::new("×", (x, ORIGINAL), centred(size + 6, ORANGE))])?;
+            put(&mut chart, [Text::new("×", (x, ORIGINAL), centred(size, ORANGE))])?;
             put(&mut chart, [outline(x, ORIGINAL, ORANGE)])?;
             continue;
         }
@@ -94,9 +97,9 @@ fn rows(area: &Area<'_>, report: &Report, roles: &[Role]) -> Result<()> {
         if let Role::Shares(group) = role {
             // On the edge of the box: letters inside would need a colour of their own.
             let name = letter(*group);
-            put(&mut chart, [Text::new(name.clone(), (x, RUNS + HALF + 0.12), centred(size, INK))])?;
+            put(&mut chart, [Text::new(name.clone(), (x, RUNS + HALF + 0.13), centred(size, INK))])?;
             if (holder - x).abs() < 1e-6 {
-                put(&mut chart, [Text::new(name, (x, STORED - HALF - 0.12), centred(size, INK))])?;
+                put(&mut chart, [Text::new(name, (x, STORED - HALF - 0.13), centred(size, INK))])?;
             }
         }
     }

@@ -127,7 +127,8 @@ fn draw(sheet: Sheet, points: &[Point]) -> Result<Figure> {
             x_label: &|value| tick(&x, value),
             y_label: &|value| tick(&y, value),
             labels: (7, 7),
-            left: 136,
+            left: 150,
+            lines: true,
         };
         let mut chart = axes.on(area)?;
         put(&mut chart, [PathElement::new(stairs(points, unit), MUTED.line(3))])?;
@@ -142,10 +143,10 @@ fn place(chart: &mut Chart<'_>, point: &Point, unit: f64, middle: f64) -> Result
         _ => (12, point.colour.area()),
     };
     put(chart, [Circle::new(at, size, style)])?;
-    // To the side where there is more room.
+    // To the side where there is more room, and above the front.
     let left = at.0 > middle;
     let aside = EmptyElement::at(at)
-        + Text::new(point.name, (if left { -22 } else { 22 }, 0), beside(point.colour, left));
+        + Text::new(point.name, (if left { -20 } else { 20 }, -24), beside(point.colour, left));
     chart.plotting_area().draw(&aside).map_err(failed)
 }
 

@@ -87,7 +87,8 @@ fn draw(sheet: Sheet, curves: &[Curve], y_title: &str, kept: Option<(f64, f64)>)
             x_label: &whole,
             y_label: &|value| tick(&y, value),
             labels: (8, 7),
-            left: 130,
+            left: 144,
+            lines: true,
         };
         let mut chart = axes.on(area)?;
         for curve in curves {

@@ -58,16 +58,18 @@ pub(super) fn draw(report: &Report) -> Result<Option<Figure>> {
             x_label: &whole,
             y_label: &|value| tick(&range, value),
             labels: (12, 7),
-            left: 136,
+            left: 150,
+            lines: true,
         };
         let mut chart = axes.on(area)?;
-        let pixels = 780.0 / depth * (bars.first().map_or(1.0, |bar| bar.to - bar.from));
-        let size = (pixels as i32).clamp(14, 34);
+        // As wide as a block, or half of one.
+        let widths = scores.blocks.len() as f64;
+        let size = ((1000.0 / widths) as i32).clamp(16, 40);
         for bar in &bars {
             let (colour, sign) = look(&bar.role);
             put(&mut chart, [Rectangle::new([(bar.from, 0.0), (bar.to, bar.height)], colour.area())])?;
             // Over the bar, or under one that hangs.
-            let step = (range.end - range.start) * 0.035;
+            let step = (range.end - range.start) * 0.04;
             let place = bar.height + if bar.height < 0.0 { -step } else { step };
             put(
                 &mut chart,

@@ -51,7 +51,8 @@ pub(super) fn draw(report: &Report) -> Result<Option<Figure>> {
             x_label: &whole,
             y_label: &|value| tick(&(0.0..1.0), value),
             labels: (8, 6),
-            left: 120,
+            left: 134,
+            lines: true,
         };
         let mut chart = axes.on(area)?;
         // What is removed lies on top.
