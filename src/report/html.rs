@@ -148,10 +148,10 @@ fn table(table: &Table) -> String {
         text += "</tr>\n";
     }
     text += "</tbody>\n</table></div>\n";
-    match table.aside {
-        true => format!("<details><summary>{}</summary>\n{text}</details>\n", escaped(table.caption)),
-        false => text,
+    if table.aside {
+        return format!("<details><summary>{}</summary>\n{text}</details>\n", escaped(table.caption));
     }
+    text
 }
 
 /// A table's caption, unless it stands behind it.

@@ -16,14 +16,14 @@ impl Report {
     /// All of it, as Markdown and HTML are written from it.
     pub(super) fn document(&self) -> Result<Document> {
         let mut sections = vec![
-            Section { title: "Asked", parts: self.asked()? },
+            Section { title: "Asked", parts: self.asked() },
             Section { title: "Before and after", parts: self.before_and_after() },
             Section { title: "Protocol", parts: self.protocol() },
             Section { title: "Blocks", parts: self.blocks() },
             Section { title: "Size and loss", parts: self.size_and_loss() },
             Section { title: "Healing", parts: self.healing() },
             Section { title: "Samples", parts: self.continuations() },
-            Section { title: "Provenance", parts: self.provenance() },
+            Section { title: "Provenance", parts: self.provenance()? },
         ];
         sections.retain(|section| !section.parts.is_empty());
         Ok(Document {
@@ -56,7 +56,7 @@ impl Report {
         )
     }
 
-    fn asked(&self) -> Result<Vec<Part>> {
+    fn asked(&self) -> Vec<Part> {
         let recipe = &self.recipe;
         let mut facts: Vec<(&str, Text)> = vec![
             ("model", Text::code(&recipe.model)),
@@ -75,8 +75,7 @@ impl Report {
         let gate = |limit: f64| format!("at most {limit} nats per token above the dense model").into();
         facts.extend(recipe.gate().map(|limit| ("quality gate", gate(limit))));
         facts.push(("written to", Text::code(recipe.out.display().to_string())));
-        let json = serde_json::to_string_pretty(recipe).map_err(|error| Error::Report(error.to_string()))?;
-        Ok(vec![Part::Facts(facts), Part::Code("The recipe", "json", json)])
+        vec![Part::Facts(facts)]
     }
 
     pub(super) fn before_and_after(&self) -> Vec<Part> {
@@ -297,7 +296,7 @@ impl Report {
         parts
     }
 
-    fn provenance(&self) -> Vec<Part> {
+    fn provenance(&self) -> Result<Vec<Part>> {
         let mut facts: Vec<(&str, Text)> = vec![
             ("foldgpt", self.version.clone().into()),
             ("plan format", format!("version {}", crate::plan::PLAN_VERSION).into()),
@@ -308,7 +307,14 @@ impl Report {
             ("evaluation text, sha256", Text::code(&self.dense.perplexity.text_sha256)),
         ];
         facts.extend(self.command.iter().map(|command| ("command", Text::code(command))));
-        vec![Part::Facts(facts)]
+        let unwritable = |error: serde_json::Error| Error::Report(error.to_string());
+        let mut recipe = serde_json::to_value(&self.recipe).map_err(unwritable)?;
+        if let Some(fields) = recipe.as_object_mut() {
+            // What is absent is as it is by default, and says nothing.
+            fields.retain(|_, value| !value.is_null());
+        }
+        let recipe = serde_json::to_string_pretty(&recipe).map_err(unwritable)?;
+        Ok(vec![Part::Facts(facts), Part::Code("The recipe, to run it again", "json", recipe)])
     }
 }
 

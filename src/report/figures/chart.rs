@@ -26,7 +26,7 @@ const LETTERS: i32 = 36;
 const TITLE: i32 = 42;
 const LINE: i32 = 44;
 
-/// A colour, and what it is in the dark. They differ in lightness too, and no mark is told by colour alone.
+/// A colour, and what it is in the dark. Hues that colour-blind people tell apart (after Okabe and Ito, 2008).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Colour {
     light: (u8, u8, u8),
