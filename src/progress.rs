@@ -6,10 +6,10 @@ use crate::error::{Error, Result};
 
 /// Watches long work, and may stop it.
 ///
-/// Stages are `fetch` (from the hub, in bytes), `load`, `hash`, `save`, `verify`, `perplexity`, `losses`, for folding
-/// `donors`, `ties`, `ranks`, `starts` and `output error`, for healing `heal` and `teacher`, and for scoring the
+/// Stages are `fetch` (from the hub, in bytes), `load`, `hash`, `save`, `verify`, `perplexity`, `losses`, `samples`,
+/// for folding `donors`, `ties`, `ranks`, `starts` and `output error`, for healing `heal` and `teacher`, and for scoring the
 /// method's own name, in part with `gates`, `coupling`, `search` and `finalists`. The pipeline's own stages are
-/// `compress: ` and their name, and `samples` for texts that are continued, with those of the work inside of them: stages can be nested.
+/// `compress: ` and their name, with those of the work inside of them: stages can be nested.
 ///
 /// Every method has a default that does nothing, so that an implementation says only what it cares about;
 /// `()` is the observer that watches nothing.
