@@ -1,6 +1,6 @@
 //! What a compression found, for people: one HTML file, Markdown, JSON, and model cards.
 //!
-//! A [`Report`](crate::pipeline::Report) is data. Here it becomes a document of sections, tables and figures, which
+//! A [`Report`] is data. Here it becomes a document of sections, tables and figures, which
 //! Markdown and (with the feature `report`, on by default) HTML are written from, so that they cannot disagree. The
 //! same data gives the same bytes.
 //!
