@@ -121,6 +121,10 @@ pub enum Error {
         limit: f64,
     },
 
+    /// A report that cannot be read, or a figure that cannot be drawn.
+    #[error("report: {0}")]
+    Report(String),
+
     /// A computation gave NaN or an infinity.
     #[error("{what} is not finite ({value})")]
     NotFinite {

@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 /// Watches long work, and may stop it.
 ///
 /// Stages are `fetch` (from the hub, in bytes), `load`, `quantize`, `hash`, `save`, `verify`, `perplexity`, `task`,
-/// `latency`, `losses`, for folding `fold`, `donors`, `ties`, `ranks`, `starts` and `output error`, for healing `heal`
+/// `latency`, `samples`, `losses`, for folding `fold`, `donors`, `ties`, `ranks`, `starts` and `output error`, for healing `heal`
 /// and `teacher`, and for scoring the method's own name, in part with `gates`, `coupling`, `coupling by gradients`,
 /// `singles`, `search`, `finalists` and `final states`. The pipeline's own stages are `compress: ` and their name, with
 /// those of the work inside of them: stages can be nested.
