@@ -16,7 +16,7 @@ use std::path::PathBuf;
 
 use clap::Parser;
 use foldgpt::candle::DType;
-use foldgpt::importance::losses_without;
+use foldgpt::importance::{Method, losses_without};
 use foldgpt::{Decoder, Plan, Scores, Target, Windows};
 
 #[global_allocator]
@@ -34,8 +34,8 @@ struct Args {
     #[arg(long, value_delimiter = ',', required = true)]
     blocks: Vec<usize>,
     /// Methods to compare (all by default)
-    #[arg(long, value_enum, value_delimiter = ',')]
-    methods: Vec<cli::Method>,
+    #[arg(long, value_parser = cli::methods(), value_delimiter = ',')]
+    methods: Vec<Method>,
     /// Where the methods' results are kept
     #[arg(long)]
     work: PathBuf,
@@ -53,8 +53,10 @@ struct Args {
 
 /// What a method chose for each number of blocks, and what that took.
 struct Line {
-    method: cli::Method,
+    method: Method,
     chosen: BTreeMap<usize, Vec<usize>>,
+    /// The lowest of all numbers of blocks.
+    stability: Option<f64>,
     seconds: f64,
     block_runs: f64,
 }
@@ -71,7 +73,7 @@ fn main() -> anyhow::Result<()> {
     let protocol = [model, dtype, cli::protocol(&calibration), format!("seed {}", args.seed)];
     let work = cli::work::Work::open(&args.work, &protocol)?;
 
-    let methods = if args.methods.is_empty() { cli::Method::ALL.to_vec() } else { args.methods.clone() };
+    let methods = if args.methods.is_empty() { Method::ALL.to_vec() } else { args.methods.clone() };
     let lines = methods.into_iter().map(|method| run(method, &args, &scored, &calibration, &work));
     let lines = lines.collect::<anyhow::Result<Vec<Line>>>()?;
 
@@ -80,6 +82,10 @@ fn main() -> anyhow::Result<()> {
     let losses = losses_without(&dense, &held_out, &sets, &mut cli::Bars::default())?;
     let dense_loss = losses.last().copied().unwrap_or_default();
     print_table(&args.blocks, &lines, &losses, dense_loss);
+    println!(
+        "\nstability: Spearman's correlation of the scores of two halves of the text, the lowest of all numbers of \
+         blocks; seconds and block runs: of all of them together, each as if it had been alone"
+    );
     println!("\nnll in nats per token, in f32, on {}", cli::protocol(&held_out));
     println!("scored in {:?} on {}", args.model.dtype.dtype(), cli::protocol(&calibration));
     Ok(())
@@ -87,24 +93,25 @@ fn main() -> anyhow::Result<()> {
 
 /// What a method chooses for every number of blocks.
 fn run(
-    method: cli::Method,
+    method: Method,
     args: &Args,
     decoder: &Decoder,
     windows: &Windows,
     work: &cli::work::Work,
 ) -> anyhow::Result<Line> {
-    let mut line = Line { method, chosen: BTreeMap::new(), seconds: 0.0, block_runs: 0.0 };
+    let mut line = Line { method, chosen: BTreeMap::new(), stability: None, seconds: 0.0, block_runs: 0.0 };
     let most = args.blocks.iter().copied().max().unwrap_or_default();
     let counts = if method.depends_on_count() { args.blocks.clone() } else { vec![most] };
     for count in counts {
         let name = format!("{}-{count}", method.name());
         let scores = work.kept(&name, || {
             let scoring = cli::ScoringArgs { state: Some(args.work.clone()), ..cli::ScoringArgs::default() };
-            let method = method.build(count, &[], args.seed, &scoring)?;
+            let method = cli::build(method, count, &[], args.seed, &scoring)?;
             Ok(method.score(decoder, windows, &mut cli::Bars::default())?)
         })?;
         line.seconds += scores.seconds;
         line.block_runs += scores.block_runs;
+        line.stability = line.stability.into_iter().chain(scores.stability).reduce(f64::min);
         for &blocks in args.blocks.iter().filter(|blocks| !method.depends_on_count() || **blocks == count) {
             let plan =
                 Plan::new(decoder.architecture(), &first(&scores, blocks), Target::Blocks(blocks), &[])?;
@@ -126,8 +133,11 @@ fn first(scores: &Scores, blocks: usize) -> Scores {
 fn print_table(blocks: &[usize], lines: &[Line], losses: &[f64], dense: f64) {
     let heads: Vec<String> = blocks.iter().map(|blocks| format!(" -{blocks} blocks |")).collect();
     let heads = heads.concat();
-    println!("| method |{heads} seconds | block runs |\n|---|{}---:|---:|", "---:|".repeat(blocks.len()));
-    println!("| dense |{} | |", format!(" {dense:.4} |").repeat(blocks.len()));
+    println!(
+        "| method |{heads} stability | seconds | block runs |\n|---|{}",
+        "---:|".repeat(3 + blocks.len())
+    );
+    println!("| dense |{} | | |", format!(" {dense:.4} |").repeat(blocks.len()));
     let mut losses = losses.iter();
     for line in lines {
         // In the order of the sets: lines, and within each the numbers of blocks ascending.
@@ -137,7 +147,9 @@ fn print_table(blocks: &[usize], lines: &[Line], losses: &[f64], dense: f64) {
             .iter()
             .map(|blocks| by_count.get(blocks).map_or(" |".into(), |loss| format!(" {loss:.4} |")))
             .collect();
-        println!("| {} |{cells} {:.0} | {:.0} |", line.method.name(), line.seconds, line.block_runs);
+        let stability = line.stability.map(|stability| format!("{stability:.2}")).unwrap_or_default();
+        let Line { method, seconds, block_runs, .. } = line;
+        println!("| {method} |{cells} {stability} | {seconds:.0} | {block_runs:.0} |");
     }
     for line in lines {
         println!("\n{}: {:?}", line.method.name(), line.chosen);

@@ -7,7 +7,6 @@
 
 mod cli;
 
-use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -49,7 +48,7 @@ fn main() -> anyhow::Result<()> {
     let estimate = Coupling::from_gate_gradients(&decoder, &windows, &units, &mut cli::Bars::default())?;
     let estimate_seconds = start.elapsed().as_secs_f64();
 
-    if std::io::stdout().is_terminal() {
+    if cli::colours() {
         println!("exact:\n{}", Coupling::heat_map(&exact.matrix));
         println!("by gate gradients:\n{}", Coupling::heat_map(&estimate.matrix));
     }

@@ -5,22 +5,22 @@
 //! cargo run --release --example folding -- --model M --text F --work DIR
 //! ```
 //!
-//! The first 80 % of the text calibrate, the last 20 % evaluate, always in f32. What was measured is kept in DIR: an
-//! interrupted run goes on where it was.
+//! The first 80 % of the text calibrate, the last 20 % evaluate, always in f32; --quantize is for the speed alone. What
+//! was measured is kept in DIR: an interrupted run goes on where it was.
 #![allow(clippy::print_stdout)]
 
 mod cli;
+mod table;
 
 use std::path::PathBuf;
-use std::time::Instant;
 
 use clap::Parser;
-use foldgpt::candle::{DType, Tensor};
+use foldgpt::candle::DType;
 use foldgpt::importance::{GreedyPerplexity, Importance};
 use foldgpt::plan::{Budget, Donor, Groups, PlanBuilder, Ranks, ResidualStart, ScaleStart};
 use foldgpt::{
-    Candidate, Checkpoint, Decoder, Mix, Plan, Scores, Target, Windows, fold_on, output_errors, pareto_front,
-    perplexity,
+    Candidate, Checkpoint, Decoder, LatencyOptions, Mix, Plan, Scores, Target, Windows, fold_on, latency,
+    output_errors, pareto_front, perplexity,
 };
 use serde::{Deserialize, Serialize};
 
@@ -32,6 +32,8 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 struct Args {
     #[command(flatten)]
     model: cli::ModelArgs,
+    #[command(flatten)]
+    quantize: cli::quantize::QuantizeArgs,
     /// Text: its first 80 % calibrate, its last 20 % evaluate
     #[arg(long)]
     text: PathBuf,
@@ -53,7 +55,7 @@ struct Args {
     /// Shares of the parameters for budgets
     #[arg(long, value_delimiter = ',', default_values_t = [0.9, 0.8, 0.7, 0.6])]
     budgets: Vec<f64>,
-    /// Tokens decoded for the speed; 0 measures none
+    /// Tokens made in each run that measures the speed; 0 measures none
     #[arg(long, default_value_t = 128)]
     decode: usize,
     #[command(flatten)]
@@ -233,38 +235,16 @@ impl<'a> Bench<'a> {
         Ok(pareto_front(candidates))
     }
 
-    /// Decoding speed of the model tied in pairs beside that of the same depth untied, alternating.
+    /// The speed of the model tied in pairs beside that of the same depth untied.
     fn speed(&self) -> anyhow::Result<()> {
         let plan = Plan::builder().share(Groups::of(2)).build(self.dense.architecture())?;
         let tied = fold_on(self.dense, &plan, &self.few, &mut ())?;
-        let mut rates = [Vec::new(), Vec::new()];
-        for _ in 0..5 {
-            for (decoder, rates) in [self.dense, &tied].into_iter().zip(&mut rates) {
-                rates.push(tokens_per_second(decoder, self.args.decode)?);
-            }
-        }
-        let median = |rates: &mut Vec<f64>| {
-            rates.sort_by(f64::total_cmp);
-            rates.get(rates.len() / 2).copied().unwrap_or_default()
-        };
-        let [untied, tied] = rates.each_mut().map(median);
-        println!("decoding, medians of 5: {untied:.1} tokens/s untied, {tied:.1} tied in pairs");
+        let [untied, tied] = [self.args.quantize.apply(self.dense.clone())?, self.args.quantize.apply(tied)?];
+        let mut options = LatencyOptions::default();
+        options.new_tokens = self.args.decode;
+        let measured = latency(&[&untied, &tied], &options, &mut cli::Bars::default())?;
+        let rows: Vec<_> = ["untied", "in pairs"].into_iter().zip(&measured).collect();
+        println!("\n{}", table::speeds(&rows));
         Ok(())
     }
-}
-
-/// Tokens per second of greedy decoding, after a first token.
-fn tokens_per_second(decoder: &Decoder, tokens: usize) -> anyhow::Result<f64> {
-    let mut cache = decoder.cache();
-    let mut next = 1u32;
-    let mut start = Instant::now();
-    for place in 0..=tokens {
-        if place == 1 {
-            start = Instant::now();
-        }
-        let ids = Tensor::new(&[[next]], decoder.device())?;
-        let logits = decoder.logits(&decoder.extend(&ids, &mut cache)?)?;
-        next = logits.flatten_all()?.argmax(0)?.to_scalar::<u32>()?;
-    }
-    Ok(tokens as f64 / start.elapsed().as_secs_f64())
 }

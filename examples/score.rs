@@ -8,12 +8,11 @@
 mod chart;
 mod cli;
 
-use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use clap::Parser;
 use foldgpt::candle::Device;
-use foldgpt::importance::{Coupling, Residence};
+use foldgpt::importance::{Coupling, Method, Residence};
 use foldgpt::model::{Part, Unit};
 use foldgpt::{Bytes, Checkpoint, Plan, Scores, Windows};
 
@@ -28,9 +27,9 @@ struct Args {
     /// Calibration text
     #[arg(long)]
     text: PathBuf,
-    /// How blocks are scored
-    #[arg(long, value_enum, default_value_t = cli::Method::BlockInfluence)]
-    method: cli::Method,
+    /// How blocks are scored; by default in one pass, where compress searches for the best set
+    #[arg(long, value_parser = cli::methods(), default_value_t = Method::BlockInfluence)]
+    method: Method,
     #[command(flatten)]
     scoring: cli::ScoringArgs,
     #[command(flatten)]
@@ -38,7 +37,7 @@ struct Args {
     /// Blocks that have to stay, by index from 0
     #[arg(long, value_delimiter = ',')]
     protect: Vec<usize>,
-    /// Use at most this many windows
+    /// Use at most this many windows, spread over the text
     #[arg(long, default_value_t = 16)]
     windows: usize,
     #[command(flatten)]
@@ -64,7 +63,7 @@ fn main() -> anyhow::Result<()> {
     let arch = checkpoint.architecture();
     cli::check_protected(&args.protect, arch.depth())?;
     let text = cli::read_text(&args.text)?;
-    let windows = args.window.cut(&checkpoint.tokenizer()?, &text, Some(args.windows))?;
+    let windows = args.window.cut(&checkpoint.tokenizer()?, &text, None)?.spread(args.windows)?;
 
     let target = args.target.target();
     let count = target.map_or(Ok(0), |target| target.blocks(arch))?;
@@ -85,8 +84,8 @@ fn main() -> anyhow::Result<()> {
 
 /// Scores with the model in memory, or with its blocks on disk where it may not take as much.
 fn score(args: &Args, checkpoint: &Checkpoint, windows: &Windows, count: usize) -> anyhow::Result<Scores> {
-    let (name, dtype) = (args.method.method()?, args.model.dtype.dtype());
-    let options = args.method.options(count, &args.protect, args.seed, &args.scoring)?;
+    let (name, dtype) = (args.method, args.model.dtype.dtype());
+    let options = cli::options(name, count, &args.protect, args.seed, &args.scoring)?;
     let (method, mut bars) = (name.build(&options), cli::Bars::default());
     let Some(most) = args.max_memory else {
         return Ok(method.score(&cli::load(checkpoint, dtype)?, windows, &mut bars)?);
@@ -120,9 +119,8 @@ fn json(scores: &Scores, would_go: &[Unit], dtype: cli::DtypeArg) -> serde_json:
 fn print_scores(scores: &Scores, would_go: &[Unit], windows: &Windows) {
     println!("{} on {}", scores.method, cli::protocol(windows));
     print!("{}", chart::bars(scores, would_go, "would go"));
-    let colours = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     match &scores.coupling {
-        Some(matrix) if colours => println!("\ncoupling:\n{}", Coupling::heat_map(matrix)),
+        Some(matrix) if cli::colours() => println!("\ncoupling:\n{}", Coupling::heat_map(matrix)),
         Some(_) => println!("\ncoupling: a heat map in a terminal with colours, the numbers with --json"),
         None => {}
     }
@@ -133,10 +131,7 @@ fn print_scores(scores: &Scores, would_go: &[Unit], windows: &Windows) {
     }
     println!("{:.1} s, {:.0} block runs", scores.seconds, scores.block_runs);
     match scores.stability {
-        Some(stability) if stability < 0.8 => println!(
-            "warning: the two halves of the text rank the blocks differently (Spearman {stability:.2}, below 0.8): \
-             use more windows"
-        ),
+        Some(_) if scores.is_stable() == Some(false) => cli::warn_unstable(scores),
         Some(stability) => {
             println!("stability {stability:.2} (Spearman's correlation of two halves of the text)");
         }

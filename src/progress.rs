@@ -6,10 +6,14 @@ use crate::error::{Error, Result};
 
 /// Watches long work, and may stop it.
 ///
-/// Stages are `fetch` (from the hub), `hash` and `save` (in bytes), `load`, `verify`, `perplexity`, `losses`, for folding
-/// `donors`, `ties`, `ranks`, `starts` and `output error`, for healing `heal` and `teacher`, and for scoring the
-/// method's own name, in part with `gates`, `coupling`, `search` and `finalists`. The pipeline's own stages are
-/// `compress: ` and their name, with those of the work inside of them: stages can be nested.
+/// Stages are `fetch` (from the hub), `hash` and `save` (in bytes), `load`, `quantize`, `verify`, `perplexity`, `task`,
+/// `latency`, `samples`, `losses`, for folding `fold`, `donors`, `ties`, `ranks`, `starts` and `output error`, for healing
+/// `heal` and `teacher`, and for scoring the method's own name, in part with `gates`, `coupling`, `coupling by gradients`,
+/// `singles`, `search`, `finalists` and `final states`. The pipeline's own stages are `compress: ` and their name, with
+/// those of the work inside of them: stages can be nested.
+///
+/// Every stage is a span of `tracing` too, at the level of info, called `stage`, with its `name` and the `total` of its
+/// steps; what is decided on the way is an event at the level of debug.
 ///
 /// Every method has a default that does nothing, so that an implementation says only what it cares about;
 /// `()` is the observer that watches nothing.
@@ -53,13 +57,15 @@ pub trait Observer {
 
 impl Observer for () {}
 
-/// Runs `work` as a stage: the observer hears of its beginning, and of its end whatever becomes of it.
+/// Runs `work` as a stage and in a span: the observer hears of its beginning, and of its end whatever becomes of it.
 pub(crate) fn stage<T>(
     stage: &'static str,
     total: u64,
     observer: &mut dyn Observer,
     work: impl FnOnce(&mut dyn Observer) -> Result<T>,
 ) -> Result<T> {
+    // The name of a span belongs to its place in the code; that of the stage is a field.
+    let _span = tracing::info_span!("stage", name = stage, total).entered();
     observer.started(stage, total);
     let result = work(observer);
     observer.finished(stage);

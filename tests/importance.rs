@@ -45,7 +45,7 @@ fn gates_with_coupling(remove: usize) -> GatesWithCoupling {
 
 fn methods(remove: usize) -> Vec<Box<dyn Importance>> {
     vec![
-        Box::new(AngularDistance { remove }),
+        Box::new(AngularDistance { remove, protected: vec![] }),
         Box::new(BlockInfluence::default()),
         Box::new(gates(remove)),
         Box::new(gates_with_coupling(remove)),
@@ -227,6 +227,200 @@ fn gates_close_on_blocks_that_do_nothing() {
         low.sort_unstable();
         assert_eq!(low, [3, 8], "{kind:?}: {:?}", scores.importance());
     }
+}
+
+#[test]
+fn gates_stop_early_once_they_are_polarised() {
+    let (decoder, windows) = (load("llama"), windows("llama"));
+    let mut gates = gates(1);
+    // Every gate is within a half of 0 or 1; each set of gates has had its step.
+    (gates.steps, gates.polarised) = (40, 0.5);
+    let scores = gates.score(&decoder, &windows, &mut ()).unwrap();
+    assert_eq!(scores.trajectory.len(), 4);
+    gates.polarised = 0.0;
+    assert_eq!(gates.score(&decoder, &windows, &mut ()).unwrap().trajectory.len(), 40);
+}
+
+#[test]
+fn one_window_has_no_stability() {
+    let (decoder, windows) = (load("llama"), windows("llama").spread(1).unwrap());
+    for method in methods(1) {
+        assert_eq!(method.score(&decoder, &windows, &mut ()).unwrap().stability, None, "{}", method.method());
+    }
+}
+
+#[test]
+fn matrices_in_bf16_are_scored_by_every_method() {
+    let decoder = load("llama").to_dtype(DType::BF16).unwrap();
+    for method in methods(1) {
+        method.score(&decoder, &windows("llama"), &mut ()).unwrap();
+    }
+}
+
+#[test]
+fn taylor_scores_are_those_of_the_whole_graph() {
+    let (decoder, windows) = (load("llama"), windows("llama"));
+    let mut vars: Vec<(usize, Tensor)> = Vec::new();
+    let tracked = decoder
+        .map(|param, tensor| match param {
+            Param::Block(block, BlockParam::Weight(_)) => {
+                let var = foldgpt::candle::Var::from_tensor(tensor)?.into_inner();
+                vars.push((block, var.clone()));
+                Ok(var)
+            }
+            _ => Ok(tensor.clone()),
+        })
+        .unwrap();
+    let mut total = Tensor::zeros((), DType::F32, &Device::Cpu).unwrap();
+    for ids in windows.iter() {
+        let logits =
+            tracked.forward(&Tensor::from_slice(ids, (1, ids.len()), &Device::Cpu).unwrap()).unwrap();
+        let rows = logits.squeeze(0).unwrap().narrow(0, 0, ids.len() - 1).unwrap();
+        let targets = Tensor::from_slice(&ids[1..], ids.len() - 1, &Device::Cpu).unwrap();
+        let loss = candle_nn::loss::cross_entropy(&rows, &targets).unwrap();
+        total = (total + (loss / windows.len() as f64).unwrap()).unwrap();
+    }
+    let gradients = total.backward().unwrap();
+    let mut expected = vec![0.0; decoder.depth()];
+    for (block, var) in &vars {
+        let product = (var * gradients.get(var).unwrap()).unwrap().abs().unwrap().sum_all().unwrap();
+        expected[*block] += f64::from(product.to_scalar::<f32>().unwrap());
+    }
+    // All four blocks are among the first four or the last two, and raised alike.
+    let highest = expected.iter().copied().fold(0.0, f64::max);
+    let scores = Taylor::default().score(&decoder, &windows, &mut ()).unwrap().importance();
+    for (block, (score, expected)) in scores.iter().zip(&expected).enumerate() {
+        let expected = expected + highest;
+        assert!((score / expected - 1.0).abs() < 1e-4, "block {block}: {score}, expected {expected}");
+    }
+}
+
+/// The cosine of two vectors, in f64.
+fn cosine(x: &[f32], y: &[f32]) -> f64 {
+    let dot = |x: &[f32], y: &[f32]| x.iter().zip(y).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum::<f64>();
+    dot(x, y) / (dot(x, x) * dot(y, y)).sqrt()
+}
+
+/// The state after every block, token by token, the embedding first.
+fn states(decoder: &Decoder, ids: &[u32]) -> Vec<Vec<Vec<f32>>> {
+    let tensor = Tensor::from_slice(ids, (1, ids.len()), &Device::Cpu).unwrap();
+    let states = decoder.hidden_states(&tensor).unwrap();
+    states.iter().map(|state| state.squeeze(0).unwrap().to_vec2().unwrap()).collect()
+}
+
+#[test]
+fn angular_distance_is_that_of_the_last_token_and_passes_over_protected_blocks() {
+    let (decoder, windows) = (load("llama"), windows("llama"));
+    let distance = |first: usize, n: usize| {
+        let angles = windows.iter().map(|ids| {
+            let states = states(&decoder, ids);
+            cosine(states[first].last().unwrap(), states[first + n].last().unwrap()).acos()
+        });
+        angles.sum::<f64>() / windows.len() as f64 / std::f64::consts::PI
+    };
+    let score =
+        |protected: Vec<usize>| AngularDistance { remove: 2, protected }.score(&decoder, &windows, &mut ());
+    let scores = score(vec![]).unwrap();
+    for (block, score) in scores.importance().into_iter().enumerate() {
+        assert!((score - distance(block, 1)).abs() < 1e-4, "block {block}: {score}");
+    }
+    let nearest = |firsts: &[usize]| {
+        let by_distance = |a: &&usize, b: &&usize| distance(**a, 2).total_cmp(&distance(**b, 2));
+        let first = *firsts.iter().min_by(by_distance).unwrap();
+        Some(vec![first, first + 1])
+    };
+    assert_eq!(scores.chosen, nearest(&[0, 1, 2]));
+    assert_eq!(score(vec![0]).unwrap().chosen, nearest(&[1, 2]));
+    assert_eq!(score(vec![3]).unwrap().chosen, nearest(&[0, 1]));
+    let error = score(vec![1, 3]).unwrap_err().to_string();
+    assert!(error.contains("[1, 3]") && error.contains("2 consecutive"), "{error}");
+}
+
+#[test]
+fn macro_influence_is_the_change_of_the_last_state() {
+    let (decoder, windows) = (load("llama"), windows("llama"));
+    let method = MacroInfluence { remove: 1, ..MacroInfluence::default() };
+    let scores = method.score(&decoder, &windows, &mut ()).unwrap();
+    let expected = |block: usize| {
+        let without = decoder.without(&[Unit::whole(block)]).unwrap();
+        let mut sum = 0.0;
+        for ids in windows.iter() {
+            let (whole, cut) = (states(&decoder, ids), states(&without, ids));
+            let pairs = whole.last().unwrap().iter().zip(cut.last().unwrap());
+            sum += pairs.map(|(x, y)| 1.0 - cosine(x, y)).sum::<f64>() / ids.len() as f64;
+        }
+        sum / windows.len() as f64
+    };
+    for (block, score) in scores.importance().into_iter().enumerate() {
+        assert!(
+            (score - expected(block)).abs() < 1e-5,
+            "block {block}: {score}, expected {}",
+            expected(block)
+        );
+    }
+    let least = (0..4).min_by(|a, b| expected(*a).total_cmp(&expected(*b))).unwrap();
+    assert_eq!(scores.chosen, Some(vec![least]));
+}
+
+#[test]
+fn coupling_keeps_protected_blocks_and_stays_within_its_budget() {
+    let (decoder, windows) = (load("llama"), windows("llama"));
+    let mut method = gates_with_coupling(1);
+    method.gates.protected = vec![0, 2];
+    let chosen = method.score(&decoder, &windows, &mut ()).unwrap().chosen.unwrap();
+    assert!(chosen == [1] || chosen == [3], "{chosen:?}");
+    // What is measured whatever the budget: singles, pairs, gates, and the sets that these suggest.
+    let runs = |budget: f64| {
+        let mut method = gates_with_coupling(2);
+        method.budget_block_runs = budget;
+        method.score(&decoder, &windows, &mut ()).unwrap().block_runs
+    };
+    let least = runs(0.0);
+    for budget in [30.0, 60.0] {
+        let more = runs(budget) - least;
+        assert!(more <= budget, "{more} block runs of a budget of {budget}");
+    }
+    method.budget_block_runs = f64::NAN;
+    assert!(method.score(&decoder, &windows, &mut ()).is_err());
+}
+
+#[test]
+fn without_a_number_to_remove_coupling_scores_singles_and_gates_refuse() {
+    let (decoder, windows) = (load("llama"), windows("llama"));
+    let scores = gates_with_coupling(0).score(&decoder, &windows, &mut ()).unwrap();
+    let dense = loss_without(&decoder, &windows, &[]);
+    for (block, score) in scores.importance().into_iter().enumerate() {
+        let expected = loss_without(&decoder, &windows, &[block]) - dense;
+        assert!((score - expected).abs() < 1e-5, "block {block}: {score}, expected {expected}");
+    }
+    assert!(scores.chosen.is_none() && scores.coupling.is_some());
+    let error = gates(0).score(&decoder, &windows, &mut ()).unwrap_err().to_string();
+    assert!(error.contains("blocks to remove") && error.contains("at least 1"), "{error}");
+}
+
+#[test]
+fn kept_losses_change_no_choice() {
+    let (decoder, windows) = (load("llama"), windows("llama"));
+    let scratch = tempfile::tempdir().unwrap();
+    let method = |remove: usize, kept: bool| {
+        let mut method = gates_with_coupling(remove);
+        // So little that the search ends by it.
+        method.budget_block_runs = 40.0;
+        method.losses_file = kept.then(|| scratch.path().join("losses"));
+        method.score(&decoder, &windows, &mut ()).unwrap()
+    };
+    let alone = method(2, false);
+    for _ in 0..2 {
+        method(1, true);
+        let kept = method(2, true);
+        assert_eq!((kept.chosen, kept.blocks), (alone.chosen.clone(), alone.blocks.clone()));
+    }
+    let foreign = scratch.path().join("foreign");
+    std::fs::write(&foreign, "{\"gates\": 1}").unwrap();
+    let mut other = gates_with_coupling(1);
+    other.losses_file = Some(foreign.clone());
+    assert!(other.score(&decoder, &windows, &mut ()).unwrap_err().to_string().contains("something else"));
+    assert_eq!(std::fs::read_to_string(&foreign).unwrap(), "{\"gates\": 1}");
 }
 
 #[test]

@@ -11,8 +11,8 @@ use foldgpt::importance::{BlockInfluence, Gates, Method};
 use foldgpt::pipeline::{Goal, MixOptions, Report, Share, Stage, Total};
 use foldgpt::plan::Groups;
 use foldgpt::{
-    Bos, Bytes, Checkpoint, Compressor, Error, Format, Heal, Importance, Observer, Plan, Recipe, SaveOptions,
-    Target, Windows, fold_on, perplexity,
+    Account, Bos, Bytes, Checkpoint, Compressor, Error, Format, Heal, Importance, LatencyOptions, Observer,
+    Plan, Recipe, SaveOptions, Target, Windows, fold_on, perplexity,
 };
 use tempfile::TempDir;
 
@@ -191,6 +191,45 @@ fn an_interrupted_run_goes_on_and_ends_with_the_same_bytes() {
 }
 
 #[test]
+fn speed_is_measured_where_asked_and_once() {
+    let directory = directory();
+    let path = directory.path();
+    let mut options = LatencyOptions::default();
+    (options.prompt, options.new_tokens, options.runs) = (8, 2, 3);
+    let plain = || compressor(path, "out").heal(heal(1));
+    let timed = || plain().latency(options);
+    assert!(timed().dry_run(&mut ()).unwrap().to_string().contains("speed in 3 runs"));
+    let report = timed().run(&mut ()).unwrap();
+    let (dense, compressed) = (report.dense.latency.unwrap(), report.compressed.latency.clone().unwrap());
+    assert!(report.folded.unwrap().latency.is_none());
+    assert_eq!((dense.prefill.runs, compressed.decode.runs), (3, 3));
+    let reloaded = Checkpoint::open(path.join("out")).unwrap().decoder(DType::F32, &Device::Cpu).unwrap();
+    let saved = Account::counted(&reloaded, 1).unwrap();
+    assert_eq!(compressed.kv_bytes_per_token, saved.kv_bytes_per_token);
+    assert!(dense.resident_bytes > compressed.resident_bytes);
+
+    // What was measured is known, and nothing else depends on it.
+    let mut watch = Watch::default();
+    let again = timed().run(&mut watch).unwrap();
+    assert!(again.ran.is_empty() && !watch.stages.contains(&"latency"));
+    assert_eq!(again.compressed.latency, Some(compressed));
+    let without = plain().run(&mut ()).unwrap();
+    assert!(without.ran.is_empty() && without.dense.latency.is_none());
+    let json: serde_json::Value = serde_json::from_str(&again.to_json().unwrap()).unwrap();
+    assert_eq!(json["compressed"]["latency"]["decode"]["runs"], 3);
+
+    options.runs = 2;
+    let other = plain().latency(options);
+    let forecast = other.dry_run(&mut ()).unwrap();
+    let unknown: Vec<Stage> =
+        forecast.stages.iter().filter(|stage| !stage.known).map(|stage| stage.stage).collect();
+    assert_eq!(unknown, [Stage::Evaluate]);
+    let mut watch = Watch { stop: Some(("latency", 2)), ..Watch::default() };
+    assert!(matches!(other.run(&mut watch).unwrap_err(), Error::Cancelled { stage: "latency" }));
+    assert_eq!(other.run(&mut ()).unwrap().ran, [Stage::Evaluate]);
+}
+
+#[test]
 fn a_model_that_lost_too_much_is_not_saved() {
     let directory = directory();
     let path = directory.path();
@@ -204,7 +243,8 @@ fn a_model_that_lost_too_much_is_not_saved() {
     assert!(!path.join("out").exists());
     assert!(path.join("work").is_dir());
     let report = gated(f64::from(u16::MAX)).run(&mut ()).unwrap();
-    assert_eq!(report.ran, [Stage::Fold, Stage::Save]);
+    // What evaluates now is the samples, which no model was asked for that is not saved.
+    assert_eq!(report.ran, [Stage::Fold, Stage::Evaluate, Stage::Save]);
 }
 
 #[test]
@@ -258,6 +298,10 @@ fn recipes_that_cannot_be_are_refused_by_field() {
         "coupling",
     );
     refused(with(&|recipe| recipe.max_nll_increase = Some(f64::NAN)), "max_nll_increase");
+    refused(
+        with(&|recipe| recipe.latency = Recipe::from_toml("latency.runs = 0").unwrap().latency),
+        "latency",
+    );
     refused(base().protect(&[12]), "protect");
     refused(base().target(Goal::Blocks(3)).protect(&[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]), "target");
     let mix = MixOptions::new(Total::Share(0.7));
@@ -296,6 +340,7 @@ fn toml_and_json_are_the_same_recipe() {
         target = { rate = 0.2 }
         max_nll_increase = 0.3
         tasks = ["arc.jsonl"]
+        latency = true
         format = "compact"
 
         [windows]
@@ -318,7 +363,7 @@ fn toml_and_json_are_the_same_recipe() {
     let json = r#"{
         "model": "org/name", "text": "text.txt", "out": "out", "seed": 7, "dtype": "bf16", "method": "coupling",
         "protect": [0, 11], "target": { "rate": 0.2 }, "max_nll_increase": 0.3, "tasks": ["arc.jsonl"],
-        "format": "compact", "windows": { "seq_len": 128, "bos": "never" },
+        "latency": {}, "format": "compact", "windows": { "seq_len": 128, "bos": "never" },
         "coupling": { "search_windows": 2, "gates": { "batch": 1 } },
         "share": { "groups": { "consecutive": { "size": 2 } }, "own": { "scales": "least-squares",
             "residual": { "ranks": { "uniform": 4 }, "start": "svd" } } },
@@ -332,6 +377,11 @@ fn toml_and_json_are_the_same_recipe() {
     assert_eq!((recipe.target, recipe.format), (Some(Goal::Rate(0.2)), Format::Compact));
     assert_eq!((recipe.windows.seq_len, recipe.windows.calibrate), (128, 16));
     let work = recipe.work_directory();
+    let latency = |text: &str| Recipe::from_toml(text).unwrap().latency;
+    assert_eq!(latency("latency = true"), Some(LatencyOptions::default()));
+    assert_eq!(latency("latency = false"), None);
+    assert_eq!(latency("[latency]\nruns = 7").map(|options| (options.runs, options.prompt)), Some((7, 128)));
+    assert_eq!(Recipe::from_json("{\"latency\": null}").unwrap().latency, None);
     // The own default of the method, and not that of gates alone.
     assert_eq!(recipe.coupling.unwrap().gates.steps, 120);
     assert_eq!(work, PathBuf::from("out.work"));
@@ -346,12 +396,13 @@ fn toml_and_json_are_the_same_recipe() {
         "method = \"magic\"",
         "[coupling.gates]\nsteep = 3",
         "heal = { adamw = { b = 1 } }",
+        "latency = { repeats = 3 }",
     ];
     for text in unknown {
         let path = directory.path().join("recipe.toml");
         std::fs::write(&path, text).unwrap();
         let error = Recipe::read(&path).unwrap_err().to_string();
-        let names = ["share", "remove", "step", "kl", "length", "magic", "steep", "`b`"];
+        let names = ["share", "remove", "step", "kl", "length", "magic", "steep", "`b`", "repeats"];
         assert!(error.contains("recipe.toml") && names.iter().any(|name| error.contains(name)), "{error}");
     }
 }
@@ -438,6 +489,8 @@ fn a_run_in_little_memory_reads_blocks_from_disk_and_gives_the_same_model() {
         let mut watch = Watch::default();
         let from_disk = little.run(&mut watch).unwrap();
         assert!(!watch.stages.contains(&"load"), "{method}: the model was loaded");
+        assert!(from_disk.streamed && !in_memory.streamed && from_disk.samples.is_empty(), "{method}");
+        assert_eq!(from_disk.saved_bytes, in_memory.saved_bytes, "{method}");
         assert_eq!(from_disk.ran, [Stage::Score, Stage::Plan, Stage::Evaluate, Stage::Save]);
         assert_eq!(in_memory.dense.perplexity, from_disk.dense.perplexity, "{method}");
         assert_eq!(in_memory.compressed.perplexity, from_disk.compressed.perplexity, "{method}");
@@ -462,6 +515,8 @@ fn what_little_memory_cannot_do_is_refused_before_any_work() {
     assert!(refused(little().heal(heal(2))).contains("`heal`"));
     assert!(refused(little().method(Method::Taylor)).contains("taylor"));
     assert!(refused(little().share(Share::new(Groups::of(2)))).contains("`share`"));
+    assert!(refused(little().latency(LatencyOptions::default())).contains("`latency`"));
+    assert!(refused(little().prompts(["Anna"])).contains("`samples.prompts`"));
     assert!(refused(compressor(path, "out").max_memory(Bytes(1000))).contains("at least"));
     assert!(!path.join("work").exists() && !path.join("out").exists());
     // With enough of it, a limit changes nothing.

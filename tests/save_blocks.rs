@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::Path;
 
-use foldgpt::candle::{DType, Device};
+use foldgpt::candle::{DType, Device, Tensor};
 use foldgpt::model::{Part, Unit};
 use foldgpt::{Checkpoint, Error, Format, Observer, Plan, SaveOptions, Scores, Target};
 use support::{FAMILIES, folded, kinds, load, open, windows};
@@ -130,6 +130,26 @@ fn what_cannot_be_written_leaves_nothing() {
 
     checkpoint.save_blocks(&[0, 1], None, &out, &plain, &mut ()).unwrap();
     assert!(checkpoint.save_blocks(&[0, 1], None, &out, &plain, &mut ()).is_err(), "it exists");
+
+    // A weight that is not finite is refused where it is copied; saving the decoder would refuse it anywhere.
+    let broken = support::changed_fixture("llama", |_| {});
+    let weights = broken.path().join("model.safetensors");
+    let mut tensors = foldgpt::candle::safetensors::load(&weights, &Device::Cpu).unwrap();
+    let name = "model.layers.2.mlp.up_proj.weight";
+    for dtype in [DType::F32, DType::BF16, DType::F16, DType::F64] {
+        for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let tensor = Tensor::full(value, (80, 48), &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+            tensors.insert(name.into(), tensor);
+            foldgpt::candle::safetensors::save(&tensors, &weights).unwrap();
+            let checkpoint = Checkpoint::open(broken.path()).unwrap();
+            let elsewhere = scratch.path().join("broken");
+            let error = checkpoint.save_blocks(&[0, 2], None, &elsewhere, &plain, &mut ()).unwrap_err();
+            assert!(matches!(&error, Error::Tensor { tensor, .. } if tensor == name), "{dtype:?}: {error}");
+            assert!(!elsewhere.exists());
+            checkpoint.save_blocks(&[0, 1], None, &elsewhere, &plain, &mut ()).unwrap();
+            std::fs::remove_dir_all(&elsewhere).unwrap();
+        }
+    }
 
     // A source that is cut off while it is copied.
     let copy = support::changed_fixture("llama", |_| {});

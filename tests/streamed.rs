@@ -33,15 +33,18 @@ fn gates() -> Gates {
 }
 
 fn methods() -> Vec<Box<dyn Importance>> {
-    let mut halves = gates();
+    let (mut halves, mut warm) = (gates(), gates());
     halves.halves = true;
+    (warm.warm_start, warm.protected) = (Some(vec![0.3, 0.1, 0.4, 0.2]), vec![1]);
     vec![
         Box::new(BlockInfluence::default()),
-        Box::new(AngularDistance { remove: 2 }),
+        Box::new(AngularDistance { remove: 2, protected: vec![] }),
         Box::new(PerplexityIncrease::default()),
         Box::new(gates()),
         Box::new(halves),
         Box::new(Random { seed: 3 }),
+        Box::new(AngularDistance { remove: 2, protected: vec![1] }),
+        Box::new(warm),
     ]
 }
 
@@ -90,6 +93,41 @@ fn how_many_states_fit_in_memory_changes_nothing() {
             let (in_memory, from_disk) = both(&checkpoint, &*method, &windows, DType::F32, Some(room));
             assert_eq!(in_memory, from_disk, "{room} {}", method.method());
         }
+    }
+}
+
+#[test]
+fn a_single_window_has_no_stability_either_way() {
+    let checkpoint = open("llama");
+    let windows = Windows::from_ids(vec![(0..24).collect()]).unwrap();
+    for method in methods() {
+        let (in_memory, from_disk) = both(&checkpoint, &*method, &windows, DType::F32, None);
+        assert_eq!(in_memory, from_disk, "{}", method.method());
+        assert_eq!(from_disk.stability, None, "{}", method.method());
+    }
+}
+
+#[test]
+fn options_that_do_not_fit_the_model_are_refused_as_in_memory() {
+    let (checkpoint, windows) = (open("llama"), windows("llama"));
+    let decoder = checkpoint.decoder(DType::F32, &Device::Cpu).unwrap();
+    let streamed = checkpoint.streamed(DType::F32, &Device::Cpu, options(None)).unwrap();
+    let (mut unknown, mut short, mut too_many) = (gates(), gates(), gates());
+    unknown.protected = vec![4];
+    short.warm_start = Some(vec![0.1]);
+    too_many.remove = 5;
+    let wrong: Vec<Box<dyn Importance>> = vec![
+        Box::new(AngularDistance { remove: 2, protected: vec![4] }),
+        Box::new(AngularDistance { remove: 2, protected: vec![1, 2] }),
+        Box::new(AngularDistance { remove: 4, protected: vec![] }),
+        Box::new(unknown),
+        Box::new(short),
+        Box::new(too_many),
+    ];
+    for method in wrong {
+        let in_memory = method.score(&decoder, &windows, &mut ()).unwrap_err();
+        let from_disk = method.score_streamed(&streamed, &windows, &mut ()).unwrap_err();
+        assert_eq!(in_memory.to_string(), from_disk.to_string());
     }
 }
 

@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use foldgpt::candle::{D, DType, Device, Tensor};
-use foldgpt::eval::{Choice, Task, accuracy};
+use foldgpt::eval::{Accuracy, Choice, Task, accuracy, answers};
 use foldgpt::{Checkpoint, Decoder, Tokenizer};
 
 fn model() -> (Decoder, Tokenizer) {
@@ -19,7 +19,7 @@ fn plain(decoder: &Decoder, tokenizer: &Tokenizer, choice: &Choice) -> (f64, boo
     let begin = tokenizer.bos().filter(|_| tokenizer.adds_bos());
     let encode =
         |text: &str| -> Vec<u32> { begin.into_iter().chain(tokenizer.encode(text).unwrap()).collect() };
-    let (ids, first) = (encode(&text), encode(&choice.context).len());
+    let (ids, first) = (encode(&text), encode(choice.context.trim_end()).len());
     let logits = decoder.forward(&Tensor::from_slice(&ids, (1, ids.len()), &Device::Cpu).unwrap()).unwrap();
     let logits = logits.squeeze(0).unwrap();
     let likely = candle_nn::ops::log_softmax(&logits, D::Minus1).unwrap().to_vec2::<f32>().unwrap();
@@ -53,6 +53,15 @@ fn answers_are_those_of_whole_forwards() {
         right_by_length += usize::from(wins(&by_length));
     }
     let found = accuracy(&decoder, &tokenizer, &task, &mut ()).unwrap();
+    let answered = answers(&decoder, &tokenizer, &task, &mut ()).unwrap();
+    assert_eq!(Accuracy::of(&answered), found);
+    for (answer, item) in answered.iter().zip(&task.items) {
+        assert_eq!((answer.gold, answer.log_likelihoods.len()), (item.gold, item.choices.len()));
+        for (found, choice) in answer.log_likelihoods.iter().zip(&item.choices) {
+            let (expected, _) = plain(&decoder, &tokenizer, choice);
+            assert!((found - expected).abs() < 1e-3, "{found} is not {expected}");
+        }
+    }
     assert_eq!(found.items, 4);
     assert!((found.acc - right as f64 / 4.0).abs() < 1e-12, "{found:?}, {right} right");
     assert!((found.acc_norm.unwrap() - right_by_length as f64 / 4.0).abs() < 1e-12);

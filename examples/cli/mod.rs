@@ -2,19 +2,23 @@
 #![allow(dead_code, unreachable_pub, clippy::print_stdout, clippy::print_stderr)]
 
 pub mod heal;
+pub mod quantize;
 pub mod work;
 
+use std::io::IsTerminal;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use foldgpt::candle::{DType, Device};
-use foldgpt::importance::{self, Importance, MethodOptions};
+use foldgpt::importance::{Importance, Method, MethodOptions};
 use foldgpt::pipeline::{Goal, MixOptions, Share, Total};
 use foldgpt::plan::{Budget, Donor, Groups, Ranks, Residual, ResidualStart, ScaleStart};
 use foldgpt::{
-    Bos, Bytes, Checkpoint, Decoder, Format, HubOptions, Observer, Perplexity, Target, Tokenizer, Windows,
+    Bos, Bytes, Checkpoint, Decoder, Format, HubOptions, Observer, Perplexity, Scores, Target, Tokenizer,
+    Windows,
 };
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
@@ -136,86 +140,71 @@ pub enum BosArg {
     Never,
 }
 
-/// How blocks are scored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Method {
-    /// Learnable gates, pairwise coupling, and a search decided by true losses
-    Coupling,
-    /// Learnable gates alone
-    Gates,
-    /// 1 - cos(input, output) of each block
-    BlockInfluence,
-    /// Angular distance across consecutive blocks, at the last token
-    Angular,
-    /// Loss without each block, one shot
-    Perplexity,
-    /// Loss without each block, measured anew after each removal
-    GreedyPerplexity,
-    /// First-order Taylor scores of the weights
-    Taylor,
-    /// Change of the last block's output, measured anew after each removal
-    MacroInfluence,
-    /// Chance
-    Random,
+/// Parses the library's methods by name, with what each does in a few words.
+pub fn methods() -> impl TypedValueParser<Value = Method> {
+    let value = |method: Method| PossibleValue::new(method.name()).help(in_few_words(method));
+    PossibleValuesParser::new(Method::ALL.map(value)).try_map(|name| name.parse::<Method>())
 }
 
-impl Method {
-    pub const ALL: [Self; 9] = [
-        Self::Coupling,
-        Self::Gates,
-        Self::BlockInfluence,
-        Self::Angular,
-        Self::Perplexity,
-        Self::GreedyPerplexity,
-        Self::Taylor,
-        Self::MacroInfluence,
-        Self::Random,
-    ];
-
-    /// What the method is called on the command line.
-    pub fn name(self) -> String {
-        self.to_possible_value().map(|value| value.get_name().to_string()).unwrap_or_default()
+fn in_few_words(method: Method) -> &'static str {
+    match method {
+        Method::Coupling => "Learnable gates, pairwise coupling, and a search decided by true losses",
+        Method::Gates => "Learnable gates alone",
+        Method::BlockInfluence => "1 - cos(input, output) of each block",
+        Method::Angular => "Angular distance across consecutive blocks, at the last token",
+        Method::Perplexity => "Loss without each block, one shot",
+        Method::GreedyPerplexity => "Loss without each block, measured anew after each removal",
+        Method::Taylor => "First-order Taylor scores of the weights",
+        Method::MacroInfluence => "Change of the last block's output, measured anew after each removal",
+        Method::Random => "Chance",
+        _ => "",
     }
+}
 
-    /// Whether the method has to know how many blocks it is to choose.
-    pub fn depends_on_count(self) -> bool {
-        matches!(self, Self::Coupling | Self::Gates | Self::Angular)
-    }
+/// A method that is told to choose `remove` blocks outside of `protected`.
+pub fn build(
+    method: Method,
+    remove: usize,
+    protected: &[usize],
+    seed: u64,
+    scoring: &ScoringArgs,
+) -> Result<Box<dyn Importance>> {
+    Ok(method.build(&options(method, remove, protected, seed, scoring)?))
+}
 
-    /// The library's method of this name.
-    pub fn method(self) -> Result<importance::Method> {
-        Ok(self.name().parse()?)
-    }
+/// What a method is told.
+pub fn options(
+    method: Method,
+    remove: usize,
+    protected: &[usize],
+    seed: u64,
+    scoring: &ScoringArgs,
+) -> Result<MethodOptions> {
+    scoring.check(method)?;
+    let mut options = MethodOptions::default();
+    (options.remove, options.protected, options.seed) = (remove, protected.to_vec(), seed);
+    options.gates.halves = scoring.halves;
+    options.gates.steps = scoring.gate_steps.unwrap_or(options.gates.steps);
+    options.coupling.gates.steps = scoring.gate_steps.unwrap_or(options.coupling.gates.steps);
+    options.gates_file = scoring.file(&format!("{method}-{remove}-gates.json"))?;
+    options.values_file = scoring.file(&format!("{method}-values.jsonl"))?;
+    Ok(options)
+}
 
-    /// The method, told to choose `remove` blocks outside of `protected`.
-    pub fn build(
-        self,
-        remove: usize,
-        protected: &[usize],
-        seed: u64,
-        scoring: &ScoringArgs,
-    ) -> Result<Box<dyn Importance>> {
-        Ok(self.method()?.build(&self.options(remove, protected, seed, scoring)?))
+/// Says where two halves of the text rank the blocks differently.
+pub fn warn_unstable(scores: &Scores) {
+    if let Some(stability) = scores.stability.filter(|_| scores.is_stable() == Some(false)) {
+        println!(
+            "warning: by {}, the two halves of the text rank the blocks differently (Spearman {stability:.2}, below \
+             0.8): use more windows",
+            scores.method
+        );
     }
+}
 
-    /// What the method is told.
-    pub fn options(
-        self,
-        remove: usize,
-        protected: &[usize],
-        seed: u64,
-        scoring: &ScoringArgs,
-    ) -> Result<MethodOptions> {
-        anyhow::ensure!(!scoring.halves || self == Self::Gates, "--halves is for --method gates");
-        let mut options = MethodOptions::default();
-        (options.remove, options.protected, options.seed) = (remove, protected.to_vec(), seed);
-        options.gates.halves = scoring.halves;
-        options.gates.steps = scoring.gate_steps.unwrap_or(options.gates.steps);
-        options.coupling.gates.steps = scoring.gate_steps.unwrap_or(options.coupling.gates.steps);
-        options.gates_file = scoring.file(&format!("{}-{remove}-gates.json", self.name()))?;
-        options.values_file = scoring.file(&format!("{}-values.jsonl", self.name()))?;
-        Ok(options)
-    }
+/// Whether standard output shows colours.
+pub fn colours() -> bool {
+    std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none()
 }
 
 // How gates are trained, and where long scoring keeps its state.
@@ -233,6 +222,20 @@ pub struct ScoringArgs {
 }
 
 impl ScoringArgs {
+    /// Fails for options that do not concern the method.
+    pub fn check(&self, method: Method) -> Result<()> {
+        let gates = matches!(method, Method::Gates | Method::Coupling);
+        anyhow::ensure!(
+            !self.halves || method == Method::Gates,
+            "--halves is for --method gates, not {method}"
+        );
+        anyhow::ensure!(
+            self.gate_steps.is_none() || gates,
+            "--gate-steps is for --method gates or coupling, not {method}"
+        );
+        Ok(())
+    }
+
     /// A file in the directory where state is kept, which is made where it is missing.
     fn file(&self, name: &str) -> Result<Option<PathBuf>> {
         let Some(directory) = &self.state else { return Ok(None) };
@@ -416,6 +419,22 @@ pub fn protocol_of(found: &Perplexity) -> String {
 fn protocol_line(tokens: usize, windows: usize, seq_len: usize, bos: bool, sha256: &str) -> String {
     let bos = if bos { "with" } else { "without" };
     format!("{tokens} predicted tokens in {windows} windows of {seq_len}, {bos} bos, text sha256 {sha256}")
+}
+
+/// The command that this process was run by, as a shell takes it.
+pub fn command() -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_=+,./:@%".contains(c);
+    let quoted = |argument: String| {
+        if !argument.is_empty() && argument.chars().all(plain) {
+            return argument;
+        }
+        format!("'{}'", argument.replace('\'', r"'\''"))
+    };
+    let mut arguments = std::env::args_os().map(|argument| argument.to_string_lossy().into_owned());
+    // Where the program lies says nothing.
+    let program = arguments.next().unwrap_or_default();
+    let program = Path::new(&program).file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    std::iter::once(program).chain(arguments.map(quoted)).collect::<Vec<_>>().join(" ")
 }
 
 /// Fails early for blocks that are to stay and do not exist.

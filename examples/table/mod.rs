@@ -4,8 +4,9 @@
 use std::fmt::Write;
 use std::time::Instant;
 
+use foldgpt::eval::Throughput;
 use foldgpt::pipeline::Measured;
-use foldgpt::{Checkpoint, Decoder, Observer, Perplexity, Windows, perplexity};
+use foldgpt::{Checkpoint, Decoder, Latency, Observer, Perplexity, Windows, perplexity};
 
 /// A model's line of the table.
 pub struct Row {
@@ -73,6 +74,38 @@ pub fn table(rows: &[Row]) -> String {
             row.result.mean_nll,
             row.result.perplexity,
             row.tokens_per_second
+        );
+    }
+    text
+}
+
+/// How fast models are and what they take, measured in turns, each beside the first.
+pub fn speeds(rows: &[(&str, &Latency)]) -> String {
+    let mut text = format!(
+        "{:<12} {:>27} {:>6} {:>27} {:>6} {:>15} {:>13}\n",
+        "", "prefill tokens/s", "", "decode tokens/s", "", "resident bytes", "KV bytes/token"
+    );
+    let spread = |found: &Throughput| format!("{:.1} ({:.1}-{:.1})", found.median, found.min, found.max);
+    for (name, latency) in rows {
+        let first = rows.first().map_or(latency, |(_, first)| first);
+        let ratio = |of: fn(&Latency) -> f64| format!("x{:.2}", of(latency) / of(first));
+        let _ = writeln!(
+            text,
+            "{name:<12} {:>27} {:>6} {:>27} {:>6} {:>15} {:>13}",
+            spread(&latency.prefill),
+            ratio(|latency| latency.prefill.median),
+            spread(&latency.decode),
+            ratio(|latency| latency.decode.median),
+            grouped(latency.resident_bytes),
+            grouped(latency.kv_bytes_per_token)
+        );
+    }
+    if let Some((_, Latency { prompt, new_tokens, dtype, threads, prefill, .. })) = rows.first() {
+        let _ = writeln!(
+            text,
+            "medians (slowest-fastest) of {} runs in turns, {prompt} tokens read and {new_tokens} made, {dtype}, \
+             {threads} threads",
+            prefill.runs
         );
     }
     text

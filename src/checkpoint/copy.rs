@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::DType;
+use half::{bf16, f16};
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
@@ -21,15 +22,18 @@ const PIECE: usize = 1 << 22;
 
 impl Checkpoint {
     /// Writes the model with only the blocks of `kept`, in that order, as [`save`](Self::save) writes the decoder of
-    /// these blocks, byte for byte, and never has more than a tensor in memory: stored tensors are copied as they are.
-    /// Their values are not looked at.
+    /// these blocks, byte for byte, and never has more than a tensor in memory: stored tensors are copied as they are
+    /// (scales too, of which `save` narrows those that lose nothing by it).
     ///
-    /// The directory is complete or absent, as there; each tensor is compared with what was copied by its hash.
+    /// The directory is complete or absent, as there; each tensor is compared with what was copied by its hash. A value
+    /// that is NaN or infinite is refused in what is copied, and not looked for in the blocks that are dropped, where
+    /// [`decoder`](Self::decoder) finds it.
     ///
     /// # Errors
     /// [`Error::NoSuchBlock`]; a plan that removes other blocks, or that shares or removes parts of blocks; blocks
-    /// with scales, residuals or one half only in the expanded format, which has to compute; a directory that exists
-    /// and is not empty, a full disk, a result that does not read back as it was, or a cancelling observer.
+    /// with scales, residuals or one half only in the expanded format, which has to compute; a weight that is NaN or
+    /// infinite; a directory that exists and is not empty, a full disk, a result that does not read back as it was, or
+    /// a cancelling observer.
     pub fn save_blocks(
         &self,
         kept: &[usize],
@@ -38,15 +42,26 @@ impl Checkpoint {
         options: &SaveOptions,
         observer: &mut dyn Observer,
     ) -> Result<Saved> {
-        let architecture = self.architecture.with_blocks(kept)?;
+        let written = self.of_blocks(kept, options.format)?;
         if let Some(plan) = plan {
-            self.check_plan(plan, kept, &architecture, observer)?;
+            self.check_plan(plan, kept, &written.model, observer)?;
         }
-        let mut folded = (0..architecture.depth()).map(|depth| architecture.fold.block(depth));
+        self.write(&written, plan, directory.as_ref(), options, observer)
+    }
+
+    /// The bytes of all tensors that [`save_blocks`](Self::save_blocks) writes.
+    pub(crate) fn bytes_to_copy(&self, kept: &[usize], format: Format) -> Result<u64> {
+        Ok(self.of_blocks(kept, format)?.bytes())
+    }
+
+    /// What is written of some blocks.
+    fn of_blocks(&self, kept: &[usize], format: Format) -> Result<Written<'_>> {
+        let model = self.architecture.with_blocks(kept)?;
+        let mut folded = (0..model.depth()).map(|depth| model.fold.block(depth));
         let computed = folded.any(|block| block.part != Part::Whole || !block.adapters.is_empty());
-        let architecture = match options.format {
-            Format::Compact => architecture,
-            Format::Expanded if !computed => architecture.expanded(),
+        let architecture = match format {
+            Format::Compact => model.clone(),
+            Format::Expanded if !computed => model.expanded(),
             Format::Expanded => {
                 let reason = "blocks with scales, residuals or one half cannot be copied to the expanded format, \
                               expected the compact one, or a decoder that is saved";
@@ -60,10 +75,9 @@ impl Checkpoint {
         }
         let types = tensors.iter().filter_map(|stored| origins.get(&stored.name));
         let types = types.map(|origin| self.stored_dtype(&origin.name)).collect();
-        let (format, kept) = (options.format, kept.to_vec());
         let content = Box::new(Copied { checkpoint: self, origins, hashes: RefCell::default() });
-        let written = Written { format, architecture, kept, tensors, types, merges: false, content };
-        self.write(&written, plan, directory.as_ref(), options, observer)
+        let kept = kept.to_vec();
+        Ok(Written { format, model, architecture, kept, tensors, types, merges: false, content })
     }
 
     /// The tensor of this checkpoint that a tensor of the one with the blocks `kept` is.
@@ -111,7 +125,8 @@ impl Content for Copied<'_> {
         let missing = || Error::tensor(&self.checkpoint.location, &stored.name, "missing");
         let origin = self.origins.get(&stored.name).ok_or_else(missing)?;
         let bytes = match self.checkpoint.raw(origin, dtype)? {
-            Some(bytes) => bytes,
+            Some(bytes) if are_finite(&bytes, dtype) => bytes,
+            Some(_) => return Err(self.checkpoint.not_finite(origin, dtype)),
             None => bytes_of(&self.checkpoint.read(origin)?)?,
         };
         self.hashes.borrow_mut().insert(stored.name.clone(), hash(&bytes));
@@ -124,8 +139,25 @@ impl Content for Copied<'_> {
     }
 }
 
+/// Whether numbers of this type, as they are stored, are all finite.
+fn are_finite(bytes: &[u8], dtype: DType) -> bool {
+    match dtype {
+        DType::F32 => all(bytes, |number| f32::from_le_bytes(number).is_finite()),
+        DType::F64 => all(bytes, |number| f64::from_le_bytes(number).is_finite()),
+        DType::BF16 => all(bytes, |number| bf16::from_le_bytes(number).is_finite()),
+        DType::F16 => all(bytes, |number| f16::from_le_bytes(number).is_finite()),
+        _ => false,
+    }
+}
+
+fn all<const N: usize>(bytes: &[u8], holds: impl Fn([u8; N]) -> bool + Sync) -> bool {
+    // Without an early end: a loop that has one does not vectorise.
+    let of = |piece: &[u8]| piece.as_chunks().0.iter().fold(true, |all, number| all & holds(*number));
+    bytes.par_chunks(PIECE).all(of)
+}
+
 /// A hash of all bytes, by pieces on all cores: copying should not wait for it.
 fn hash(bytes: &[u8]) -> Vec<u8> {
     let pieces: Vec<_> = bytes.par_chunks(PIECE).map(Sha256::digest).collect();
-    pieces.iter().fold(Sha256::new(), |hash, piece| hash.chain_update(piece)).finalize().to_vec()
+    pieces.iter().fold(Sha256::new(), Sha256::chain_update).finalize().to_vec()
 }

@@ -9,6 +9,7 @@ use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::card::{CARD, ModelCard};
 use super::layout::{Stored, stored_tensors};
 use super::safetensors::{COMPACT, STANDARD, index, single};
 use super::staging::Staging;
@@ -40,12 +41,14 @@ pub struct SaveOptions {
     pub format: Format,
     /// Tensors are split into files of at most this many bytes; a larger tensor has a file of its own.
     pub max_shard_bytes: u64,
+    /// The model card, `README.md`. Where absent, one that says what was done, without results.
+    pub card: Option<ModelCard>,
 }
 
 impl Default for SaveOptions {
     /// A standard directory in shards of 5 GB, as transformers writes them.
     fn default() -> Self {
-        Self { format: Format::default(), max_shard_bytes: 5_000_000_000 }
+        Self { format: Format::default(), max_shard_bytes: 5_000_000_000, card: None }
     }
 }
 
@@ -87,7 +90,8 @@ const STAGE: &str = "save";
 
 impl Checkpoint {
     /// Writes `decoder`, made from this checkpoint: weights in the types they had (a decoder held in a narrower type
-    /// has lost what that cannot hold), the configuration cut to the blocks that are left, the tokenizer, and the plan.
+    /// has lost what that cannot hold), the configuration cut to the blocks that are left, the tokenizer, the plan, and
+    /// a model card.
     /// In the expanded format that is a Hugging Face directory that transformers loads.
     ///
     /// Everything is written beside `directory`, synced, opened again and compared with the decoder tensor by
@@ -95,8 +99,8 @@ impl Checkpoint {
     /// hidden directory that ends in `.partial` and may be deleted.
     ///
     /// # Errors
-    /// A directory that exists and is not empty, a decoder of another architecture, a full disk, or a result that
-    /// does not read back as it was.
+    /// A directory that exists and is not empty, a decoder of another architecture or one that is quantised, a full
+    /// disk, or a result that does not read back as it was.
     pub fn save(
         &self,
         decoder: &Decoder,
@@ -105,6 +109,7 @@ impl Checkpoint {
         options: &SaveOptions,
         observer: &mut dyn Observer,
     ) -> Result<Saved> {
+        decoder.check_not_quantized()?;
         if let Some(plan) = plan {
             let kept: Vec<usize> = decoder.blocks().iter().map(|block| block.own.origin).collect();
             self.check_plan(plan, &kept, decoder.architecture(), observer)?;
@@ -129,10 +134,18 @@ impl Checkpoint {
             staging.write(PLAN, plan.to_json()?.as_bytes())?;
         }
         self.write_companions(&staging)?;
+        let card = options.card.clone().unwrap_or_else(|| self.card(&written.model, plan));
+        staging.write(CARD, card.to_markdown(options.format).as_bytes())?;
         let (weight_files, tensor_bytes) = write_weights(written, &staging, options, observer)?;
         compare(written, &staging.path, observer)?;
         staging.commit(directory)?;
+        tracing::debug!(path = %directory.display(), files = weight_files.len(), bytes = tensor_bytes, "saved");
         Ok(Saved { directory: directory.to_path_buf(), tensor_bytes, weight_files })
+    }
+
+    /// The bytes of all tensors that saving this decoder writes.
+    pub(crate) fn bytes_to_save(&self, decoder: &Decoder, format: Format) -> Result<u64> {
+        Ok(self.of_decoder(decoder, format)?.bytes())
     }
 
     /// A plan is written only beside what it describes.
@@ -229,7 +242,9 @@ impl Checkpoint {
 /// A checkpoint in the making: which tensors, in which types, and what they hold.
 pub(super) struct Written<'a> {
     pub(super) format: Format,
-    /// The architecture that it will have.
+    /// That of the model, with what its blocks share.
+    pub(super) model: Architecture,
+    /// The architecture that the checkpoint will have.
     pub(super) architecture: Architecture,
     /// The index that each of its blocks has in the original model.
     pub(super) kept: Vec<usize>,
@@ -238,6 +253,14 @@ pub(super) struct Written<'a> {
     /// Whether matrices are written that are held in parts.
     pub(super) merges: bool,
     pub(super) content: Box<dyn Content + 'a>,
+}
+
+impl Written<'_> {
+    /// The bytes of all tensors.
+    pub(super) fn bytes(&self) -> u64 {
+        let sizes = self.tensors.iter().zip(&self.types);
+        sizes.map(|(stored, dtype)| stored.bytes(*dtype) as u64).sum()
+    }
 }
 
 /// What the tensors of a checkpoint in the making hold.
@@ -252,9 +275,10 @@ pub(super) trait Content {
 impl Checkpoint {
     /// What is written of a decoder.
     fn of_decoder<'a>(&self, decoder: &'a Decoder, format: Format) -> Result<Written<'a>> {
+        let model = decoder.architecture().clone();
         let architecture = match format {
-            Format::Expanded => decoder.architecture().expanded(),
-            Format::Compact => decoder.architecture().clone(),
+            Format::Expanded => model.expanded(),
+            Format::Compact => model.clone(),
         };
         let tensors = stored_tensors(&architecture);
         let content = InMemory {
@@ -272,7 +296,8 @@ impl Checkpoint {
         });
         let types = types.collect::<Result<Vec<DType>>>()?;
         let kept = decoder.blocks().iter().map(|block| block.own.origin).collect();
-        Ok(Written { format, architecture, kept, tensors, types, merges, content: Box::new(content) })
+        let content = Box::new(content);
+        Ok(Written { format, model, architecture, kept, tensors, types, merges, content })
     }
 }
 
@@ -348,18 +373,14 @@ fn write_weights(
     options: &SaveOptions,
     observer: &mut dyn Observer,
 ) -> Result<(Vec<String>, u64)> {
-    let sizes = written.tensors.iter().zip(&written.types);
-    let sizes: Vec<usize> =
-        sizes.map(|(stored, dtype)| stored.shape.iter().product::<usize>() * dtype.size_in_bytes()).collect();
-    let total: u64 = sizes.iter().map(|&bytes| bytes as u64).sum();
+    let total = written.bytes();
     let stem = if written.format == Format::Compact { COMPACT } else { STANDARD };
     let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
     let (mut names, mut weight_map) = (Vec::new(), serde_json::Map::new());
     crate::progress::stage(STAGE, total, observer, |observer| {
         let course = RefCell::new(Course { done: 0, total, observer, failure: None });
-        let views = written.tensors.iter().zip(&written.types).zip(&sizes);
-        let views = views.map(|((stored, dtype), &bytes)| {
-            let content = written.content.as_ref();
+        let views = written.tensors.iter().zip(&written.types).map(|(stored, dtype)| {
+            let (bytes, content) = (stored.bytes(*dtype), written.content.as_ref());
             TensorView { stored, dtype: *dtype, bytes, content, course: &course }
         });
         let views: Vec<TensorView<'_, '_>> = views.collect();

@@ -147,8 +147,7 @@ impl Windows {
         if count == 0 {
             return Err(Error::argument("windows", 0, "at least 1"));
         }
-        let ids = spread(self.ids.len(), count).filter_map(|place| self.ids.get(place).cloned()).collect();
-        Ok(Self { ids, ..self.clone() })
+        Ok(self.at(&spread(self.ids.len(), count).collect::<Vec<_>>()))
     }
 
     /// The first `count` windows, and the rest.
@@ -168,23 +167,28 @@ impl Windows {
         }
     }
 
-    /// All windows in disjoint parts: `first` of them, as [`spread`](Self::spread) gives them, and then as many again
-    /// as there have been, so that what has been seen doubles with every part.
-    pub(crate) fn doubling(&self, first: usize) -> Result<Vec<Self>> {
+    /// The windows at these places, in their order.
+    pub(crate) fn at(&self, places: &[usize]) -> Self {
+        let ids = places.iter().filter_map(|&place| self.ids.get(place).cloned()).collect();
+        Self { ids, ..self.clone() }
+    }
+
+    /// The places of all windows in disjoint parts: `first` of them, as [`spread`](Self::spread) gives them, and then
+    /// as many again as there have been, so that what has been seen doubles with every part.
+    pub(crate) fn doubling(&self, first: usize) -> Result<Vec<Vec<usize>>> {
         if first == 0 {
             return Err(Error::argument("windows", 0, "at least 1"));
         }
-        let (mut rest, mut parts, mut count) = (self.ids.clone(), Vec::new(), first);
+        let (mut rest, mut parts, mut count) = ((0..self.len()).collect::<Vec<_>>(), Vec::new(), first);
         while !rest.is_empty() {
-            let places: Vec<usize> = spread(rest.len(), count).collect();
+            let taken: Vec<usize> = spread(rest.len(), count).collect();
             let (part, left): (Vec<_>, Vec<_>) =
-                rest.into_iter().enumerate().partition(|(place, _)| places.binary_search(place).is_ok());
-            let windows = |part: Vec<(usize, Vec<u32>)>| part.into_iter().map(|(_, ids)| ids).collect();
+                rest.into_iter().enumerate().partition(|(index, _)| taken.binary_search(index).is_ok());
             if !parts.is_empty() {
                 count *= 2;
             }
-            parts.push(Self { ids: windows(part), ..self.clone() });
-            rest = windows(left);
+            parts.push(part.into_iter().map(|(_, place)| place).collect());
+            rest = left.into_iter().map(|(_, place)| place).collect();
         }
         Ok(parts)
     }
@@ -212,8 +216,11 @@ impl Windows {
         self.ids.iter().map(Vec::as_slice)
     }
 
-    /// One window as a batch of one, `(1, seq_len)`.
-    pub(crate) fn tensor(&self, index: usize, device: &Device) -> Result<Tensor> {
+    /// One window as a batch of one, `(1, seq_len)`, as a decoder reads it.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a window that does not exist, or a failed copy to the device.
+    pub fn tensor(&self, index: usize, device: &Device) -> Result<Tensor> {
         let window = self.window(index)?;
         Ok(Tensor::from_slice(window, (1, window.len()), device)?)
     }
@@ -254,15 +261,13 @@ mod tests {
 
     #[test]
     fn doubling_parts_hold_every_window_once_and_begin_with_the_spread_ones() {
-        // Two windows are equal: each counts.
-        let ids: Vec<Vec<u32>> = (0..21u32).map(|i| vec![i.min(19), 1]).collect();
-        let windows = Windows::from_ids(ids.clone()).unwrap();
+        let windows = Windows::from_ids((0..21u32).map(|i| vec![i, 1]).collect()).unwrap();
         let parts = windows.doubling(3).unwrap();
-        assert_eq!(parts.iter().map(Windows::len).collect::<Vec<_>>(), [3, 3, 6, 9]);
-        assert_eq!(parts[0].ids, windows.spread(3).unwrap().ids);
-        let mut all: Vec<Vec<u32>> = parts.into_iter().flat_map(|part| part.ids).collect();
-        all.sort();
-        assert_eq!(all, ids);
+        assert_eq!(parts.iter().map(Vec::len).collect::<Vec<_>>(), [3, 3, 6, 9]);
+        assert_eq!(windows.at(&parts[0]).ids, windows.spread(3).unwrap().ids);
+        let mut all = parts.concat();
+        all.sort_unstable();
+        assert_eq!(all, (0..21).collect::<Vec<_>>());
         assert_eq!(windows.doubling(30).unwrap().len(), 1);
         assert!(windows.doubling(0).is_err());
     }

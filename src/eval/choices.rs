@@ -31,6 +31,47 @@ pub struct Accuracy {
     pub items: usize,
 }
 
+/// What a model makes of one item.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Answer {
+    /// The log-likelihood of every choice, in nats.
+    pub log_likelihoods: Vec<f64>,
+    /// The place of the right choice.
+    pub gold: usize,
+    /// Whether the right choice is the most likely; of an item with one choice, whether the model would have said it.
+    pub right: bool,
+    /// As `right`, with each log-likelihood divided by the choice's length in characters.
+    pub right_by_length: bool,
+}
+
+impl Accuracy {
+    /// The accuracy that answers amount to.
+    #[must_use]
+    pub fn of(answers: &[Answer]) -> Self {
+        let single = answers.iter().all(|answer| answer.log_likelihoods.len() == 1);
+        let (acc, stderr) = mean_and_error(answers.iter().map(|answer| answer.right));
+        let by_length = mean_and_error(answers.iter().map(|answer| answer.right_by_length));
+        let (acc_norm, acc_norm_stderr) = Some(by_length).filter(|_| !single).unzip();
+        let nll = answers.iter().filter_map(|answer| answer.log_likelihoods.get(answer.gold)).sum::<f64>();
+        let perplexity = single.then(|| (-nll / answers.len() as f64).exp());
+        Self { acc, stderr, acc_norm, acc_norm_stderr, perplexity, items: answers.len() }
+    }
+}
+
+/// How well a model does on a task: the accuracy of its [`answers`].
+///
+/// # Errors
+/// As [`answers`].
+pub fn accuracy(
+    decoder: &Decoder,
+    tokenizer: &Tokenizer,
+    task: &Task,
+    observer: &mut dyn Observer,
+) -> Result<Accuracy> {
+    Ok(Accuracy::of(&answers(decoder, tokenizer, task, observer)?))
+}
+
 /// Answers every item of a task: the choice whose continuation the model finds most likely after its context.
 ///
 /// Texts are tokenised as a whole, begin with the begin-of-text token where the model expects it, and lose tokens on
@@ -38,12 +79,12 @@ pub struct Accuracy {
 ///
 /// # Errors
 /// A text that cannot be tokenised, a likelihood that is not finite, or a cancelling observer.
-pub fn accuracy(
+pub fn answers(
     decoder: &Decoder,
     tokenizer: &Tokenizer,
     task: &Task,
     observer: &mut dyn Observer,
-) -> Result<Accuracy> {
+) -> Result<Vec<Answer>> {
     let mut reader = Reader::new(decoder, tokenizer);
     let mut answers = Vec::with_capacity(task.items.len());
     progress::steps("task", task.items.len(), observer, |index| {
@@ -52,18 +93,7 @@ pub fn accuracy(
         }
         Ok(())
     })?;
-    let single = task.items.iter().all(|item| item.choices.len() == 1);
-    let (acc, stderr) = mean_and_error(answers.iter().map(|answer| answer.right));
-    let (acc_norm, acc_norm_stderr) = mean_and_error(answers.iter().map(|answer| answer.right_by_length));
-    let nll = answers.iter().map(|answer| answer.nll).sum::<f64>() / answers.len() as f64;
-    Ok(Accuracy {
-        acc,
-        stderr,
-        acc_norm: (!single).then_some(acc_norm),
-        acc_norm_stderr: (!single).then_some(acc_norm_stderr),
-        perplexity: single.then(|| nll.exp()),
-        items: answers.len(),
-    })
+    Ok(answers)
 }
 
 fn in_item(error: Error, index: usize) -> Error {
@@ -80,13 +110,6 @@ fn mean_and_error(truths: impl Iterator<Item = bool> + Clone) -> (f64, f64) {
     let count = truths.clone().count() as f64;
     let mean = truths.filter(|truth| *truth).count() as f64 / count;
     (mean, if count > 1.0 { (mean * (1.0 - mean) / (count - 1.0)).sqrt() } else { 0.0 })
-}
-
-struct Answer {
-    right: bool,
-    right_by_length: bool,
-    /// Negative log-likelihood of the right choice, in nats.
-    nll: f64,
 }
 
 /// Reads texts one after the other; what a text has in common with the one before is remembered.
@@ -113,14 +136,14 @@ impl<'a> Reader<'a> {
             }
             scores.push((log_likelihood, greedy, log_likelihood / choice.length.max(1) as f64));
         }
-        let right = scores.get(item.gold).copied().unwrap_or((f64::NEG_INFINITY, false, 0.0));
         Ok(Answer {
+            log_likelihoods: scores.iter().map(|score| score.0).collect(),
+            gold: item.gold,
             right: match scores.as_slice() {
                 [(_, greedy, _)] => *greedy,
                 _ => first_largest(scores.iter().map(|score| score.0)) == Some(item.gold),
             },
             right_by_length: first_largest(scores.iter().map(|score| score.2)) == Some(item.gold),
-            nll: -right.0,
         })
     }
 
@@ -141,8 +164,8 @@ impl<'a> Reader<'a> {
 
     /// The ids of context and continuation together, and where the continuation begins.
     fn ids(&self, choice: &Choice) -> Result<(Vec<u32>, usize)> {
-        // Spaces that end a context belong to what follows: tokens begin with a space, they do not end with one.
-        let context = choice.context.trim_end_matches(' ');
+        // White space that ends a context belongs to what follows: tokens begin with a space, they do not end with one.
+        let context = choice.context.trim_end();
         let whole = self.tokenizer.encode(&format!("{}{}", choice.context, choice.continuation))?;
         let mut first = self.tokenizer.encode(context)?.len();
         let begins = self.tokenizer.adds_bos() || first == 0;

@@ -11,8 +11,8 @@ use crate::error::{Error, Result};
 ///
 /// Records are those of lm-evaluation-harness's datasets, told apart by their fields and turned into text by its
 /// prompts, without examples before them: PIQA, ARC, `HellaSwag`, `WinoGrande`, `BoolQ`, `OpenBookQA`, `SciQ`, COPA,
-/// LAMBADA. Prepared records hold `query`, `choices` and `gold` (a query that begins with `Question:` is followed by
-/// `Answer:` on a line of its own), or `context_options`, `continuation` and `gold`.
+/// LAMBADA. Prepared records hold `query`, `choices` and `gold` (a query that begins with `Question:`, whether or not
+/// its line has an end, is followed by `Answer:` on the next line), or `context_options`, `continuation` and `gold`.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Task {
@@ -200,7 +200,8 @@ impl Item {
         Ok(match record {
             Record::Prepared { query, choices, gold } => {
                 let asks = query.starts_with("Question:") && !query.trim_end().ends_with("Answer:");
-                let context = if asks { format!("{query}\nAnswer:") } else { query };
+                let line = query.strip_suffix('\n').unwrap_or(&query);
+                let context = if asks { format!("{line}\nAnswer:") } else { query };
                 Self::continuations(&context, &choices, gold.place()?)
             }
             Record::Options { context_options, continuation, gold } => {
@@ -376,6 +377,8 @@ mod tests {
 
         let prepared = item(r#"{"query": "Question: Why?", "choices": ["x", "y"], "gold": 1}"#);
         assert_eq!(texts(&prepared)[1], ("Question: Why?\nAnswer:", " y"));
+        let ended = item(r#"{"query": "Question: Why?\n", "choices": ["x", "y"], "gold": 1}"#);
+        assert_eq!(ended, prepared);
         let options = item(r#"{"context_options": ["A", "B"], "continuation": "is.", "gold": 0}"#);
         assert_eq!(texts(&options)[1], ("B", " is."));
     }

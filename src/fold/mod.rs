@@ -15,7 +15,9 @@ use crate::data::Windows;
 use crate::error::{Error, Result};
 use crate::model::Decoder;
 use crate::plan::{Plan, Sharing};
-use crate::progress::Observer;
+use crate::progress::{self, Observer};
+
+const STAGE: &str = "fold";
 
 /// The decoder that `plan` describes. What stays as it is, is shared with `decoder` and not copied; the matrices of
 /// a group exist once.
@@ -28,7 +30,7 @@ pub fn fold(decoder: &Decoder, plan: &Plan) -> Result<Decoder> {
     if plan.sharing().is_some_and(|sharing| sharing.own.needs_windows() && !sharing.groups.is_empty()) {
         return Err(Error::Plan("scales and whitened residuals start from calibration windows".into()));
     }
-    apply(decoder, plan, None, &mut ())
+    observed(decoder, plan, None, &mut ())
 }
 
 /// As [`fold`], starting scales and residuals on calibration windows: block after block, each seeing what the folded
@@ -42,7 +44,21 @@ pub fn fold_on(
     windows: &Windows,
     observer: &mut dyn Observer,
 ) -> Result<Decoder> {
-    apply(decoder, plan, Some(windows), observer)
+    observed(decoder, plan, Some(windows), observer)
+}
+
+/// Folds as a stage.
+fn observed(
+    decoder: &Decoder,
+    plan: &Plan,
+    windows: Option<&Windows>,
+    observer: &mut dyn Observer,
+) -> Result<Decoder> {
+    progress::stage(STAGE, 1, observer, |observer| {
+        let folded = apply(decoder, plan, windows, observer)?;
+        progress::advance(STAGE, 1, 1, observer)?;
+        Ok(folded)
+    })
 }
 
 fn apply(

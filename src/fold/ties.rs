@@ -208,6 +208,7 @@ impl Ties {
                 let grown = groups.iter().filter(|(depths, _)| inside(depths));
                 let before: f64 = grown.filter_map(|(_, group)| group.as_ref()?.cost).sum();
                 made.cost = made.cost.map(|cost| cost + before);
+                tracing::debug!(blocks = ?made.blocks, donor = ?made.donor, cost = made.cost, "tied");
                 groups.retain(|(depths, _)| !inside(depths));
                 groups.push((best.depths, Some(made)));
                 groups.sort_by(|a, b| a.0.cmp(&b.0));

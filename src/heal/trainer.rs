@@ -137,6 +137,9 @@ impl<'a> Run<'a> {
 
     fn train(&mut self, total: u64, observer: &mut dyn Observer) -> Result<()> {
         let first = self.state.position.step;
+        if first > 0 {
+            tracing::debug!(step = first, "healing goes on from its state");
+        }
         self.evaluate(total, observer)?;
         while !self.state.position.stopped && self.progress(0.0) < 1.0 {
             self.step(observer)?;
@@ -302,6 +305,12 @@ impl<'a> Run<'a> {
             stopped_early: position.stopped,
             seconds: position.seconds,
         };
+        tracing::debug!(
+            steps = report.steps,
+            kept = report.kept,
+            stopped_early = report.stopped_early,
+            "weights of the lowest loss are kept"
+        );
         Ok(Healed { decoder: self.student.finished()?, report })
     }
 }

@@ -8,10 +8,10 @@ use serde::Serialize;
 
 use super::block_influence::{dots, norms};
 use super::sweep::{groups, sweep};
-use super::{Importance, Scores, check_removal};
+use super::{Importance, Scores, check_blocks, check_removal};
 use crate::checkpoint::StreamedDecoder;
 use crate::data::Windows;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::{BlockSource, Decoder};
 use crate::progress::{self, Observer};
 
@@ -23,6 +23,8 @@ use crate::progress::{self, Observer};
 pub struct AngularDistance {
     /// How many consecutive blocks to choose.
     pub remove: usize,
+    /// Blocks that stay: spans that hold one are not chosen.
+    pub protected: Vec<usize>,
 }
 
 impl Importance for AngularDistance {
@@ -53,7 +55,14 @@ impl AngularDistance {
     ) -> Result<Scores> {
         let start = Instant::now();
         let depth = source.architecture().depth();
+        check_blocks(&self.protected, depth)?;
         check_removal(self.remove, depth.saturating_sub(1))?;
+        let allowed =
+            |first: &usize| !self.protected.iter().any(|b| (*first..first + self.remove).contains(b));
+        if (0..=depth - self.remove).find(allowed).is_none() {
+            let expected = format!("so few that {} consecutive blocks may go", self.remove);
+            return Err(Error::argument("protected blocks", format!("{:?}", self.protected), expected));
+        }
         let last = last_tokens(source, windows, self.method(), observer)?;
         let (mut single, mut spans) = (Vec::new(), vec![0.0; (depth + 1).saturating_sub(self.remove)]);
         for states in &last {
@@ -66,7 +75,8 @@ impl AngularDistance {
         let runs = (windows.len() * depth) as f64;
         let mut scores =
             Scores::of_windows(self.method(), windows, &single)?.with_options(self)?.costing(start, runs);
-        let nearest = spans.iter().enumerate().min_by(|a, b| a.1.total_cmp(b.1));
+        let spans = spans.iter().enumerate().filter(|(first, _)| allowed(first));
+        let nearest = spans.min_by(|a, b| a.1.total_cmp(b.1));
         if let Some((first, _)) = nearest.filter(|_| self.remove > 0) {
             scores.chosen = Some((first..first + self.remove).collect());
         }

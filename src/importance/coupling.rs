@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::basis::Basis;
 use super::removals::{Removals, Removed};
+use super::{check_units, statistics};
 use crate::data::Windows;
 use crate::error::{Error, Result};
 use crate::model::{Decoder, Unit, Walk};
@@ -26,38 +27,45 @@ pub struct Coupling {
     pub block_runs: f64,
 }
 
+/// Sets that were measured: none, singles, pairs; and their losses, a row a window.
+pub(super) struct Sets {
+    pub sets: Vec<Removed>,
+    pub losses: Vec<Vec<f64>>,
+}
+
 const EXACT: &str = "coupling";
 const GRADIENTS: &str = "coupling by gradients";
 
 impl Coupling {
     /// Measures every pair: `n(n − 1) / 2` partial forwards that share what they have in common, about a third of
-    /// the block runs of as many whole ones.
+    /// the block runs of as many whole ones. `units` are all blocks, or all halves.
     ///
     /// # Errors
-    /// A failed computation, a loss that is not finite, or a cancelling observer.
+    /// Other units, a failed computation, a loss that is not finite, or a cancelling observer.
     pub fn exact(
         decoder: &Decoder,
         windows: &Windows,
         units: &[Unit],
         observer: &mut dyn Observer,
     ) -> Result<Self> {
+        check_units(units, decoder.depth())?;
         let mut removals = Removals::new(decoder, windows, units)?;
         Ok(Self::measure(&mut removals, units.len(), observer)?.1)
     }
 
-    /// As [`exact`](Self::exact), with the loss of every set that was measured.
+    /// As [`exact`](Self::exact), with all sets that were measured.
     pub(super) fn measure(
         removals: &mut Removals<'_>,
         n: usize,
         observer: &mut dyn Observer,
-    ) -> Result<(Vec<(Removed, f64)>, Self)> {
+    ) -> Result<(Sets, Self)> {
         let mut sets = vec![removals.set(&[])];
         sets.extend((0..n).map(|place| removals.set(&[place])));
         sets.extend(pairs(n).into_iter().map(|(i, j)| removals.set(&[i, j])));
         let total = (removals.windows() * sets.len()) as u64;
-        let losses = progress::counted(EXACT, total, observer, |report| removals.mean_losses(&sets, report))?;
-        let coupling = Self::from_losses(n, &losses, removals.block_runs())?;
-        Ok((sets.into_iter().zip(losses).collect(), coupling))
+        let losses = progress::counted(EXACT, total, observer, |report| removals.losses(&sets, report))?;
+        let coupling = Self::from_losses(n, &statistics::means(&losses), removals.block_runs())?;
+        Ok((Sets { sets, losses }, coupling))
     }
 
     /// The same pairs with what singles cost on other windows.
@@ -104,6 +112,7 @@ impl Coupling {
         units: &[Unit],
         observer: &mut dyn Observer,
     ) -> Result<Self> {
+        check_units(units, decoder.depth())?;
         let n = units.len();
         let mut losses = vec![0.0; n + 1];
         let mut gradients = vec![vec![0.0; n]; n + 1];
@@ -116,6 +125,10 @@ impl Coupling {
             let targets = windows.window(window)?.get(1..).unwrap_or_default();
             let (loss, upstream) = decoder.loss_vjp(walk.output(), targets)?;
             let found = walk.gate_gradients(&upstream, |_| true)?;
+            if let Some(value) = std::iter::once(&loss).chain(&found).find(|value| !value.is_finite()) {
+                let what = format!("the loss without unit {off} of {n}, or one of its gradients,");
+                return Err(Error::NotFinite { what, value: *value });
+            }
             if let (Some(sum), Some(row)) = (losses.get_mut(off), gradients.get_mut(off)) {
                 *sum += loss * share;
                 row.iter_mut().zip(found).for_each(|(sum, gradient)| *sum += gradient * share);
@@ -128,7 +141,9 @@ impl Coupling {
             let at = |row: &[f64]| row.get(j).copied().unwrap_or_default();
             at(&base) - gradients.get(i).map_or(0.0, |row| at(row))
         };
-        let block_runs = (3 * windows.len() * n * (n + 1)) as f64 * decoder.depth() as f64 / n.max(1) as f64;
+        // Three for every unit that is on; of one that is off only its effect is computed.
+        let runs = windows.len() * (3 * n + n * (3 * n.saturating_sub(1) + 1));
+        let block_runs = runs as f64 * decoder.depth() as f64 / n.max(1) as f64;
         let mut coupling = Self { matrix: vec![vec![0.0; n]; n], dense_loss: dense, block_runs };
         for (place, loss) in losses.iter().enumerate() {
             coupling.set(place, place, loss - dense);

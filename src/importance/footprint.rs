@@ -66,10 +66,7 @@ impl<'a> Footprint<'a> {
 
     /// Scoring with all weights in memory.
     pub(crate) fn in_memory(&self, method: Method) -> u64 {
-        PROCESS
-            + self.weights()
-            + self.kept(method)
-            + self.activations() * rayon::current_num_threads() as u64
+        self.weights() + self.kept(method) + self.activations() * rayon::current_num_threads() as u64
     }
 
     /// Scoring with blocks read from disk one at a time, but for the states between blocks.

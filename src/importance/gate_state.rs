@@ -1,6 +1,5 @@
 //! A training of gates between two steps, and its file.
 
-use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 
@@ -8,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::statistics;
 use crate::error::{Error, Result};
+use crate::file;
 
 /// A training of two sets of gates, as it stands between two steps.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -56,10 +56,11 @@ impl Adam {
 }
 
 impl State {
-    pub(super) fn new(identity: String, phi: Vec<f64>) -> Self {
-        let zeros = vec![0.0; phi.len()];
-        let set = Adam { phi, mean: zeros.clone(), variance: zeros, updates: 0 };
-        let sets = [set.clone(), set];
+    pub(super) fn new(identity: String, phis: [Vec<f64>; 2]) -> Self {
+        let sets = phis.map(|phi| {
+            let zeros = vec![0.0; phi.len()];
+            Adam { phi, mean: zeros.clone(), variance: zeros, updates: 0 }
+        });
         Self {
             version: STATE_VERSION,
             identity,
@@ -88,9 +89,10 @@ impl State {
         Ok(state)
     }
 
-    /// The mean gates of the last third of the steps, of one set or of both.
+    /// The mean gates of the last third of the steps, at least one of each set; of one set or of both.
     pub(super) fn averaged(&self, set: Option<usize>) -> Vec<f64> {
-        let from = self.trajectory.len() / 3 * 2;
+        let steps = self.trajectory.len();
+        let from = (steps / 3 * 2).min(steps.saturating_sub(2));
         let late = self.trajectory.iter().enumerate().skip(from);
         let rows: Vec<Vec<f64>> = late
             .filter(|(step, _)| set.is_none_or(|set| step % 2 == set))
@@ -99,17 +101,9 @@ impl State {
         statistics::means(&rows)
     }
 
-    /// Writes the state beside its place and renames it: a killed run leaves the last whole one.
+    /// Writes the state whole: a killed run leaves the last one.
     pub(super) fn save(&self, path: &Path) -> Result<()> {
         let text = serde_json::to_string(self).map_err(|error| Error::format(path, error.to_string()))?;
-        let mut partial = path.as_os_str().to_owned();
-        partial.push(".partial");
-        let partial = Path::new(&partial);
-        let written = File::create(partial).and_then(|mut file| {
-            file.write_all(text.as_bytes())?;
-            file.sync_all()
-        });
-        written.map_err(Error::io("write", partial))?;
-        std::fs::rename(partial, path).map_err(Error::io("rename to", path))
+        file::replace(path, |file| file.write_all(text.as_bytes()).map_err(Error::io("write", path)))
     }
 }

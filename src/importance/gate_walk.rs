@@ -5,7 +5,7 @@ use std::ops::Range;
 use candle_core::Tensor;
 
 use crate::data::Windows;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::model::{BlockSource, Gate, Pass, States, Unit};
 
 /// Gates of one forward pass, and their derivatives with respect to their parameters.
@@ -79,6 +79,8 @@ impl Walk<'_> {
     fn forward(&mut self, tick: &mut dyn FnMut() -> Result<()>) -> Result<()> {
         let (source, draws, device) = (self.source, self.draws, self.source.device());
         let front = source.front()?;
+        // All of a model in memory; what is read from a checkpoint never is.
+        front.check_not_quantized()?;
         for draw in draws {
             let x = front.embed(&self.windows.tensor(draw.window, device)?, self.pass)?;
             self.states.push(x.detach());
@@ -141,10 +143,6 @@ impl Walk<'_> {
         for (state, draw) in self.states.iter_mut().zip(self.draws) {
             let targets = self.windows.window(draw.window)?.get(1..).unwrap_or_default();
             let (loss, upstream) = back.loss_vjp(state, targets)?;
-            if !loss.is_finite() {
-                let what = format!("the loss of window {} under its gates", draw.window);
-                return Err(Error::NotFinite { what, value: loss });
-            }
             *state = upstream.detach();
             let runs = (0..units).map(|place| match draw.drawn.gate(place) {
                 gate if gate.value != 0.0 => 3.0,

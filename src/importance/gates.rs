@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::gate_functions::{Gated, epsilon, hard_concrete, logit, sigmoid, smoothed};
 use super::gate_state::State;
 use super::gate_walk::{Draw, Drawn, walk};
-use super::{Importance, Scores, check_blocks, check_removal, spearman};
+use super::{Importance, Scores, check_blocks, check_removal, check_units, spearman};
 use crate::checkpoint::StreamedDecoder;
 use crate::data::Windows;
 use crate::error::{Error, Result};
@@ -26,7 +26,7 @@ use crate::progress::{self, Observer};
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct Gates {
-    /// How many blocks the gates are driven to remove; with `halves`, as many parameters as these have.
+    /// How many blocks the gates are driven to remove, at least one; with `halves`, as many parameters as these have.
     pub remove: usize,
     /// A gate for the attention and one for the MLP of every block, and not one for both.
     pub halves: bool,
@@ -43,7 +43,7 @@ pub struct Gates {
     /// Seed of batches and samples.
     pub seed: u64,
     /// Scores to start from, one a block: the gates of those with low scores begin nearer to closing. All alike
-    /// where absent.
+    /// where absent. Both sets of gates start from them, so that their correlation says less of the text.
     pub warm_start: Option<Vec<f64>>,
     /// Stops when every gate's probability of being open has stayed within this of 0 or 1 for a tenth of the steps.
     pub polarised: f64,
@@ -117,8 +117,8 @@ pub struct TrainedGates {
     pub units: Vec<Unit>,
     /// The mean probability of being open of each unit's two gates over the last third of the steps.
     pub gates: Vec<f64>,
-    /// Spearman's rank correlation of the two sets of gates.
-    pub stability: f64,
+    /// Spearman's rank correlation of the two sets of gates; absent with a single window.
+    pub stability: Option<f64>,
     /// The gates after every step, the two sets in turn.
     pub trajectory: Vec<Vec<f64>>,
     /// Seconds spent, those of interrupted runs included.
@@ -130,7 +130,9 @@ pub struct TrainedGates {
 impl TrainedGates {
     fn scores(self, method: &str, windows: &Windows) -> Result<Scores> {
         let mut scores = Scores::of_units(method, windows, &self.units, self.gates)?;
-        scores = scores.with_stability(self.stability);
+        if let Some(stability) = self.stability {
+            scores = scores.with_stability(stability);
+        }
         scores.trajectory = self.trajectory;
         scores.seconds = self.seconds;
         scores.block_runs = self.block_runs;
@@ -139,10 +141,10 @@ impl TrainedGates {
 }
 
 impl Gates {
-    /// Trains gates over `units`: whole blocks, or the halves of all blocks for twice as many gates.
+    /// Trains gates over `units`: all blocks, or the halves of all blocks for twice as many gates.
     ///
     /// # Errors
-    /// Options outside of their range, a loss that is not finite, a state file of another training, or a cancelling
+    /// Options outside of their range, other units, a loss that is not finite, a state file of another training, or a cancelling
     /// observer (what was kept in the state file stays).
     pub fn train(
         &self,
@@ -151,7 +153,8 @@ impl Gates {
         units: &[Unit],
         observer: &mut dyn Observer,
     ) -> Result<TrainedGates> {
-        self.train_on(decoder, windows, units, observer)
+        let start = self.warm_start.as_deref();
+        self.train_from([start, start], decoder, windows, units, observer)
     }
 
     fn score_on(
@@ -162,12 +165,16 @@ impl Gates {
     ) -> Result<Scores> {
         let depth = source.architecture().depth();
         let units = if self.halves { Unit::halves(depth) } else { Unit::blocks(depth) };
-        let trained = self.train_on(source, windows, &units, observer)?;
+        let start = self.warm_start.as_deref();
+        let trained = self.train_from([start, start], source, windows, &units, observer)?;
         trained.scores(STAGE, windows)?.with_options(self)
     }
 
-    fn train_on(
+    /// As [`train`](Self::train), wherever the blocks come from, and each set of gates from scores of its own: what is
+    /// known of one half of the windows should not reach the gates of the other.
+    pub(super) fn train_from(
         &self,
+        starts: [Option<&[f64]>; 2],
         source: &dyn BlockSource,
         windows: &Windows,
         units: &[Unit],
@@ -175,12 +182,17 @@ impl Gates {
     ) -> Result<TrainedGates> {
         let arch = source.architecture();
         check_blocks(&self.protected, arch.depth())?;
-        self.check(units)?;
+        check_units(units, arch.depth())?;
+        self.check(units, starts)?;
         let gated = self.gated(arch, units);
-        let mut state = self.resume(source, windows, &gated)?;
+        let mut state = self.resume(starts, source, windows, &gated)?;
         let total = self.steps as u64;
+        if state.step > 0 {
+            tracing::debug!(step = state.step, "gates go on from their state");
+        }
         progress::stage(STAGE, total, observer, |observer| {
-            while state.step < self.steps && state.quiet < (self.steps / 10).max(1) {
+            // Each set has had a step, at least.
+            while state.step < self.steps && state.quiet < (self.steps / 10).max(2) {
                 let start = Instant::now();
                 let done = state.step as u64;
                 self.step(&mut state, source, windows, &gated, &mut || {
@@ -193,19 +205,26 @@ impl Gates {
                 }
                 progress::advance(STAGE, state.step as u64, total, observer)?;
             }
+            if state.step < self.steps {
+                tracing::debug!(step = state.step, "gates have come to rest");
+            }
             Ok(())
         })?;
         Ok(TrainedGates {
             units: units.to_vec(),
             gates: state.averaged(None),
-            stability: spearman(&state.averaged(Some(0)), &state.averaged(Some(1))),
+            stability: (windows.len() > 1)
+                .then(|| spearman(&state.averaged(Some(0)), &state.averaged(Some(1)))),
             block_runs: state.block_runs,
             trajectory: state.trajectory,
             seconds: state.seconds,
         })
     }
 
-    fn check(&self, units: &[Unit]) -> Result<()> {
+    fn check(&self, units: &[Unit], starts: [Option<&[f64]>; 2]) -> Result<()> {
+        if self.remove == 0 {
+            return Err(Error::argument("blocks to remove", 0, "at least 1: gates are trained towards it"));
+        }
         if self.steps < 2 || self.batch == 0 {
             let value = format!("{} steps of {} windows", self.steps, self.batch);
             return Err(Error::argument("training", value, "at least 2 steps of 1 window"));
@@ -217,12 +236,12 @@ impl Gates {
         free.retain(|block| !self.protected.contains(block));
         free.dedup();
         check_removal(self.remove, free.len())?;
-        match &self.warm_start {
-            Some(scores) if scores.len() != units.len() => {
+        match starts.into_iter().flatten().find(|scores| scores.len() != units.len()) {
+            Some(scores) => {
                 let expected = format!("one for each of {} units", units.len());
                 Err(Error::argument("warm start", format!("{} scores", scores.len()), expected))
             }
-            _ => Ok(()),
+            None => Ok(()),
         }
     }
 
@@ -239,21 +258,27 @@ impl Gates {
     }
 
     /// The state to go on from: that of the file, or a new one.
-    fn resume(&self, source: &dyn BlockSource, windows: &Windows, gated: &Gated<'_>) -> Result<State> {
+    fn resume(
+        &self,
+        starts: [Option<&[f64]>; 2],
+        source: &dyn BlockSource,
+        windows: &Windows,
+        gated: &Gated<'_>,
+    ) -> Result<State> {
         let units = gated.units;
         let options = Self { state_file: None, ..self.clone() };
-        let parts = (options, units, windows.ids_sha256(), fingerprint(source)?);
+        let parts = (options, starts, units, windows.ids_sha256(), fingerprint(source)?);
         let identity = serde_json::to_string(&parts).map_err(|error| Error::Plan(error.to_string()))?;
         match self.state_file.as_deref().filter(|path| path.exists()) {
             Some(path) => State::read(path, &identity, units.len()),
-            None => Ok(State::new(identity, self.initial(units.len()))),
+            None => Ok(State::new(identity, starts.map(|start| self.initial(start, units.len())))),
         }
     }
 
     /// Parameters before the first step: ranks of the warm start, spread over two units of log-odds.
-    fn initial(&self, units: usize) -> Vec<f64> {
+    fn initial(&self, start: Option<&[f64]>, units: usize) -> Vec<f64> {
         let level = if self.kind == GateKind::SmoothedL0 { 1.0 } else { 0.0 };
-        let Some(scores) = &self.warm_start else { return vec![level; units] };
+        let Some(scores) = start else { return vec![level; units] };
         let below = |score: f64| scores.iter().filter(|other| other.total_cmp(&score).is_lt()).count() as f64;
         let centre = (scores.len() as f64 - 1.0) / 2.0;
         scores
@@ -286,6 +311,10 @@ impl Gates {
         let draws: Vec<Draw> = (0..self.batch).map(draw).collect();
         let mut slopes = vec![0.0; units.len()];
         for (walked, draw) in walk(source, windows, units, &draws, tick)?.into_iter().zip(&draws) {
+            if !walked.loss.is_finite() {
+                let what = format!("the loss of gate step {}", state.step);
+                return Err(Error::NotFinite { what, value: walked.loss });
+            }
             state.block_runs += walked.block_runs;
             for ((sum, gradient), slope) in slopes.iter_mut().zip(walked.gradients).zip(&draw.drawn.slopes) {
                 *sum += gradient * slope / batch;

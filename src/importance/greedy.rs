@@ -18,7 +18,7 @@ use crate::progress::{self, Observer};
 /// Removes the block whose absence costs the least loss, and measures all others anew, until enough are gone.
 ///
 /// A block's score is the loss, in nats per token, when it was last measured. From SLEB (Song et al., 2024, arXiv
-/// 2402.09025), which keeps the first and the last block.
+/// 2402.09025), which keeps the first and the last block. Holds a hidden state of every window and block in memory.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct GreedyPerplexity {
     /// How many blocks to choose.
@@ -105,7 +105,8 @@ impl Greedy<'_> {
                 }
                 let allowed = candidates.iter().zip(&costs).filter(|(place, _)| !self.kept.contains(place));
                 let least = allowed.min_by(|a, b| a.1.total_cmp(b.1));
-                if let Some((&place, _)) = least.filter(|_| chosen.len() < self.remove) {
+                if let Some((&place, &cost)) = least.filter(|_| chosen.len() < self.remove) {
+                    tracing::debug!(block = place, cost, "goes next");
                     chosen.push(place);
                     removals.rebase(removals.set(&chosen));
                 }
@@ -123,6 +124,15 @@ impl Greedy<'_> {
 }
 
 /// The final states of the whole model on every window.
-pub(super) fn final_states(decoder: &Decoder, windows: &Windows) -> Result<Vec<Tensor>> {
-    (0..windows.len()).map(|window| decoder.hidden(&windows.tensor(window, decoder.device())?)).collect()
+pub(super) fn final_states(
+    decoder: &Decoder,
+    windows: &Windows,
+    observer: &mut dyn Observer,
+) -> Result<Vec<Tensor>> {
+    let mut states = Vec::with_capacity(windows.len());
+    progress::steps("final states", windows.len(), observer, |window| {
+        states.push(decoder.hidden(&windows.tensor(window, decoder.device())?)?);
+        Ok(())
+    })?;
+    Ok(states)
 }

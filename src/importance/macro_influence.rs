@@ -1,6 +1,7 @@
 //! Macro Influence.
 
 use std::path::PathBuf;
+use std::time::Instant;
 
 use candle_core::Tensor;
 use serde::Serialize;
@@ -34,7 +35,9 @@ impl Importance for MacroInfluence {
     }
 
     fn score(&self, decoder: &Decoder, windows: &Windows, observer: &mut dyn Observer) -> Result<Scores> {
-        let wholes = final_states(decoder, windows)?;
+        let start = Instant::now();
+        let wholes = final_states(decoder, windows, observer)?;
+        let before = start.elapsed().as_secs_f64();
         let greedy = Greedy {
             method: self.method(),
             remove: self.remove,
@@ -50,6 +53,7 @@ impl Importance for MacroInfluence {
             removals.values(sets, &leaf, report)
         })?;
         scores.block_runs += (windows.len() * decoder.depth()) as f64;
+        scores.seconds += before;
         scores.with_options(self)
     }
 }

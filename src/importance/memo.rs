@@ -85,6 +85,10 @@ impl Memo {
         let mut known = HashMap::new();
         match lines.next() {
             None => {
+                let begun = serde_json::to_string(&Header { version: VERSION, identity: identity.clone() });
+                if !begun.is_ok_and(|begun| begun.starts_with(&text)) {
+                    return Err(Error::format(path, "holds something else than measured values"));
+                }
                 file.set_len(0).map_err(Error::io("write", path))?;
                 append(&mut file, path, &Header { version: VERSION, identity })?;
             }
@@ -96,7 +100,7 @@ impl Memo {
                 for (index, line) in lines.enumerate() {
                     let line: Line = serde_json::from_str(line)
                         .map_err(|error| Error::format(path, format!("line {}: {error}", index + 2)))?;
-                    let share = 1.0 / line.values.len() as f64;
+                    let share = 1.0 / line.values.len().max(1) as f64;
                     let cost = Cost { seconds: line.seconds * share, block_runs: line.block_runs * share };
                     line.remember(cost, &mut known);
                 }
@@ -104,6 +108,10 @@ impl Memo {
             }
         }
         file.seek(SeekFrom::End(0)).map_err(Error::io("read", path))?;
+        if !known.is_empty() {
+            let (values, path) = (known.len(), path.display());
+            tracing::debug!(values, %path, "values are known from earlier runs");
+        }
         let state = State { file, known, last: Instant::now(), used: Cost::default() };
         Ok(Some(Self { path: path.to_path_buf(), state: Mutex::new(state) }))
     }
@@ -128,9 +136,11 @@ impl Memo {
         self.state().last = Instant::now();
     }
 
-    /// Keeps values measured on a window, and the time since the clock was started or values last came.
+    /// Keeps values measured on a window, and the time since the clock was started or values last came. What is not
+    /// finite is no value: it is measured again.
     pub(super) fn add(&self, window: &str, values: &[(&[bool], f64)], block_runs: f64) -> Result<()> {
-        let values: Vec<(String, f64)> = values.iter().map(|(set, value)| (name(set), *value)).collect();
+        let finite = values.iter().filter(|(_, value)| value.is_finite());
+        let values: Vec<(String, f64)> = finite.map(|(set, value)| (name(set), *value)).collect();
         let mut state = self.state();
         let now = Instant::now();
         let seconds = now.duration_since(std::mem::replace(&mut state.last, now)).as_secs_f64();

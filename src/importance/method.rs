@@ -132,7 +132,7 @@ impl Method {
             }
             Self::Gates => Box::new(told(&options.gates)),
             Self::BlockInfluence => Box::new(BlockInfluence),
-            Self::Angular => Box::new(AngularDistance { remove }),
+            Self::Angular => Box::new(AngularDistance { remove, protected }),
             Self::Perplexity => Box::new(PerplexityIncrease),
             Self::GreedyPerplexity => Box::new(GreedyPerplexity { remove, protected, losses_file: values }),
             Self::Taylor => Box::new(Taylor),
@@ -147,7 +147,7 @@ impl Method {
         if self.depends_on_count() || self.is_greedy() {
             relevant.remove = options.remove;
         }
-        if matches!(self, Self::Coupling | Self::Gates) || self.is_greedy() {
+        if self.depends_on_count() || self.is_greedy() {
             relevant.protected.clone_from(&options.protected);
         }
         match self {

@@ -125,7 +125,8 @@ pub struct Scores {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub chosen: Option<Vec<usize>>,
     /// Spearman's rank correlation of the scores from the first and from the second half of the windows; absent
-    /// with a single window. Below 0.8 the ranking is more chance than measurement.
+    /// with a single window, and where scores do not come from the text. Below 0.8 the ranking is more chance than
+    /// measurement. Methods that remove block after block are compared in their first round.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stability: Option<f64>,
     /// Pairwise coupling, where the method measures it.
@@ -244,6 +245,13 @@ impl Scores {
         self
     }
 
+    /// Whether the two halves of the text rank the blocks alike: a stability of at least 0.8. Unknown where there is
+    /// none.
+    #[must_use]
+    pub fn is_stable(&self) -> Option<bool> {
+        self.stability.map(|stability| stability >= STABLE)
+    }
+
     /// The score of every block, first to last.
     #[must_use]
     pub fn importance(&self) -> Vec<f64> {
@@ -307,6 +315,15 @@ fn check_removal(remove: usize, free: usize) -> Result<()> {
         return Ok(());
     }
     Err(Error::argument("blocks to remove", remove, format!("at most the {free} that may go")))
+}
+
+/// Fails for units that are not all blocks or all halves: a chain of others is another model.
+fn check_units(units: &[Unit], depth: usize) -> Result<()> {
+    if units == Unit::blocks(depth) || units == Unit::halves(depth) {
+        return Ok(());
+    }
+    let expected = format!("the {depth} blocks or their {} halves, first to last", 2 * depth);
+    Err(Error::argument("units", format!("{} others", units.len()), expected))
 }
 
 /// The index of whole-block units is that of their block.

@@ -80,6 +80,12 @@ impl<'a> Removals<'a> {
         self.windows.iter().map(|window| window.half_runs).sum::<u64>() as f64 / 2.0
     }
 
+    /// The block runs that the values of these sets take where nothing is kept and there is no base.
+    pub(super) fn runs_of(&self, sets: &[Removed]) -> f64 {
+        let all: Vec<usize> = (0..sets.len()).collect();
+        (self.windows.len() * half_runs(self.shared.units, sets, 0, &all)) as f64 / 2.0
+    }
+
     /// How many windows there are.
     pub(super) fn windows(&self) -> usize {
         self.windows.len()
@@ -90,7 +96,7 @@ impl<'a> Removals<'a> {
         (0..self.shared.units.len()).map(|place| places.contains(&place)).collect()
     }
 
-    /// Keeps the path of the base from now on, at one state a unit and window.
+    /// Keeps the path of the base from now on: `(windows, units, seq, hidden)` numbers in f32.
     pub(super) fn keep_base(mut self) -> Self {
         for window in &mut self.windows {
             window.trunk = vec![None; self.shared.units.len() + 1];
@@ -172,6 +178,31 @@ impl<'a> Removals<'a> {
     }
 }
 
+/// Half blocks computed from `place` on for a group of sets that agree before it.
+fn half_runs(units: &[Unit], sets: &[Removed], mut place: usize, group: &[usize]) -> usize {
+    let (mut group, mut runs) = (group.to_vec(), 0);
+    while let Some(unit) = units.get(place).filter(|_| !group.is_empty()) {
+        let (without, with): (Vec<usize>, Vec<usize>) =
+            group.iter().partition(|&&index| removes(sets, index, place));
+        place += 1;
+        if with.is_empty() {
+            continue;
+        }
+        runs += half_units(*unit) as usize + half_runs(units, sets, place, &without);
+        group = with;
+    }
+    runs
+}
+
+fn removes(sets: &[Removed], index: usize, place: usize) -> bool {
+    sets.get(index).and_then(|set| set.get(place)).copied().unwrap_or_default()
+}
+
+/// Half blocks in a unit.
+fn half_units(unit: Unit) -> u64 {
+    if unit.part == Part::Whole { 2 } else { 1 }
+}
+
 /// Tells that the work is over, whatever became of it.
 struct SetOnDrop<'a>(&'a AtomicBool);
 
@@ -234,10 +265,8 @@ impl Descent<'_, '_> {
     ) -> Result<()> {
         let mut group = group.to_vec();
         while let Some(&unit) = self.shared.units.get(place) {
-            let removes = |&index: &usize| {
-                self.sets.get(index).and_then(|set| set.get(place)).copied().unwrap_or_default()
-            };
-            let (without, with): (Vec<usize>, Vec<usize>) = group.iter().partition(|index| removes(index));
+            let (without, with): (Vec<usize>, Vec<usize>) =
+                group.iter().partition(|&&index| removes(self.sets, index, place));
             let base_removes = self.shared.base.get(place).copied().unwrap_or_default();
             if with.is_empty() {
                 on_trunk &= base_removes;
@@ -272,7 +301,7 @@ impl Descent<'_, '_> {
             return Ok(state.clone());
         }
         let state = self.shared.decoder.run_unit(unit, x, &self.shared.pass)?;
-        self.window.half_runs += if unit.part == Part::Whole { 2 } else { 1 };
+        self.window.half_runs += half_units(unit);
         if let Some(slot) = known {
             *slot = Some(state.clone());
         }

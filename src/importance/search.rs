@@ -82,12 +82,8 @@ impl Search<'_> {
     }
 
     fn add(&mut self, sets: Vec<Set>, losses: Vec<f64>) -> Result<()> {
-        for (set, loss) in sets.into_iter().zip(losses) {
-            if !loss.is_finite() {
-                return Err(Error::NotFinite { what: "the loss of a set of removals".into(), value: loss });
-            }
-            self.measured.push((set, loss));
-        }
+        check_losses(&losses)?;
+        self.measured.extend(sets.into_iter().zip(losses));
         Ok(())
     }
 
@@ -141,6 +137,13 @@ impl Search<'_> {
         let mut hoped: Vec<(f64, Set)> = hoped.collect();
         hoped.sort_by(|a, b| a.0.total_cmp(&b.0));
         ranked.into_iter().chain(hoped).take(self.batch).map(|(_, set)| set).collect()
+    }
+}
+
+pub(super) fn check_losses(losses: &[f64]) -> Result<()> {
+    match losses.iter().find(|loss| !loss.is_finite()) {
+        Some(&value) => Err(Error::NotFinite { what: "the loss of a set of removals".into(), value }),
+        None => Ok(()),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 
 use super::{Importance, Scores, spearman, whole_blocks};
 use crate::data::Windows;
@@ -11,7 +11,7 @@ use crate::model::{Decoder, Unit, Walk};
 use crate::progress::{self, Observer};
 
 /// Taylor+: Σ over the block's matrices of `|W ⊙ ∂L/∂W|`, `L` the mean loss of all windows. The first four and the
-/// last two blocks are never chosen: their scores are raised above all others.
+/// last two blocks are raised above all others: they are chosen only where no other is left.
 ///
 /// From Shortened LLaMA (Kim et al., 2024, arXiv 2402.02834). Holds two gradients of all matrices in memory, one for
 /// each half of the windows.
@@ -79,6 +79,11 @@ fn add_gradients(
     let scale = 1.0 / (windows.len() * (windows.seq_len() - 1)) as f64;
     walk.weight_gradients(&(upstream * scale)?, |index, gradients| {
         if let Some(sum) = sums.get_mut(index) {
+            // Gradients of bf16 matrices are bf16 too; sums are not.
+            let gradients = gradients
+                .iter()
+                .map(|gradient| Ok(gradient.to_dtype(DType::F32)?))
+                .collect::<Result<Vec<_>>>()?;
             *sum = if sum.is_empty() { gradients } else { add(sum, &gradients)? };
         }
         Ok(())
@@ -95,7 +100,8 @@ fn saliencies(decoder: &Decoder, gradients: &[BlockGradient]) -> Result<Vec<f64>
         let products = block.matrices().zip(gradients);
         products
             .map(|(weight, gradient)| {
-                Ok(f64::from((weight * gradient)?.abs()?.sum_all()?.to_scalar::<f32>()?))
+                let product = (weight.to_dtype(DType::F32)? * gradient)?;
+                Ok(f64::from(product.abs()?.sum_all()?.to_scalar::<f32>()?))
             })
             .sum()
     };

@@ -3,7 +3,7 @@
 //! Only the input of every unit is kept; each unit is computed again on the way back, so that no graph ever spans
 //! more than one. Memory beyond the weights: one input a unit, one unit's activations, one chunk of logits.
 
-use candle_core::{DType, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 
 use super::block::Block;
 use super::decoder::{Decoder, Pass};
@@ -28,7 +28,7 @@ impl<'a> Walk<'a> {
     /// Runs `units` over `(batch, seq)` ids, each under its gate, keeping every unit's input.
     ///
     /// # Errors
-    /// As many gates as units are needed; or a failed computation.
+    /// As many gates as units are needed; [`Error::Quantized`] where there is no way back; or a failed computation.
     pub fn forward(decoder: &'a Decoder, units: &'a [Unit], gates: &[f64], ids: &Tensor) -> Result<Self> {
         if gates.len() != units.len() {
             return Err(Error::argument(
@@ -37,6 +37,7 @@ impl<'a> Walk<'a> {
                 format!("one for each of {} units", units.len()),
             ));
         }
+        decoder.check_not_quantized()?;
         let pass = decoder.pass(0, ids.dims2()?.1)?;
         let mut x = decoder.embed(ids, &pass)?.detach();
         let mut inputs = Vec::with_capacity(units.len());
@@ -76,15 +77,19 @@ impl<'a> Walk<'a> {
     }
 
     /// From the gradient of the loss with respect to the output to its gradients with respect to every matrix, given
-    /// to `visit` unit by unit, last to first, in the order of [`Block::matrices`]. Units are whole blocks, ungated.
+    /// to `visit` unit by unit, last to first, in the order of [`Block::matrices`]. Units are whole blocks, and every
+    /// gate is 1.
     ///
     /// # Errors
-    /// What `visit` fails with, a half unit, or a failed computation.
+    /// What `visit` fails with, a half unit, another gate, or a failed computation.
     pub fn weight_gradients(
         mut self,
         upstream: &Tensor,
         mut visit: impl FnMut(usize, Vec<Tensor>) -> Result<()>,
     ) -> Result<()> {
+        if let Some(gate) = self.gates.iter().find(|gate| (**gate - 1.0).abs() > 0.0) {
+            return Err(Error::argument("gates", gate, "1 for every unit"));
+        }
         let mut upstream = upstream.detach();
         for (place, unit) in self.units.iter().enumerate().rev() {
             let (Some(x), Some(block)) = (self.inputs.pop(), self.decoder.blocks().get(unit.block)) else {
@@ -204,8 +209,9 @@ impl Decoder {
     /// unit: `(1, seq, hidden)`, a row of zeros for the last token, which predicts nothing.
     ///
     /// # Errors
-    /// Targets that do not fit, or a failed computation.
+    /// Targets that do not fit, [`Error::Quantized`], or a failed computation.
     pub fn loss_vjp(&self, hidden: &Tensor, targets: &[u32]) -> Result<(f64, Tensor)> {
+        self.check_not_quantized()?;
         let (_, seq, width) = hidden.dims3()?;
         let rows = Var::from_tensor(&hidden.squeeze(0)?.narrow(0, 0, targets.len())?.contiguous()?)?;
         let losses = self.nll(rows.as_tensor(), targets)?;
@@ -228,5 +234,6 @@ fn gated(x: &Tensor, y: &Tensor, gate: f64) -> Result<Tensor> {
 }
 
 fn value(scalar: &Tensor) -> Result<f64> {
-    Ok(scalar.to_dtype(DType::F64)?.to_scalar()?)
+    // On the CPU: not every device knows f64.
+    Ok(scalar.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.to_scalar()?)
 }

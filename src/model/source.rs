@@ -7,11 +7,11 @@ use super::architecture::{Architecture, Positions};
 use super::block::{Block, Norm};
 use super::decoder::{Decoder, Pass};
 use super::fold_map::FoldMap;
-use super::params::{BlockParam, Param};
+use super::params::{BlockParam, Param, Projection};
 use super::states::States;
 use super::unit::Part;
 use crate::error::Result;
-use crate::ops::Kernels;
+use crate::ops::{Kernels, Matrix};
 
 /// A model whose parts are asked for one by one, so that whoever asks need not know whether they are in memory.
 ///
@@ -62,7 +62,7 @@ impl BlockSource for Decoder {
     }
 
     fn device(&self) -> &Device {
-        self.embedding.device()
+        Decoder::device(self)
     }
 
     fn kernels(&self) -> Kernels {
@@ -98,7 +98,7 @@ impl Decoder {
         matrix: Param,
         mut tensor: impl FnMut(Param) -> Result<Tensor>,
     ) -> Result<Self> {
-        let embedding = tensor(matrix)?;
+        let embedding = tensor(matrix)?.into();
         let learned = architecture.positions == Positions::Learned && matrix == Param::Embedding;
         let positions = learned.then(|| tensor(Param::Positions)).transpose()?;
         let final_norm = Norm::build(architecture.norm, |part| tensor(Param::FinalNorm(part)))?;
@@ -152,25 +152,38 @@ pub(crate) fn fingerprint(source: &dyn BlockSource) -> Result<String> {
     let mut hash = Sha256::new();
     hash.update(format!("{:?}", source.architecture()));
     let front = source.front()?;
-    for tensor in std::iter::once(&front.embedding).chain(&front.positions) {
-        update(&mut hash, tensor)?;
-    }
+    add_matrix(&mut hash, &front.embedding)?;
+    front.positions.iter().try_for_each(|tensor| add_tensor(&mut hash, tensor))?;
     drop(front);
     source.visit(&source.all(), &mut |block| {
-        block.params().try_for_each(|(_, tensor)| update(&mut hash, tensor))
+        block.params().try_for_each(|(_, tensor)| add_tensor(&mut hash, tensor))?;
+        let quantized = |at| block.weights.get(at).filter(|matrix| matrix.as_quantized().is_some());
+        Projection::ALL.into_iter().filter_map(quantized).try_for_each(|matrix| add_matrix(&mut hash, matrix))
     })?;
     let back = source.back()?;
-    for (_, tensor) in back.final_norm.params() {
-        update(&mut hash, tensor)?;
-    }
+    back.final_norm.params().try_for_each(|(_, tensor)| add_tensor(&mut hash, tensor))?;
     if !source.architecture().tied {
-        update(&mut hash, back.head_weight())?;
+        add_matrix(&mut hash, back.head_weight())?;
     }
     Ok(crate::data::hex(&hash.finalize()))
 }
 
-fn update(hash: &mut Sha256, tensor: &Tensor) -> Result<()> {
-    const VALUES: usize = 64;
+/// As many values of a tensor, or bytes of quantised blocks, tell it from others.
+const VALUES: usize = 64;
+
+fn add_matrix(hash: &mut Sha256, matrix: &Matrix) -> Result<()> {
+    match matrix {
+        Matrix::Tensor(tensor) => add_tensor(hash, tensor),
+        Matrix::Quantized(blocks) => {
+            let bytes = blocks.data()?;
+            hash.update(format!("{:?}", blocks.dtype()));
+            hash.update(bytes.get(..VALUES.min(bytes.len())).unwrap_or_default());
+            Ok(())
+        }
+    }
+}
+
+fn add_tensor(hash: &mut Sha256, tensor: &Tensor) -> Result<()> {
     hash.update(tensor.dtype().as_str());
     let values = tensor.flatten_all()?.narrow(0, 0, tensor.elem_count().min(VALUES))?;
     for value in values.to_dtype(DType::F32)?.to_vec1::<f32>()? {

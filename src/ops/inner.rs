@@ -1,6 +1,6 @@
 //! Inner products with a constant: where a walk back begins.
 
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 use super::simd::{dot, vectorised};
@@ -18,7 +18,7 @@ impl Kernels {
         if self.fuses(&[x, direction]) {
             return x.contiguous()?.apply_op1(Inner(direction.detach().contiguous()?));
         }
-        (x * direction.detach())?.sum_all()
+        (x.to_dtype(DType::F32)? * direction.detach().to_dtype(DType::F32)?)?.sum_all()
     }
 }
 

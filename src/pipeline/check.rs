@@ -25,6 +25,10 @@ impl Recipe {
                 "the seed is `seed`, for all stages",
             )?;
         }
+        if let Some(options) = &self.latency {
+            options.check().map_err(|error| in_field("latency", &error))?;
+        }
+        refuse(self.samples.prompts.iter().any(String::is_empty), "samples.prompts", "one is empty")?;
         let limit = self.max_nll_increase.filter(|limit| !limit.is_finite());
         match limit {
             Some(limit) => Err(Error::recipe("max_nll_increase", format!("is {limit}, expected a number"))),
@@ -149,6 +153,9 @@ impl Recipe {
             if let Some(&index) = unknown {
                 return Err(in_field("share.groups", &Error::NoSuchBlock { index, depth }));
             }
+        }
+        if let Some(options) = &self.latency {
+            options.check_model(arch).map_err(|error| in_field("latency", &error))?;
         }
         let total = arch.parameter_count();
         if let Some(Groups::Budget { budget: Budget::Parameters(0) | Budget::Bytes(0), .. }) =

@@ -24,7 +24,7 @@ impl Cost {
         Self { blocks: self.blocks * count, heads: self.heads * count, seconds: self.seconds * count }
     }
 
-    fn and(self, other: Self) -> Self {
+    pub(super) fn and(self, other: Self) -> Self {
         Self {
             blocks: self.blocks + other.blocks,
             heads: self.heads + other.heads,
@@ -32,6 +32,10 @@ impl Cost {
         }
     }
 }
+
+/// A token that is made alone takes about as long as so many that are read together: all matrices come from memory for
+/// it.
+const ALONE: f64 = 8.0;
 
 /// One window without each block of `depth` apart: what comes before the block is computed once.
 fn singles(depth: f64) -> Cost {
@@ -128,6 +132,15 @@ impl Inputs<'_> {
         step.times(steps).and(Cost::of(left, 1.0).times(evaluations * choosing.len() as f64))
     }
 
+    /// The samples of models of so many blocks together: a token at a time, each of which reads all weights as a window
+    /// of some ten tokens does.
+    pub(super) fn sampling_cost(&self, blocks: usize) -> Cost {
+        let options = &self.recipe.samples;
+        let prompts = if options.prompts.is_empty() { 2 } else { options.prompts.len() };
+        let tokens = (10 * options.tokens * prompts) as f64 / self.evaluation.seq_len() as f64;
+        Cost::of(blocks as f64, blocks as f64 / self.depth() as f64).times(tokens)
+    }
+
     /// One evaluation of a model of so many blocks; of a text, four characters are taken for a token.
     pub(super) fn evaluation_cost(&self, blocks: usize) -> Cost {
         let characters = self.tasks.iter().flat_map(|task| &task.items).flat_map(|item| &item.choices);
@@ -135,5 +148,14 @@ impl Inputs<'_> {
             characters.map(|choice| choice.context.len() + choice.continuation.len()).sum();
         let tasks = characters as f64 / 4.0 / self.evaluation.seq_len() as f64;
         Cost::of(blocks as f64, 1.0).times(self.evaluation.len() as f64 + tasks)
+    }
+
+    /// Measuring the speed of two models of so many blocks together; nothing where it is not asked for.
+    pub(super) fn latency_cost(&self, blocks: usize) -> Cost {
+        let Some(options) = self.recipe.latency else { return Cost::default() };
+        let windows = |tokens: f64| tokens / self.evaluation.seq_len() as f64;
+        let prompt = Cost::of(blocks as f64, 0.0).times(windows(options.prompt as f64));
+        let made = Cost::of(blocks as f64, 2.0).times(windows(ALONE * options.new_tokens as f64));
+        prompt.and(made).times((options.runs + 1) as f64)
     }
 }

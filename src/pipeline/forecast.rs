@@ -1,24 +1,24 @@
 //! What a run would do, without doing it.
 
-use std::fmt;
+use std::fmt::{self, Write};
 use std::time::Instant;
 
 use candle_core::{DType, Device};
 use serde::{Deserialize, Serialize};
 
 use super::cost::Cost;
+use super::curve::Healing;
 use super::inputs::{Inputs, Keys};
 use super::memory::Memory;
 use super::planning::Planned;
 use super::recipe::Recipe;
-use super::run::{EVALUATION, HEALED, PLAN, SCORES};
+use super::run::{EVALUATION, HEALED, LATENCY, PLAN, SAMPLES, SCORES};
 use super::sizes::Sizes;
 use super::stage::Stage;
 use crate::checkpoint::{StreamOptions, check_destination};
 use crate::data::Windows;
-use crate::error::Result;
-use crate::eval::perplexity;
-use crate::heal::HealReport;
+use crate::error::{Error, Result};
+use crate::eval::{Latency, perplexity};
 use crate::importance::Scores;
 use crate::importance::sweep::mean_loss;
 use crate::model::{BlockSource, Part};
@@ -139,7 +139,16 @@ struct Known {
     dense: bool,
     folded: bool,
     evaluated: bool,
+    timed: bool,
+    sampled: Sampled,
     saved: bool,
+}
+
+/// Whose samples are there, or not asked for.
+struct Sampled {
+    dense: bool,
+    folded: bool,
+    compressed: bool,
 }
 
 impl Known {
@@ -147,31 +156,54 @@ impl Known {
         let work = &inputs.work;
         let evaluated = |key| work.known::<super::report::Measured>(EVALUATION, key);
         let scores = keys.score.as_ref().map(|key| work.known::<Scores>(SCORES, key)).transpose()?;
+        let timed = |key| work.known::<(Latency, Latency)>(LATENCY, key);
+        let timed = keys.latency.as_ref().map(timed).transpose()?;
         let healed = match &keys.heal {
             Some(key) => {
                 let weights = work.path(HEALED, key, "");
-                work.known::<HealReport>(HEALED, key)?.is_some() && weights.exists()
+                work.known::<Healing>(HEALED, key)?.is_some() && weights.exists()
             }
             None => true,
         };
+        let silent = inputs.prompts()?.is_empty();
+        let sampled = |key| Ok::<_, Error>(silent || work.known::<Vec<String>>(SAMPLES, key)?.is_some());
+        let samples = &keys.samples;
+        let sampled = Sampled {
+            dense: sampled(&samples.dense)?,
+            folded: keys.heal.is_none() || sampled(&samples.folded)?,
+            compressed: sampled(&samples.compressed)?,
+        };
         Ok(Self {
+            sampled,
             scores: scores.is_none_or(|scores| scores.is_some()),
             plan: work.known::<Planned>(PLAN, &keys.plan)?.is_some(),
             healed,
             dense: evaluated(&keys.dense)?.is_some(),
             folded: keys.heal.is_none() || evaluated(&keys.folded)?.is_some(),
             evaluated: evaluated(&keys.evaluate)?.is_some(),
+            timed: timed.is_none_or(|timed| timed.is_some()),
             saved,
         })
     }
 
     fn all(&self) -> bool {
-        self.scores && self.plan && self.healed && self.dense && self.folded && self.evaluated && self.saved
+        self.scores && self.plan && self.healed && self.measured() && self.saved
+    }
+
+    /// All of evaluating.
+    fn measured(&self) -> bool {
+        let Sampled { dense, folded, compressed } = self.sampled;
+        self.dense && self.folded && self.evaluated && self.timed && dense && folded && compressed
     }
 
     /// Whether nobody asks for the folded model.
     fn unfolded(&self, heals: bool) -> bool {
-        if heals { self.healed && self.folded } else { self.evaluated && self.saved }
+        let Sampled { folded, compressed, .. } = self.sampled;
+        if heals {
+            self.healed && self.folded && folded
+        } else {
+            self.evaluated && compressed && self.timed && self.saved
+        }
     }
 
     fn stages(&self, inputs: &Inputs<'_>, speed: &Speed, blocks: usize) -> Vec<Forecast> {
@@ -202,8 +234,10 @@ impl Known {
         let what = format!("{} of {} blocks may go", inputs.remove, inputs.depth());
         stages.push(of(Stage::Plan, what, self.plan, inputs.planning_cost(), memory.plain()));
         let unfolded = self.unfolded(recipe.heal.is_some());
-        let what = "the plan applied, not kept".to_string();
-        stages.push(of(Stage::Fold, what, unfolded, inputs.folding_cost(), memory.plain()));
+        if !streams {
+            let what = "the plan applied, not kept".to_string();
+            stages.push(of(Stage::Fold, what, unfolded, inputs.folding_cost(), memory.plain()));
+        }
         if let Some((train, _)) = &inputs.healing {
             let what = format!("a fine-tune on {} windows of {}", train.len(), train.seq_len());
             stages.push(of(Stage::Heal, what, self.healed, inputs.healing_cost(), memory.healing()));
@@ -212,11 +246,25 @@ impl Known {
         let models =
             [(self.dense, inputs.depth()), (self.folded, blocks), (self.evaluated, blocks)].into_iter();
         let left: Vec<usize> = models.filter(|(known, _)| !known).map(|(_, blocks)| blocks).collect();
+        let Sampled { dense, folded, compressed } = self.sampled;
+        let models = [(dense, inputs.depth()), (folded, blocks), (compressed, blocks)].into_iter();
+        let sampling: usize = models.filter(|(known, _)| !known).map(|(_, blocks)| blocks).sum();
         let (windows, tasks) = (evaluation.len(), inputs.tasks.len());
-        let what = format!("losses on {windows} windows of {}, {tasks} tasks", evaluation.seq_len());
-        let known = self.dense && self.folded && self.evaluated;
-        let cost = read(inputs.evaluation_cost(left.iter().sum()), left.len());
-        stages.push(of(Stage::Evaluate, what, known, cost, memory.plain()));
+        let samples = if streams { "" } else { ", samples" };
+        let mut what =
+            format!("losses on {windows} windows of {}, {tasks} tasks{samples}", evaluation.seq_len());
+        if let Some(options) = recipe.latency {
+            let _ = write!(what, ", speed in {} runs", options.runs);
+        }
+        let mut cost = inputs.sampling_cost(sampling);
+        if !left.is_empty() {
+            cost = cost.and(inputs.evaluation_cost(left.iter().sum()));
+        }
+        if !self.timed {
+            cost = cost.and(inputs.latency_cost(inputs.depth() + blocks));
+        }
+        let cost = read(cost, left.len());
+        stages.push(of(Stage::Evaluate, what, self.measured(), cost, memory.plain()));
         // Written, read back, and hashed.
         let writing = Cost { seconds: 3.0 * speed.load, ..Cost::default() };
         let what = format!("a checkpoint at {}", recipe.out.display());

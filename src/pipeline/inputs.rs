@@ -4,6 +4,7 @@ use candle_core::{DType, Device};
 use serde::Serialize;
 
 use super::recipe::Recipe;
+use super::run::LATENCY;
 use super::stage::Stage;
 use super::work::{Key, Work};
 use crate::checkpoint::{Checkpoint, StreamOptions, StreamedDecoder};
@@ -46,7 +47,18 @@ pub(super) struct Keys {
     pub dense: Key,
     pub folded: Key,
     pub evaluate: Key,
+    /// Absent where no speed is asked for.
+    pub latency: Option<Key>,
+    pub samples: SampleKeys,
     pub save: Key,
+}
+
+/// The keys of what these models make of the samples' beginnings.
+#[derive(Debug, Clone)]
+pub(super) struct SampleKeys {
+    pub dense: Key,
+    pub folded: Key,
+    pub compressed: Key,
 }
 
 impl<'a> Inputs<'a> {
@@ -130,6 +142,12 @@ impl<'a> Inputs<'a> {
         (self.model_sha256.clone(), self.checkpoint.config().clone())
     }
 
+    /// The key of what a model makes of the samples' beginnings.
+    fn sample_key(&self, weights: &impl Serialize) -> Result<Key> {
+        let asked = (self.prompts()?, self.recipe.samples.tokens, self.tokenizer.to_json()?);
+        Key::of("samples", &(weights, asked))
+    }
+
     pub(super) fn keys(&self) -> Result<Keys> {
         let recipe = self.recipe;
         let calibration = (self.calibration.ids_sha256(), self.calibration.bos());
@@ -149,11 +167,18 @@ impl<'a> Inputs<'a> {
         let questions = (self.evaluation.ids_sha256(), items.collect::<Vec<_>>(), tokenizer);
         let evaluate = |weights: &Key| Key::of(Stage::Evaluate.name(), &(weights, &questions));
         let weights = heal.as_ref().unwrap_or(&plan);
+        let timed = |options| Key::of(LATENCY, &(self.model(), weights, options));
         let out = std::path::absolute(&recipe.out).map_err(Error::io("find", &recipe.out))?;
         Ok(Keys {
             dense: Key::of(Stage::Evaluate.name(), &(self.model(), &questions))?,
             folded: evaluate(&plan)?,
             evaluate: evaluate(weights)?,
+            latency: recipe.latency.map(timed).transpose()?,
+            samples: SampleKeys {
+                dense: self.sample_key(&self.model())?,
+                folded: self.sample_key(&plan)?,
+                compressed: self.sample_key(weights)?,
+            },
             save: Key::of(Stage::Save.name(), &(weights, recipe.format, out))?,
             score,
             plan,

@@ -32,6 +32,10 @@ impl Inputs<'_> {
                 format!("is {most}, and the run takes about {} {reason}", Bytes(least)),
             )
         })?;
+        let all: Vec<usize> = (0..self.depth()).collect();
+        let copied = self.checkpoint.bytes_to_copy(&all, self.recipe.format);
+        copied.map_err(|error| Error::recipe("format", error.to_string()))?;
+        tracing::debug!(%needed, limit = %most, "blocks are read from disk one at a time");
         // Beside the results: the system's directory for temporary files may itself be in memory.
         let scratch = Some(self.work.0.clone());
         Ok(Some(StreamOptions { state_bytes: Some(without_overhead(spare)), scratch }))
@@ -56,6 +60,8 @@ impl Recipe {
             (!self.tasks.is_empty(), "tasks"),
             (matches!(self.target, Some(Goal::NllIncrease(_))), "target.nll-increase"),
             (halves, "gates.halves"),
+            (self.latency.is_some(), "latency"),
+            (self.samples.tokens > 0 && !self.samples.prompts.is_empty(), "samples.prompts"),
         ];
         let (_, field) = fields.into_iter().find(|(asked, _)| *asked)?;
         Some(format!(

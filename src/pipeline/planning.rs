@@ -6,8 +6,9 @@ use super::inputs::Inputs;
 use super::recipe::{Goal, MixOptions, Recipe, Total};
 use super::report::Tried;
 use crate::error::{Error, Result};
+use crate::eval::perplexity;
 use crate::importance::{Scores, losses_without};
-use crate::mix::{Candidate, Mix, search_mixes};
+use crate::mix::{Candidate, Mix, measure_mixes, pareto_front};
 use crate::model::{Decoder, Unit};
 use crate::plan::{Plan, PlanBuilder, Target};
 use crate::progress::Observer;
@@ -17,6 +18,14 @@ use crate::progress::Observer;
 pub(super) struct Planned {
     pub plan: Plan,
     pub mixes: Vec<Tried>,
+    /// The dense model's loss on the windows that the mixes were compared on.
+    pub dense_loss: Option<f64>,
+}
+
+impl From<Plan> for Planned {
+    fn from(plan: Plan) -> Self {
+        Self { plan, mixes: Vec::new(), dense_loss: None }
+    }
 }
 
 impl Inputs<'_> {
@@ -29,35 +38,34 @@ impl Inputs<'_> {
     ) -> Result<Planned> {
         let mut planned = match (self.recipe.mix, dense, scores) {
             (Some(mix), Some(dense), Some(scores)) => self.mixed(&mix, dense, scores, observer)?,
-            (_, Some(dense), _) => {
-                Planned { plan: self.removed_and_shared(dense, scores, observer)?, mixes: Vec::new() }
-            }
-            (_, None, _) => {
-                let target = self.recipe.target.map_or(Target::Blocks(0), |goal| self.target(goal));
-                let plan = self.recipe.builder(target, scores).build(self.checkpoint.architecture())?;
-                Planned { plan, mixes: Vec::new() }
-            }
+            _ => self.removed_and_shared(dense, scores, observer)?.into(),
         };
         planned.plan = planned.plan.for_model(&self.model_sha256);
+        let plan = &planned.plan;
+        let groups = plan.sharing().map_or(0, |sharing| sharing.groups.len());
+        tracing::debug!(removed = ?plan.removed(), groups, mixes = planned.mixes.len(), "planned");
         Ok(planned)
     }
 
     fn removed_and_shared(
         &self,
-        dense: &Decoder,
+        dense: Option<&Decoder>,
         scores: Option<&Scores>,
         observer: &mut dyn Observer,
     ) -> Result<Plan> {
-        let builder = match (self.recipe.target, scores) {
-            (Some(Goal::NllIncrease(limit)), Some(scores)) => {
+        let builder = match (self.recipe.target, dense, scores) {
+            (Some(Goal::NllIncrease(limit)), Some(dense), Some(scores)) => {
                 let scores = self.within(limit, dense, scores, observer)?;
                 let count = scores.chosen.as_ref().map_or(0, Vec::len);
                 self.recipe.builder(Target::Blocks(count), Some(&scores))
             }
-            (Some(goal), scores) => self.recipe.builder(self.target(goal), scores),
-            (None, _) => self.recipe.builder(Target::Blocks(0), None),
+            (Some(goal), _, scores) => self.recipe.builder(self.target(goal), scores),
+            (None, ..) => self.recipe.builder(Target::Blocks(0), None),
         };
-        builder.measure(dense, &self.calibration, observer)
+        match dense {
+            Some(dense) => builder.measure(dense, &self.calibration, observer),
+            None => builder.build(self.checkpoint.architecture()),
+        }
     }
 
     /// A goal as a plan knows it.
@@ -91,6 +99,7 @@ impl Inputs<'_> {
             let reason = format!("is {limit}, and the first block to go costs {least:.4} nats per token");
             return Err(Error::recipe("target.nll-increase", reason));
         }
+        tracing::debug!(blocks = count, limit, loss = losses.get(count), "as many go as the loss allows");
         Ok(Scores { chosen: sets.into_iter().nth(count), ..scores.clone() })
     }
 
@@ -105,15 +114,20 @@ impl Inputs<'_> {
         let mut mix = Mix::new(self.total(options));
         (mix.removed, mix.residual_share, mix.donor) = (self.remove, options.residual_share, options.donor);
         if !options.search {
-            let plan = mix.plan(dense, scores, &self.calibration, observer)?;
-            return Ok(Planned { plan, mixes: Vec::new() });
+            return Ok(mix.plan(dense, scores, &self.calibration, observer)?.into());
         }
         let (removed, shares) = self.proportions();
-        let front =
-            search_mixes(dense, scores, &mix.variants(&removed, &shares), &self.calibration, observer)?;
-        let mixes = front.iter().map(Tried::from).collect();
+        let tried =
+            measure_mixes(dense, scores, &mix.variants(&removed, &shares), &self.calibration, observer)?;
+        let front = pareto_front(tried.clone());
+        let mut mixes: Vec<Tried> = tried.iter().map(Tried::from).collect();
+        for mix in &mut mixes {
+            mix.beaten = !front.iter().any(|best| (best.parameters, best.loss) == (mix.parameters, mix.loss));
+        }
+        mixes.sort_by(|a, b| a.parameters.cmp(&b.parameters).then(a.loss.total_cmp(&b.loss)));
+        let dense_loss = Some(perplexity(dense, &self.calibration, observer)?.mean_nll);
         let none = || Error::recipe("mix.total", "no mix meets it");
-        Ok(Planned { plan: front.into_iter().next_back().ok_or_else(none)?.plan, mixes })
+        Ok(Planned { plan: front.into_iter().next_back().ok_or_else(none)?.plan, mixes, dense_loss })
     }
 
     /// The parameters that a mix may have.
@@ -167,6 +181,7 @@ impl From<&Candidate> for Tried {
             loss: candidate.loss,
             removed: candidate.plan.removed().len(),
             residual_share: candidate.mix.residual_share,
+            beaten: false,
         }
     }
 }

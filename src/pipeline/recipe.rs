@@ -1,14 +1,18 @@
 //! What a compression is told, as data.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 use candle_core::DType;
-use serde::{Deserialize, Serialize};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::bytes::Bytes;
 use crate::checkpoint::Format;
 use crate::data::Bos;
 use crate::error::{Error, Result};
+use crate::eval::LatencyOptions;
 use crate::heal::Heal;
 use crate::importance::{Gates, GatesWithCoupling, Method};
 use crate::plan::{Donor, Groups, Own};
@@ -51,7 +55,8 @@ pub struct Recipe {
     pub dtype: Precision,
     /// The most memory that a run may take: a number of bytes, or a text such as `"3GB"`; without a bound where absent.
     /// Where the model in memory would be more, its blocks are read from disk one at a time, for the same result; then
-    /// blocks can only be dropped, and scored by Block Influence, angular distance, perplexity, gates or chance.
+    /// blocks can only be dropped, and scored by Block Influence, angular distance, perplexity, gates or chance, and no
+    /// text is continued for the report.
     /// Counted are weights, states and activations, with a sixteenth for all else.
     pub max_memory: Option<Bytes>,
     /// How the text is cut.
@@ -80,8 +85,44 @@ pub struct Recipe {
     pub tasks: Vec<PathBuf>,
     /// Items of each task, at most.
     pub task_items: Option<usize>,
+    /// How fast the model is before and after, and what it takes in memory: not measured where absent, since times tell
+    /// little on a machine that is busy, and only the caller knows. `true` in a file asks for [`LatencyOptions`] as they
+    /// are by default.
+    #[serde(deserialize_with = "latency")]
+    pub latency: Option<LatencyOptions>,
     /// How a model whose blocks share is written.
     pub format: Format,
+    /// Texts that the models before and after continue, for the report.
+    pub samples: SampleOptions,
+    /// The model's id on the hub, for the model card; what was fetched from there needs none.
+    pub base_model: Option<String>,
+}
+
+/// Options, or whether they are those by default.
+fn latency<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> std::result::Result<Option<LatencyOptions>, D::Error> {
+    struct Asked;
+    impl<'de> Visitor<'de> for Asked {
+        type Value = Option<LatencyOptions>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("true, false, or the options of measuring speed")
+        }
+
+        fn visit_bool<E>(self, asked: bool) -> std::result::Result<Self::Value, E> {
+            Ok(asked.then(LatencyOptions::default))
+        }
+
+        fn visit_unit<E>(self) -> std::result::Result<Self::Value, E> {
+            Ok(None)
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, map: A) -> std::result::Result<Self::Value, A::Error> {
+            LatencyOptions::deserialize(MapAccessDeserializer::new(map)).map(Some)
+        }
+    }
+    deserializer.deserialize_any(Asked)
 }
 
 /// What blocks are scored in.
@@ -114,6 +155,23 @@ pub struct WindowOptions {
 impl Default for WindowOptions {
     fn default() -> Self {
         Self { seq_len: 512, bos: Bos::Auto, calibrate: 16, evaluate: 32 }
+    }
+}
+
+/// What is continued by the models before and after, for whoever reads the report; nothing is measured by it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
+pub struct SampleOptions {
+    /// Beginnings of texts. Where there are none, two windows of the evaluation text begin them.
+    pub prompts: Vec<String>,
+    /// Tokens that are made for each, at most, always the likeliest; 0 for no samples.
+    pub tokens: usize,
+}
+
+impl Default for SampleOptions {
+    fn default() -> Self {
+        Self { prompts: Vec::new(), tokens: 40 }
     }
 }
 
@@ -253,7 +311,7 @@ impl Recipe {
     }
 
     /// The greatest increase of the loss that lets the model be saved.
-    pub(super) fn gate(&self) -> Option<f64> {
+    pub(crate) fn gate(&self) -> Option<f64> {
         self.max_nll_increase.or(match self.target {
             Some(Goal::NllIncrease(limit)) => Some(limit),
             _ => None,

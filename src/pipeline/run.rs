@@ -7,17 +7,19 @@ use candle_core::{DType, Device};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::Compressor;
+use super::curve::{Healing, curve};
 use super::inputs::{Inputs, Keys};
 use super::planning::Planned;
-use super::recipe::{Precision, Recipe};
-use super::report::{Measured, Report, SavedRecord};
+use super::recipe::Precision;
+use super::report::{Measured, Report};
 use super::stage::Stage;
 use super::work::Key;
 use crate::checkpoint::{Checkpoint, Format, SaveOptions, check_destination};
 use crate::error::{Error, Result};
-use crate::eval::{Accuracy, Task, accuracy, perplexity, perplexity_streamed};
+use crate::eval::{Accuracy, Latency, Task, accuracy, latency, perplexity, perplexity_streamed};
 use crate::fold::fold_on;
-use crate::heal::{HealReport, Teacher};
+use crate::heal::{Teacher, read_log};
 use crate::importance::Scores;
 use crate::model::Decoder;
 use crate::plan::{Calibration, Plan};
@@ -25,8 +27,9 @@ use crate::progress::{self, Observer};
 
 /// A compression that runs. Models are read and made when a stage needs them.
 pub(super) struct Run<'a> {
-    inputs: Inputs<'a>,
-    keys: Keys,
+    pub(super) inputs: Inputs<'a>,
+    pub(super) keys: Keys,
+    command: Option<String>,
     dense: Option<Decoder>,
     folded: Option<Decoder>,
     result: Option<Decoder>,
@@ -35,13 +38,15 @@ pub(super) struct Run<'a> {
 
 impl<'a> Run<'a> {
     /// Opens and checks everything; the destination is new, or what this very recipe has written.
-    pub(super) fn open(recipe: &'a Recipe, observer: &mut dyn Observer) -> Result<Self> {
+    pub(super) fn open(compressor: &'a Compressor, observer: &mut dyn Observer) -> Result<Self> {
+        let Compressor { recipe, command } = compressor;
         let inputs = Inputs::open(recipe, observer)?;
         let keys = inputs.keys()?;
         if inputs.saved(&keys, observer)?.is_none() {
             check_destination(&recipe.out)?;
         }
-        Ok(Self { inputs, keys, dense: None, folded: None, result: None, ran: BTreeSet::new() })
+        let (command, ran) = (command.clone(), BTreeSet::new());
+        Ok(Self { inputs, command, keys, dense: None, folded: None, result: None, ran })
     }
 
     pub(super) fn finish(mut self, observer: &mut dyn Observer) -> Result<Report> {
@@ -51,44 +56,60 @@ impl<'a> Run<'a> {
             let dense = if run.streams() { None } else { Some(run.dense(observer)?) };
             run.inputs.decide(dense.as_ref(), scores.as_ref(), observer)
         })?;
-        let Planned { plan, mixes } = planned;
-        let heal = self.heal(&plan, observer)?;
+        let Planned { plan, mixes, dense_loss } = planned;
+        let healing = self.heal(&plan, observer)?;
 
         let Keys { dense, folded, evaluate, .. } = self.keys.clone();
         let (all, kept): (Vec<usize>, _) = ((0..self.inputs.depth()).collect(), plan.kept());
-        let dense = self.measured(&dense, &all, observer, |run, observer| run.dense(observer))?;
-        let folded = heal
+        let mut dense = self.measured(&dense, &all, observer, |run, observer| run.dense(observer))?;
+        let folded = healing
             .is_some()
             .then(|| self.measured(&folded, &kept, observer, |run, observer| run.folded(&plan, observer)));
         let folded = folded.transpose()?;
-        let compressed =
+        let mut compressed =
             self.measured(&evaluate, &kept, observer, |run, observer| run.result(&plan, observer))?;
         self.check_gate(&dense, &compressed)?;
+        (dense.latency, compressed.latency) = self.latency(&plan, observer)?.unzip();
+        let samples = self.samples(&plan, observer)?;
 
-        let saved = self.save(&plan, observer)?;
+        let saved = self.inputs.saved(&self.keys, observer)?;
+        let saved_bytes = match &saved {
+            Some(saved) => saved.tensor_bytes,
+            None => self.bytes_to_save(&plan, observer)?,
+        };
+        let (heal, heal_curve) = healing.map(|healing| (healing.report, healing.curve)).unzip();
         let inputs = &self.inputs;
-        let report = Report {
+        let mut report = Report {
             version: env!("CARGO_PKG_VERSION").into(),
+            command: self.command.clone(),
             recipe: inputs.recipe.clone(),
             model_sha256: inputs.model_sha256.clone(),
-            saved_sha256: saved.sha256,
+            saved_sha256: String::new(),
             calibration: Calibration::from(&inputs.calibration),
             dense,
             folded,
             compressed,
             dense_bytes: inputs.checkpoint.tensor_bytes(),
-            saved_bytes: saved.tensor_bytes,
+            saved_bytes,
             plan,
             mixes,
+            calibration_nll: dense_loss,
             heal,
-            ran: self.ran.into_iter().collect(),
+            heal_curve: heal_curve.unwrap_or_default(),
+            streamed: inputs.streamed.is_some(),
+            samples,
+            others: Vec::new(),
+            ran: Vec::new(),
         };
-        inputs.work.keep("report", &self.keys.save, &report)?;
+        report.saved_sha256 = self.save(&report, saved, observer)?;
+        report.others = self.others(&report)?;
+        self.inputs.work.keep(REPORT, &self.keys.save, &report)?;
+        report.ran = self.ran.into_iter().collect();
         Ok(report)
     }
 
     /// The result of a stage: the one that is known, or what `make` makes now.
-    fn stage<T: Serialize + DeserializeOwned>(
+    pub(super) fn stage<T: Serialize + DeserializeOwned>(
         &mut self,
         stage: Stage,
         name: &str,
@@ -107,7 +128,7 @@ impl<'a> Run<'a> {
     }
 
     /// Runs a stage, and notes that it ran.
-    fn begin<T>(
+    pub(super) fn begin<T>(
         &mut self,
         stage: Stage,
         observer: &mut dyn Observer,
@@ -143,13 +164,13 @@ impl<'a> Run<'a> {
     }
 
     /// Heals, and keeps the weights as a checkpoint beside the report; its state is kept until then.
-    fn heal(&mut self, plan: &Plan, observer: &mut dyn Observer) -> Result<Option<HealReport>> {
+    fn heal(&mut self, plan: &Plan, observer: &mut dyn Observer) -> Result<Option<Healing>> {
         let (Some(key), Some(mut heal)) = (self.keys.heal.clone(), self.inputs.heal()) else {
             return Ok(None);
         };
         let weights = self.inputs.work.path(HEALED, &key, "");
-        if let Some(report) = self.inputs.work.known(HEALED, &key)?.filter(|_| weights.exists()) {
-            return Ok(Some(report));
+        if let Some(healing) = self.inputs.work.known(HEALED, &key)?.filter(|_| weights.exists()) {
+            return Ok(Some(healing));
         }
         let folded = self.folded(plan, observer)?;
         let dense = self.dense(observer)?;
@@ -157,8 +178,8 @@ impl<'a> Run<'a> {
         // Those that the caller has named are the caller's.
         heal.state_file.get_or_insert_with(|| state.clone());
         let log = self.inputs.work.path("healing", &key, ".jsonl");
-        heal.log_file.get_or_insert(log);
-        let report = self.begin(Stage::Heal, observer, |run, observer| {
+        let log = heal.log_file.get_or_insert(log).clone();
+        let healing = self.begin(Stage::Heal, observer, |run, observer| {
             let Some((train, choosing)) = &run.inputs.healing else {
                 return Err(Error::recipe("heal", "there are no windows to heal on"));
             };
@@ -169,14 +190,15 @@ impl<'a> Run<'a> {
                 let compact = SaveOptions::from(Format::Compact);
                 run.inputs.checkpoint.save(&healed.decoder, None, &weights, &compact, observer)?;
             }
-            run.inputs.work.keep(HEALED, &key, &healed.report)?;
+            let healing = Healing { report: healed.report, curve: curve(&read_log(&log)?) };
+            run.inputs.work.keep(HEALED, &key, &healing)?;
             run.result = Some(healed.decoder);
-            Ok(healed.report)
+            Ok(healing)
         })?;
         if state.exists() {
             std::fs::remove_file(&state).map_err(Error::io("remove", &state))?;
         }
-        Ok(Some(report))
+        Ok(Some(healing))
     }
 
     /// The numbers of a model on what evaluates: of the blocks `kept` read from disk, or of a decoder.
@@ -199,8 +221,25 @@ impl<'a> Run<'a> {
     }
 
     /// Whether the model stays on disk.
-    fn streams(&self) -> bool {
+    pub(super) fn streams(&self) -> bool {
         self.inputs.streamed.is_some()
+    }
+
+    /// How fast the dense model and the result are, side by side.
+    fn latency(&mut self, plan: &Plan, observer: &mut dyn Observer) -> Result<Option<(Latency, Latency)>> {
+        let (Some(options), Some(key)) = (self.inputs.recipe.latency, self.keys.latency.clone()) else {
+            return Ok(None);
+        };
+        if let Some(known) = self.inputs.work.known(LATENCY, &key)? {
+            return Ok(Some(known));
+        }
+        let models = (self.dense(observer)?, self.result(plan, observer)?);
+        let measured = self.stage(Stage::Evaluate, LATENCY, &key, observer, |_, observer| {
+            let measured = latency(&[&models.0, &models.1], &options, observer)?;
+            let pair: std::result::Result<[Latency; 2], _> = measured.try_into();
+            pair.map(<(Latency, Latency)>::from).map_err(|_| Error::recipe("latency", "not two models"))
+        })?;
+        Ok(Some(measured))
     }
 
     /// Fails where more was lost than may be.
@@ -208,41 +247,15 @@ impl<'a> Run<'a> {
         let (dense, compressed) = (dense.perplexity.mean_nll, compressed.perplexity.mean_nll);
         match self.inputs.recipe.gate() {
             Some(limit) if compressed - dense > limit => Err(Error::QualityGate { dense, compressed, limit }),
-            _ => Ok(()),
+            limit => {
+                tracing::debug!(dense, compressed, limit, "lost no more than it may");
+                Ok(())
+            }
         }
-    }
-
-    fn save(&mut self, plan: &Plan, observer: &mut dyn Observer) -> Result<Saved> {
-        if let Some(saved) = self.inputs.saved(&self.keys, observer)? {
-            return Ok(saved);
-        }
-        let result = if self.streams() { None } else { Some(self.result(plan, observer)?) };
-        let key = self.keys.save.clone();
-        self.begin(Stage::Save, observer, |run, observer| {
-            let Inputs { checkpoint, recipe, work, .. } = &run.inputs;
-            let options = SaveOptions::from(recipe.format);
-            let saved = match &result {
-                Some(result) => {
-                    // Adapters that are no part of a matrix after healing are no part of the plan either.
-                    let same = plan.architecture(checkpoint.architecture())? == *result.architecture();
-                    let plan = Some(plan).filter(|_| same);
-                    checkpoint.save(result, plan, &recipe.out, &options, observer)?
-                }
-                None => checkpoint.save_blocks(&plan.kept(), Some(plan), &recipe.out, &options, observer)?,
-            };
-            let (directory, tensor_bytes) = (saved.directory, saved.tensor_bytes);
-            // At once: whoever is stopped while it is hashed has to know it as its own.
-            let mut record = SavedRecord { directory, tensor_bytes, weights_sha256: None };
-            work.keep(SAVED, &key, &record)?;
-            let sha256 = Checkpoint::open(&recipe.out)?.sha256(observer)?;
-            record.weights_sha256 = Some(sha256.clone());
-            work.keep(SAVED, &key, &record)?;
-            Ok(Saved { tensor_bytes, sha256 })
-        })
     }
 
     /// The model as it was, in f32.
-    fn dense(&mut self, observer: &mut dyn Observer) -> Result<Decoder> {
+    pub(super) fn dense(&mut self, observer: &mut dyn Observer) -> Result<Decoder> {
         if let Some(dense) = &self.dense {
             return Ok(dense.clone());
         }
@@ -251,7 +264,7 @@ impl<'a> Run<'a> {
     }
 
     /// The model without what goes, and with what is shared.
-    fn folded(&mut self, plan: &Plan, observer: &mut dyn Observer) -> Result<Decoder> {
+    pub(super) fn folded(&mut self, plan: &Plan, observer: &mut dyn Observer) -> Result<Decoder> {
         if let Some(folded) = &self.folded {
             return Ok(folded.clone());
         }
@@ -263,7 +276,7 @@ impl<'a> Run<'a> {
     }
 
     /// What will be saved: the healed model, or the folded one.
-    fn result(&mut self, plan: &Plan, observer: &mut dyn Observer) -> Result<Decoder> {
+    pub(super) fn result(&mut self, plan: &Plan, observer: &mut dyn Observer) -> Result<Decoder> {
         if let Some(result) = &self.result {
             return Ok(result.clone());
         }
@@ -280,15 +293,13 @@ pub(super) const PLAN: &str = "plan";
 /// Healed weights, and the report of their healing.
 pub(super) const HEALED: &str = "healed";
 pub(super) const EVALUATION: &str = "evaluation";
-const SAVED: &str = "saved";
-
-/// What is at the destination.
-pub(super) struct Saved {
-    tensor_bytes: u64,
-    sha256: String,
-}
+pub(super) const LATENCY: &str = "latency";
+pub(super) const SAMPLES: &str = "samples";
+pub(super) const SAVED: &str = "saved";
+pub(super) const REPORT: &str = "report";
 
 impl Inputs<'_> {
+    /// The numbers of a model in memory.
     fn measure(&self, decoder: &Decoder, observer: &mut dyn Observer) -> Result<Measured> {
         let start = Instant::now();
         let perplexity = perplexity(decoder, &self.evaluation, observer)?;
@@ -298,26 +309,16 @@ impl Inputs<'_> {
         };
         let tasks = self.tasks.iter().map(answer).collect::<Result<BTreeMap<_, _>>>()?;
         let (blocks, parameters) = (decoder.depth(), decoder.parameter_count());
-        Ok(Measured { blocks, parameters, perplexity, seconds, tasks })
+        Ok(Measured { blocks, parameters, perplexity, seconds, tasks, latency: None })
     }
 
+    /// Those of the blocks `kept`, read from disk.
     fn measure_streamed(&self, kept: &[usize], observer: &mut dyn Observer) -> Result<Measured> {
         let start = Instant::now();
         let model = self.stream(DType::F32)?.with_blocks(kept)?;
         let perplexity = perplexity_streamed(&model, &self.evaluation, observer)?;
         let seconds = start.elapsed().as_secs_f64();
         let (blocks, parameters) = (model.depth(), model.architecture().parameter_count());
-        Ok(Measured { blocks, parameters, perplexity, seconds, tasks: BTreeMap::new() })
-    }
-
-    /// What this recipe has saved, where it is still there.
-    pub(super) fn saved(&self, keys: &Keys, observer: &mut dyn Observer) -> Result<Option<Saved>> {
-        let known: Option<SavedRecord> = self.work.known(SAVED, &keys.save)?;
-        let Some(saved) = known.filter(|saved| saved.directory.join("config.json").exists()) else {
-            return Ok(None);
-        };
-        let sha256 = Checkpoint::open(&saved.directory)?.sha256(observer)?;
-        let ours = saved.weights_sha256.is_none_or(|expected| expected == sha256);
-        Ok(ours.then_some(Saved { tensor_bytes: saved.tensor_bytes, sha256 }))
+        Ok(Measured { blocks, parameters, perplexity, seconds, tasks: BTreeMap::new(), latency: None })
     }
 }

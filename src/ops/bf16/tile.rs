@@ -23,7 +23,11 @@ pub(super) type TileFn = fn(a: [&[u32]; ROWS], b: &[Pairs], out: &mut Tile);
 /// The fastest implementation that this machine has.
 pub(super) fn best() -> TileFn {
     static BEST: OnceLock<TileFn> = OnceLock::new();
-    *BEST.get_or_init(|| dot_product_instructions().unwrap_or(portable))
+    *BEST.get_or_init(|| {
+        let found = dot_product_instructions();
+        tracing::debug!(avx512 = found.is_some(), "how matrices of bf16 are multiplied");
+        found.unwrap_or(portable)
+    })
 }
 
 /// The implementation on the dot-product instructions of AVX-512, where the machine has them.
