@@ -23,7 +23,7 @@ pub struct Bytes(pub u64);
 
 /// In a file: a number, or a text with a suffix.
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a number of bytes, or a text such as 3GB")]
 enum Written {
     Number(u64),
     Text(String),
@@ -118,6 +118,9 @@ mod tests {
             assert_eq!(serde_json::from_str::<Bytes>(json).unwrap(), Bytes(3_000_000_000));
         }
         assert_eq!(serde_json::to_string(&Bytes(7)).unwrap(), "7");
-        assert!(serde_json::from_str::<Bytes>("\"much\"").is_err());
+        for json in ["\"much\"", "-1", "true"] {
+            let error = serde_json::from_str::<Bytes>(json).unwrap_err().to_string();
+            assert!(error.contains("3GB"), "{json}: {error}");
+        }
     }
 }

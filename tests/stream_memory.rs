@@ -4,8 +4,8 @@
 use std::path::Path;
 
 use foldgpt::candle::{DType, Device};
-use foldgpt::importance::{BlockInfluence, Gates, PerplexityIncrease};
-use foldgpt::{Checkpoint, Decoder, Importance, SaveOptions, StreamOptions, Windows};
+use foldgpt::importance::{BlockInfluence, Gates, Method, MethodOptions, PerplexityIncrease, Residence};
+use foldgpt::{Bytes, Checkpoint, Decoder, Importance, SaveOptions, StreamOptions, Windows};
 use peak_alloc::PeakAlloc;
 
 #[global_allocator]
@@ -70,17 +70,31 @@ fn streaming_holds_two_blocks_and_copying_a_tensor() {
             (windows(count), checkpoint.streamed(dtype, &Device::Cpu, options).unwrap());
         peak(|| method.score_streamed(&streamed, &windows, &mut ()).unwrap())
     };
+    // What is said before.
+    let told = |method: Method, dtype: DType, options: &MethodOptions| match method
+        .residence(&checkpoint, dtype, &windows(4), options, Bytes(model as u64 / 2))
+        .unwrap()
+    {
+        Residence::Streamed { bytes, .. } => bytes as usize,
+        other => panic!("{other}"),
+    };
     for (dtype, bytes) in [(DType::F32, F32), (DType::BF16, 2)] {
         let limit = 2 * BLOCK * bytes + reading + activations + 12 * STATE;
         let taken = score(&BlockInfluence::default(), dtype, 4, None);
         assert!(taken < limit, "{dtype:?}: {taken} bytes, expected fewer than {limit}");
         assert!(3 * taken < model, "{dtype:?}: {taken} bytes of a model of {model}");
+        let told = told(Method::BlockInfluence, dtype, &MethodOptions::default());
+        assert!(taken < told, "{dtype:?}: {taken} bytes, and {told} were told");
     }
     let mut gates = Gates::default();
     (gates.remove, gates.steps, gates.batch) = (2, 2, 1);
     let limit = 2 * BLOCK * F32 + reading + 3 * activations + (DEPTH + 8) * STATE;
     let taken = score(&gates, DType::F32, 4, None);
     assert!(taken < limit, "gates: {taken} bytes, expected fewer than {limit}");
+    let mut options = MethodOptions::default();
+    options.gates = gates;
+    let told = told(Method::Gates, DType::F32, &options);
+    assert!(taken < told, "gates: {taken} bytes, and {told} were told");
 
     // States that lie on disk take no memory, however many windows there are.
     let few = score(&PerplexityIncrease::default(), DType::F32, 1, Some(0));

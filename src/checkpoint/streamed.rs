@@ -6,6 +6,7 @@ use std::sync::mpsc::sync_channel;
 
 use candle_core::{DType, Device};
 
+use super::layout::Stored;
 use super::parts::Parts;
 use super::{Checkpoint, Source};
 use crate::error::{Error, Result};
@@ -28,7 +29,8 @@ pub struct StreamOptions {
 /// in memory at most, and the embedding and the head while they are needed.
 ///
 /// What is computed with it is what [`Checkpoint::decoder`] gives, bit for bit. Every pass over the blocks reads them
-/// from disk once: one for Block Influence, angular distance and perplexity, two for each step of gates.
+/// from disk once: one for Block Influence, angular distance and perplexity; two for each step of gates, and one that
+/// tells the model from others.
 ///
 /// ```
 /// use foldgpt::checkpoint::StreamOptions;
@@ -80,16 +82,37 @@ impl Checkpoint {
         Ok(StreamedDecoder { checkpoint: self, architecture, kept, dtype, device: device.clone(), options })
     }
 
-    /// Bytes for each number of a matrix at the worst moment of reading it for a decoder of this type, its own included.
-    pub(crate) fn reading_bytes(&self, dtype: DType) -> u64 {
-        let (stored, held) = (self.narrowest_dtype().size_in_bytes(), dtype.size_in_bytes());
-        let bytes = match self.source {
-            // As it lies in the file and as a tensor; then that and what it becomes.
-            Source::Safetensors(_) => (2 * stored).max(stored + held),
+    /// The most bytes that reading one tensor takes for a decoder of this type: of those of blocks, without what it
+    /// becomes; of all others, with that.
+    pub(crate) fn reading_bytes(&self, dtype: DType) -> (u64, u64) {
+        let held = dtype.size_in_bytes();
+        let (mut of_blocks, mut of_ends) = (0, 0);
+        for stored in &self.tensors {
+            let (count, worst) = (stored.shape.iter().product::<usize>(), self.worst_moment(stored, held));
+            match stored.params.first() {
+                Some((Param::Block(..), _)) => of_blocks = of_blocks.max(count * worst.saturating_sub(held)),
+                _ => of_ends = of_ends.max(count * worst),
+            }
+        }
+        (of_blocks as u64, of_ends as u64)
+    }
+
+    /// Bytes for each number of a tensor at the worst moment of reading it, where it will be held in `held` of them.
+    fn worst_moment(&self, stored: &Stored, held: usize) -> usize {
+        let written = self.stored_dtype(&stored.name).size_in_bytes();
+        match &self.source {
+            Source::Safetensors(tensors) => {
+                let entry = self.entry(tensors, &stored.name);
+                let on_disk = entry.map_or(written, |(_, entry)| entry.dtype.size_in_bytes());
+                // As it lies in the file and as a tensor, that and what it is rounded to, that and what it becomes; and
+                // where it is taken apart or turned, that twice.
+                let copied = stored.transposed || stored.params.len() > 1;
+                let apart = if copied { 2 * held } else { held };
+                (2 * on_disk).max(on_disk + written).max(written + held).max(apart)
+            }
             // Numbers in f32 in two layouts beside the blocks of the file; then those that they become.
-            Source::Gguf(_) | Source::New(_) => (4 + stored + held).max(10),
-        };
-        bytes as u64
+            Source::Gguf(_) | Source::New(_) => (4 + written + held).max(10),
+        }
     }
 }
 
@@ -168,7 +191,7 @@ impl BlockSource for StreamedDecoder<'_> {
             // A channel that stores nothing: the reader waits with a block until the one before it is gone.
             let (sender, receiver) = sync_channel::<Result<Block>>(0);
             let abandoned = &abandoned;
-            scope.spawn(move || {
+            let read = move || {
                 for depth in depths {
                     let block = self.read(depth, abandoned);
                     let failed = block.is_err();
@@ -176,7 +199,9 @@ impl BlockSource for StreamedDecoder<'_> {
                         return;
                     }
                 }
-            });
+            };
+            let started = std::thread::Builder::new().spawn_scoped(scope, read);
+            started.map_err(Error::io("start a thread that reads", &self.checkpoint.location))?;
             let ended = |_| Error::format(&self.checkpoint.location, "the reader of blocks ended");
             let done = order.iter().try_for_each(|_| visit(&receiver.recv().map_err(ended)??));
             // The reader may be in the middle of a block, or wait with one.

@@ -6,7 +6,7 @@ use super::{Method, MethodOptions};
 use crate::account::{Account, Held};
 use crate::checkpoint::Checkpoint;
 use crate::data::Windows;
-use crate::model::{Architecture, Param, Part};
+use crate::model::{Architecture, BlockParam, Param, Part};
 
 /// What is counted, and a sixteenth of it for what is not: what the allocator keeps, code, threads, a tokenizer.
 pub(crate) fn with_overhead(counted: u64) -> u64 {
@@ -82,17 +82,13 @@ impl<'a> Footprint<'a> {
 
     /// Two blocks, and what takes to read one, or one of the ends.
     fn weights_streamed(&self, checkpoint: &Checkpoint) -> u64 {
-        let (mut block, mut largest) = (0, 0);
-        for (param, shape) in self.arch.block_params() {
-            let count = shape.iter().product::<usize>() as u64;
-            block += count * Param::Block(0, param).dtype_on_cpu(self.dtype).size_in_bytes() as u64;
-            largest = largest.max(count);
-        }
-        let (held, reading) = (self.dtype.size_in_bytes() as u64, checkpoint.reading_bytes(self.dtype));
-        let blocks = 2 * block + largest * reading.saturating_sub(held);
-        let (vocab, hidden) = (self.arch.vocab_size as u64, self.arch.hidden_size as u64);
-        let ends = vocab * hidden * reading.max(held) + ROWS * vocab * 4;
-        blocks.max(ends)
+        let bytes = |(param, shape): (BlockParam, Vec<usize>)| {
+            let held = Param::Block(0, param).dtype_on_cpu(self.dtype).size_in_bytes();
+            (shape.iter().product::<usize>() * held) as u64
+        };
+        let block: u64 = self.arch.block_params().into_iter().map(bytes).sum();
+        let (beside_blocks, end) = checkpoint.reading_bytes(self.dtype);
+        (2 * block + beside_blocks).max(end + ROWS * self.arch.vocab_size as u64 * 4)
     }
 
     /// The states between blocks, where none lies on disk.

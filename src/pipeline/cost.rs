@@ -81,7 +81,8 @@ impl Inputs<'_> {
     /// How often scoring reads all blocks, where they are on disk.
     pub(super) fn scoring_passes(&self) -> usize {
         match self.recipe.method {
-            Method::Gates => 2 * self.method_options().gates.steps,
+            // Forth and back, and once to tell the model from others.
+            Method::Gates => 2 * self.method_options().gates.steps + 1,
             _ => 1,
         }
     }
