@@ -47,7 +47,7 @@ fn assert_same(checkpoint: &Checkpoint, kept: &[usize], options: &SaveOptions, w
 #[test]
 fn copied_blocks_are_what_saving_them_writes() {
     for family in FAMILIES {
-        for kept in [&[0, 1, 2, 3][..], &[0, 2, 3], &[1, 3], &[2]] {
+        for kept in [&[0, 1, 2, 3][..], &[0, 2, 3], &[1, 3], &[2], &[2, 0, 2]] {
             for format in [Format::Expanded, Format::Compact] {
                 assert_same(&open(family), kept, &options(format, u64::MAX), family);
             }

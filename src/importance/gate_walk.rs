@@ -51,15 +51,15 @@ pub(super) fn walk(
     let mut walked = Vec::with_capacity(draws.len());
     for draws in draws.chunks(source.windows_at_once().max(1)) {
         let inputs = source.states(units.len() * draws.len());
-        let mut walk = Walk { source, windows, units, pass: &pass, draws, inputs, states: Vec::new() };
-        walk.forward(tick)?;
-        walked.extend(walk.back(tick)?);
+        let mut batch = Batch { source, windows, units, pass: &pass, draws, inputs, states: Vec::new() };
+        batch.forward(tick)?;
+        walked.extend(batch.back(tick)?);
     }
     Ok(walked)
 }
 
 /// A few windows on their way.
-struct Walk<'a> {
+struct Batch<'a> {
     source: &'a dyn BlockSource,
     windows: &'a Windows,
     units: &'a [Unit],
@@ -71,7 +71,7 @@ struct Walk<'a> {
     states: Vec<Tensor>,
 }
 
-impl Walk<'_> {
+impl Batch<'_> {
     fn slot(&self, place: usize, index: usize) -> usize {
         place * self.draws.len() + index
     }

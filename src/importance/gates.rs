@@ -144,8 +144,8 @@ impl Gates {
     /// Trains gates over `units`: all blocks, or the halves of all blocks for twice as many gates.
     ///
     /// # Errors
-    /// Options outside of their range, other units, a loss that is not finite, a state file of another training, or a cancelling
-    /// observer (what was kept in the state file stays).
+    /// Options outside of their range, other units, a loss that is not finite, a state file of another training, or a
+    /// cancelling observer (what was kept in the state file stays).
     pub fn train(
         &self,
         decoder: &Decoder,

@@ -92,7 +92,10 @@ impl FoldMap {
             // Where the depth whose norms were used is gone, the first that used them holds them now.
             let first_has_others = blocks.get(first).is_some_and(|first| first.own_norms);
             let holder_left = kept.get(first) != Some(&block.weights);
-            let own_norms = block.own_norms || first == depth || (holder_left && first_has_others);
+            // A block that is kept twice shares its norms with itself.
+            let again = first < depth && kept.get(first) == kept.get(depth);
+            let own_norms =
+                !again && (block.own_norms || first == depth || (holder_left && first_has_others));
             FoldedBlock { weights: first, own_norms, ..block.clone() }
         });
         Self::new(settled.collect())

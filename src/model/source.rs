@@ -35,7 +35,8 @@ pub(crate) trait BlockSource {
     /// Hands over the blocks of these indices, one after the other.
     ///
     /// # Errors
-    /// [`NoSuchBlock`](crate::Error::NoSuchBlock) for an index beyond the depth, what reading fails with, and what `visit` fails with.
+    /// [`NoSuchBlock`](crate::Error::NoSuchBlock) for an index beyond the depth, what reading fails with, and what
+    /// `visit` fails with.
     fn visit(&self, order: &[usize], visit: &mut dyn FnMut(&Block) -> Result<()>) -> Result<()>;
 
     /// How many windows each visit should serve: one where blocks cost nothing to come by, so that few states are
