@@ -6,7 +6,8 @@
 //!
 //! The first 80 % of the text train, but for a few windows that choose the weights that are kept; the last 20 %
 //! evaluate. Killed and started again with
-//! the same flags and a --heal-state, it goes on where it was.
+//! the same flags and a --heal-state, it goes on where it was. What lies side by side in memory is the student and its
+//! teacher, and with a --teacher-cache only ever one model.
 #![allow(clippy::print_stdout)]
 
 mod cli;
@@ -18,7 +19,7 @@ use clap::Parser;
 use foldgpt::candle::DType;
 use foldgpt::checkpoint::check_destination;
 use foldgpt::heal::{CacheOptions, Teacher, TeacherCache, hold_out};
-use foldgpt::{Checkpoint, SaveOptions, Windows};
+use foldgpt::{Checkpoint, Format, SaveOptions, Windows};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -46,6 +47,9 @@ struct Args {
     /// The directory to write, new or empty
     #[arg(long)]
     out: PathBuf,
+    /// How a model whose blocks share is written; as it was where not given
+    #[arg(long, value_enum)]
+    format: Option<cli::FormatArg>,
     /// Seed of the order of windows and of the adapters
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -66,16 +70,18 @@ fn main() -> anyhow::Result<()> {
     };
     check_destination(&args.out)?;
     let mut bars = cli::Bars::default();
-    let (checkpoint, decoder) = args.model.load()?;
-    let tokenizer = checkpoint.tokenizer()?;
+    let checkpoint = args.model.open()?;
     let text = cli::read_documents(&args.text, &args.field)?;
-    let (train, held_out) = args.window.split(&tokenizer, &text, args.windows, Some(args.eval_windows))?;
+    let (train, held_out) =
+        args.window.split(&checkpoint.tokenizer()?, &text, args.windows, Some(args.eval_windows))?;
     let (train, choosing) = hold_out(&train)?;
 
     let needed = heal.losses.need_teacher();
     let name = args.teacher.as_ref().filter(|_| needed);
     anyhow::ensure!(name.is_some() || !needed, "--teacher is needed, or --distill none");
     let original = name.map(|name| cli::open(name, None)).transpose()?;
+    // No two models are in memory together but a student and the teacher that it shares tensors with.
+    let before = measure("before", &checkpoint, &held_out)?;
     let cache = match (&original, &args.teacher_cache) {
         (Some(original), Some(path)) => Some(cached(&args, original, path, &train)?),
         _ => None,
@@ -84,28 +90,38 @@ fn main() -> anyhow::Result<()> {
         (Some(original), None) => Some(cli::load(original, args.model.dtype.dtype())?),
         _ => None,
     };
-    // What is not trained is in memory once.
-    let decoder = dense.as_ref().map_or(Ok(decoder.clone()), |dense| decoder.sharing(dense))?;
+    let mut student = cli::load(&checkpoint, args.model.dtype.dtype())?;
+    if let Some(dense) = &dense {
+        student = student.sharing(dense)?;
+    }
     let teacher = cache.as_ref().map(Teacher::Cache).or(dense.as_ref().map(Teacher::Model));
-    let healed = heal.run(&decoder, &train, Some(&choosing), teacher, &mut bars)?;
+    let healed = heal.run(&student, &train, Some(&choosing), teacher, &mut bars)?;
 
-    let saved = checkpoint.save(&healed.decoder, None, &args.out, &SaveOptions::default(), &mut bars)?;
-    let written = Checkpoint::open(&args.out)?;
-    let rows = [
-        table::Row::measure(
-            "before",
-            &checkpoint,
-            &cli::load(&checkpoint, DType::F32)?,
-            &held_out,
-            &mut bars,
-        )?,
-        table::Row::measure("healed", &written, &cli::load(&written, DType::F32)?, &held_out, &mut bars)?,
-    ];
+    let options = SaveOptions::from(args.format(&checkpoint));
+    let saved = checkpoint.save(&healed.decoder, None, &args.out, &options, &mut bars)?;
+    let report = healed.report;
+    drop((healed.decoder, student, dense));
+    let rows = [before, measure("healed", &Checkpoint::open(&args.out)?, &held_out)?];
     println!("{}", table::table(&rows));
     println!("nll in nats per token, {}", cli::protocol(&held_out));
-    println!("{}", cli::heal::summary(&healed.report));
+    println!("{}", cli::heal::summary(&report));
     println!("saved to {} ({} bytes of tensors)", saved.directory.display(), saved.tensor_bytes);
     Ok(())
+}
+
+impl Args {
+    /// How the healed model is written: what was compact stays so.
+    fn format(&self, source: &Checkpoint) -> Format {
+        let plain = source.architecture().fold.is_plain();
+        let same = if plain { Format::Expanded } else { Format::Compact };
+        self.format.map_or(same, Format::from)
+    }
+}
+
+/// What a checkpoint is worth, in f32.
+fn measure(name: &'static str, checkpoint: &Checkpoint, windows: &Windows) -> anyhow::Result<table::Row> {
+    let decoder = cli::load(checkpoint, DType::F32)?;
+    Ok(table::Row::measure(name, checkpoint, &decoder, windows, &mut cli::Bars::default())?)
 }
 
 /// What the teacher has to say, from the file or into it.
