@@ -161,8 +161,8 @@ impl Decoder {
         self.tensors().map(Tensor::elem_count).sum()
     }
 
-    /// A hash that tells decoders apart at little cost: of the architecture, and of the type and the first few values of
-    /// every tensor.
+    /// A hash that tells decoders apart at little cost: of the architecture, and of the type and the first 64 values of
+    /// every tensor. Decoders that differ in other values alone have the same one.
     pub(crate) fn fingerprint(&self) -> Result<String> {
         const VALUES: usize = 64;
         let mut hash = Sha256::new();

@@ -129,7 +129,7 @@ impl<'a> Inputs<'a> {
         let asked = (recipe.target, &recipe.protect, &recipe.share, recipe.mix);
         let plan = Key::of(Stage::Plan.name(), &(self.model(), &score, asked, &calibration))?;
         let heal = self.healing.as_ref().zip(self.heal()).map(|((train, choosing), heal)| {
-            Key::of(Stage::Heal.name(), &(&plan, heal, train.ids_sha256(), choosing.ids_sha256()))
+            Key::of(Stage::Heal.name(), &(&plan, heal.deciding(), train.ids_sha256(), choosing.ids_sha256()))
         });
         let heal = heal.transpose()?;
         let items = self.tasks.iter().map(|task| (&task.name, format!("{:?}", task.items)));
