@@ -89,6 +89,16 @@ impl ParamGroup {
         self
     }
 
+    /// Fails for more last blocks than the `depth` of a model.
+    pub(crate) fn check_depth(&self, depth: usize) -> Result<()> {
+        match self.params {
+            Trainable::LastBlocks(count) if count > depth => {
+                Err(Error::argument("last blocks", count, format!("at most the {depth} of the model")))
+            }
+            _ => Ok(()),
+        }
+    }
+
     pub(super) fn check(&self) -> Result<()> {
         for (name, value) in [("learning_rate", self.learning_rate), ("weight_decay", self.weight_decay)] {
             if !(value.is_finite() && value >= 0.0) {
@@ -179,6 +189,7 @@ pub(super) struct Student {
 impl Student {
     /// `decoder` with what the groups name as variables in f32, and what they add.
     pub(super) fn new(decoder: &Decoder, groups: &[ParamGroup], seed: u64) -> Result<Self> {
+        groups.iter().try_for_each(|group| group.check_depth(decoder.depth()))?;
         let (mut grown, mut factors) = (decoder.clone(), HashMap::new());
         let mut rng = StdRng::seed_from_u64(seed);
         for group in groups {

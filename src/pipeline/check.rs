@@ -167,6 +167,8 @@ impl Recipe {
             refuse(most >= total, "mix.total.parameters", &found)?;
         }
         if let Some(heal) = &self.heal {
+            let groups = heal.groups.iter().try_for_each(|group| group.check_depth(depth));
+            groups.map_err(|error| in_field("heal.groups", &error))?;
             let teacher = heal.losses.need_teacher().then_some(depth);
             heal.losses.check(depth - remove, teacher).map_err(|error| in_field("heal.losses", &error))?;
         }
