@@ -379,17 +379,9 @@ impl SharingArgs {
     }
 }
 
+/// A plain text, or the documents of JSON Lines (`*.jsonl`) in their field `text`.
 pub fn read_text(path: &Path) -> Result<String> {
-    std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
-}
-
-/// A plain text, or the documents of JSON Lines (`*.jsonl`).
-pub fn read_documents(path: &Path, field: &str) -> Result<String> {
-    let text = read_text(path)?;
-    if path.extension().is_none_or(|extension| extension != "jsonl") {
-        return Ok(text);
-    }
-    foldgpt::data::json_lines(&text, field).with_context(|| path.display().to_string())
+    Ok(foldgpt::data::read_documents(path, "text")?)
 }
 
 /// What a number depends on, in one line.

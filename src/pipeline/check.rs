@@ -1,6 +1,7 @@
 //! What can be known to be wrong before any work is done.
 
 use super::recipe::{Goal, MixOptions, Recipe, Total};
+use crate::data::holds_json_lines;
 use crate::error::{Error, Result};
 use crate::importance::{Gates, Method};
 use crate::model::Architecture;
@@ -38,6 +39,8 @@ impl Recipe {
     fn check_places(&self) -> Result<()> {
         refuse(self.model.is_empty(), "model", "is missing")?;
         refuse(self.text.as_os_str().is_empty(), "text", "is missing")?;
+        let idle = self.text_field.is_some() && !holds_json_lines(&self.text);
+        refuse(idle, "text_field", "is for JSON Lines, and the name of `text` does not end in .jsonl")?;
         refuse(self.out.file_name().is_none(), "out", "is missing, or no name for a directory")?;
         let work = self.work_directory();
         refuse(work == self.out, "work", "is the same directory as `out`")?;

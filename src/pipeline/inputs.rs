@@ -7,7 +7,7 @@ use super::run::LATENCY;
 use super::stage::Stage;
 use super::work::{Key, Work};
 use crate::checkpoint::Checkpoint;
-use crate::data::{Tokenizer, Windows};
+use crate::data::{Tokenizer, Windows, read_documents};
 use crate::error::{Error, Result};
 use crate::eval::Task;
 use crate::heal::{Heal, hold_out};
@@ -66,7 +66,7 @@ impl<'a> Inputs<'a> {
         if let Some((_, task)) = twice {
             return Err(Error::recipe("tasks", format!("two files are called {}", task.name)));
         }
-        let text = std::fs::read_to_string(&recipe.text).map_err(Error::io("read", &recipe.text))?;
+        let text = read_documents(&recipe.text, recipe.text_field.as_deref().unwrap_or("text"))?;
         let (tokenizer, cut) = (checkpoint.tokenizer()?, &recipe.windows);
         let (first, evaluation) =
             Windows::split_from_text(&tokenizer, &text, cut.seq_len, Some(cut.evaluate), cut.bos)?;

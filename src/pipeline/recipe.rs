@@ -42,8 +42,11 @@ use crate::plan::{Donor, Groups, Own};
 pub struct Recipe {
     /// A directory in the Hugging Face layout, a GGUF file, or a hub id (`org/name`, feature `hub`).
     pub model: String,
-    /// A plain text: its first 80 % calibrate and heal, its last 20 % evaluate.
+    /// A plain text, or JSON Lines (`*.jsonl`) whose documents are [joined](crate::data::json_lines): its first 80 %
+    /// calibrate and heal, its last 20 % evaluate.
     pub text: PathBuf,
+    /// The field of JSON Lines that holds the text; `text` where absent.
+    pub text_field: Option<String>,
     /// The directory to write, new or empty.
     pub out: PathBuf,
     /// Where every stage keeps its result; beside `out`, with `.work` after its name, where absent.
