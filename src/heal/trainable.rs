@@ -75,6 +75,14 @@ pub struct ParamGroup {
     pub weight_decay: f64,
 }
 
+impl From<Trainable> for ParamGroup {
+    /// A group at its [usual learning rate](Trainable::learning_rate), without weight decay.
+    fn from(params: Trainable) -> Self {
+        let learning_rate = params.learning_rate();
+        Self::new(params, learning_rate)
+    }
+}
+
 impl ParamGroup {
     /// A group without weight decay.
     #[must_use]
@@ -126,6 +134,20 @@ impl Lora {
 }
 
 impl Trainable {
+    /// The highest learning rate that suits it in a healing of a few hundred steps, as the table of
+    /// [`heal`](super) has it.
+    #[must_use]
+    pub fn learning_rate(&self) -> f64 {
+        match self {
+            Self::Norms | Self::Scales => 5e-3,
+            Self::Lora(_) => 1e-3,
+            Self::Residuals => 3e-4,
+            Self::SharedMatrices | Self::Matrices | Self::LastBlocks(_) | Self::Head | Self::Everything => {
+                1e-4
+            }
+        }
+    }
+
     fn name(&self) -> &'static str {
         match self {
             Self::Norms => "norms",
