@@ -18,7 +18,7 @@ use std::path::PathBuf;
 use clap::Parser;
 use foldgpt::candle::DType;
 use foldgpt::checkpoint::check_destination;
-use foldgpt::heal::{CacheOptions, Teacher, TeacherCache, hold_out};
+use foldgpt::heal::{CacheOptions, Losses, Teacher, TeacherCache, hold_out};
 use foldgpt::{Checkpoint, Format, SaveOptions, Windows};
 
 #[global_allocator]
@@ -65,13 +65,13 @@ struct Args {
 
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
-    let Some(heal) = args.heal.heal(args.seed) else {
+    let Some(heal) = args.heal.heal(args.seed)? else {
         anyhow::bail!("one of --heal-steps, --heal-tokens and --heal-minutes is needed");
     };
     check_destination(&args.out)?;
     let mut bars = cli::Bars::default();
     let checkpoint = args.model.open()?;
-    let text = cli::read_documents(&args.text, &args.field)?;
+    let text = foldgpt::data::read_documents(&args.text, &args.field)?;
     let (train, held_out) =
         args.window.split(&checkpoint.tokenizer()?, &text, args.windows, Some(args.eval_windows))?;
     let (train, choosing) = hold_out(&train)?;
@@ -83,7 +83,7 @@ fn main() -> anyhow::Result<()> {
     // No two models are in memory together but a student and the teacher that it shares tensors with.
     let before = measure("before", &checkpoint, &held_out)?;
     let cache = match (&original, &args.teacher_cache) {
-        (Some(original), Some(path)) => Some(cached(&args, original, path, &train)?),
+        (Some(original), Some(path)) => Some(cached(&args, original, path, &train, &heal.losses)?),
         _ => None,
     };
     let dense = match (&original, &cache) {
@@ -130,6 +130,7 @@ fn cached(
     original: &Checkpoint,
     path: &PathBuf,
     train: &Windows,
+    losses: &Losses,
 ) -> anyhow::Result<TeacherCache> {
     let mut bars = cli::Bars::default();
     let sha256 = original.sha256(&mut bars)?;
@@ -137,7 +138,7 @@ fn cached(
         return Ok(TeacherCache::open(path, &sha256, train)?);
     }
     let mut options = CacheOptions::default();
-    options.tail_blocks = args.heal.tail_blocks;
+    (options.tail_blocks, options.temperature) = (losses.tail_blocks, losses.temperature);
     let dense = cli::load(original, args.model.dtype.dtype())?;
     Ok(TeacherCache::write(path, &dense, &sha256, train, &options, &mut bars)?)
 }
