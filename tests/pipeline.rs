@@ -6,7 +6,8 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use foldgpt::candle::{DType, Device};
-use foldgpt::heal::{Budget, Losses, Teacher, hold_out};
+use foldgpt::data::json_lines;
+use foldgpt::heal::{Budget, Losses, Teacher, Trainable, hold_out};
 use foldgpt::importance::{BlockInfluence, Method};
 use foldgpt::pipeline::{Goal, MixOptions, Share, Stage, Total};
 use foldgpt::plan::Groups;
@@ -133,6 +134,33 @@ fn the_result_is_that_of_the_calls_by_hand() {
     let value: serde_json::Value = serde_json::from_str(&json).unwrap();
     assert_eq!(value["recipe"]["target"]["blocks"], 2);
     assert_eq!(value["saved_sha256"].as_str().unwrap().len(), 64);
+}
+
+#[test]
+fn json_lines_are_read_by_their_field() {
+    let directory = directory();
+    let path = directory.path();
+    let mut lines = String::new();
+    for line in std::fs::read_to_string(path.join("text.txt")).unwrap().lines() {
+        writeln!(lines, "{}", serde_json::json!({ "body": line })).unwrap();
+    }
+    std::fs::write(path.join("text.jsonl"), &lines).unwrap();
+    std::fs::write(path.join("joined.txt"), json_lines(&lines, "body").unwrap()).unwrap();
+    let of = |text: &str, field: Option<&str>| {
+        let mut compressor = compressor(path, "out");
+        compressor.recipe.text = path.join(text);
+        compressor.recipe.text_field = field.map(str::to_owned);
+        compressor.run(&mut ())
+    };
+    of("joined.txt", None).unwrap();
+    // The same windows: nothing is left to do.
+    assert!(of("text.jsonl", Some("body")).unwrap().ran.is_empty());
+    let refused = |text, field, expected: &str| {
+        let error = of(text, field).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}, expected {expected}");
+    };
+    refused("text.jsonl", None, "line 1 has no string in its field `text`");
+    refused("text.txt", Some("body"), "text_field");
 }
 
 #[test]
@@ -308,6 +336,14 @@ fn recipes_that_cannot_be_are_refused_by_field() {
     refused(base().share(Share::new(Groups::of(0))), "share.groups");
     refused(base().mix(MixOptions::new(Total::Share(1.5))), "mix.total.share");
     refused(base().heal(heal(0)), "heal");
+    refused(
+        base().heal({
+            let mut heal = heal(1);
+            heal.groups = vec![Trainable::LastBlocks(13).into()];
+            heal
+        }),
+        "heal.groups",
+    );
     refused(
         base().heal({
             let mut heal = heal(1);
