@@ -75,7 +75,7 @@ pub struct TuningArgs {
     /// Their α: what they add is multiplied by α / rank (16 by default)
     #[arg(long, requires = "budget")]
     pub lora_alpha: Option<f64>,
-    /// The linear maps that get adapters: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj (all by default)
+    /// The linear maps that get adapters, such as `q_proj,v_proj` (all by default)
     #[arg(long, value_delimiter = ',', value_parser = projection, requires = "budget")]
     pub lora_projections: Option<Vec<Projection>>,
     /// Give every depth adapters of its own, where depths share matrices, and not one to those that share
