@@ -83,7 +83,7 @@ impl Args {
         let group = |train: &Train| match train {
             Train::Norms => self.tuning.norms(),
             Train::Scales => self.tuning.scales(),
-            Train::Lora => self.tuning.lora(),
+            Train::Lora => self.tuning.lora(true),
         };
         self.tuning.heal(self.seed, distill, train.iter().map(group).collect())
     }

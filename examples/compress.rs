@@ -149,6 +149,7 @@ fn recipe(args: &Args) -> anyhow::Result<Recipe> {
     recipe.max_nll_increase = args.max_nll_increase;
     recipe.latency = args.latency.then(LatencyOptions::default);
     recipe.format = args.format.into();
+    args.heal.check_format(recipe.format)?;
     Ok(recipe)
 }
 

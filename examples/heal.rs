@@ -71,6 +71,8 @@ fn main() -> anyhow::Result<()> {
     check_destination(&args.out)?;
     let mut bars = cli::Bars::default();
     let checkpoint = args.model.open()?;
+    let format = args.format(&checkpoint);
+    args.heal.check_format(format)?;
     let text = foldgpt::data::read_documents(&args.text, &args.field)?;
     let (train, held_out) =
         args.window.split(&checkpoint.tokenizer()?, &text, args.windows, Some(args.eval_windows))?;
@@ -97,7 +99,7 @@ fn main() -> anyhow::Result<()> {
     let teacher = cache.as_ref().map(Teacher::Cache).or(dense.as_ref().map(Teacher::Model));
     let healed = heal.run(&student, &train, Some(&choosing), teacher, &mut bars)?;
 
-    let options = SaveOptions::from(args.format(&checkpoint));
+    let options = SaveOptions::from(format);
     let saved = checkpoint.save(&healed.decoder, None, &args.out, &options, &mut bars)?;
     let report = healed.report;
     drop((healed.decoder, student, dense));
@@ -112,7 +114,7 @@ fn main() -> anyhow::Result<()> {
 impl Args {
     /// How the healed model is written: what was compact stays so.
     fn format(&self, source: &Checkpoint) -> Format {
-        let plain = source.architecture().fold.is_plain();
+        let plain = source.architecture().fold.is_plain() && !self.heal.keep_adapters;
         let same = if plain { Format::Expanded } else { Format::Compact };
         self.format.map_or(same, Format::from)
     }

@@ -5,9 +5,9 @@
 mod cli;
 
 use clap::Parser;
-use foldgpt::Heal;
 use foldgpt::heal::Trainable;
 use foldgpt::model::Projection;
+use foldgpt::{Format, Heal};
 
 #[derive(Parser)]
 struct Args {
@@ -47,6 +47,7 @@ fn flags_that_concern_nothing_are_refused() {
     for (flags, expected) in [
         ("--train norms --lora-rank 4", "--train lora"),
         ("--train norms --lora-projections q_proj", "--train lora"),
+        ("--train norms --keep-adapters", "--train lora"),
         ("--train lora --lr 1e-3", "--train norms and scales"),
         ("--residual-lr 1e-3", "--train residuals"),
         ("--matrix-lr 1e-3", "--train shared-matrices"),
@@ -83,6 +84,16 @@ fn flags_reach_the_healing() {
     let Trainable::Lora(lora) = &heal.groups[1].params else { unreachable!("{heal:?}") };
     assert_eq!(lora.projections, [Projection::Q, Projection::V]);
     assert_eq!(heal.groups[3].params, Trainable::LastBlocks(2));
+}
+
+#[test]
+fn adapters_are_kept_in_the_compact_format_alone() {
+    let args = |flags: &str| Args::try_parse_from(flags.split_whitespace()).unwrap().heal;
+    let kept = args("heal --heal-steps 1 --keep-adapters");
+    assert!(kept.check_format(Format::Compact).is_ok() && kept.check_format(Format::Expanded).is_err());
+    assert!(args("heal --heal-steps 1").check_format(Format::Expanded).is_ok());
+    let heal = kept.heal(0).unwrap().unwrap();
+    assert!(heal.groups.iter().any(|group| matches!(&group.params, Trainable::Lora(lora) if !lora.merge)));
 }
 
 #[test]

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
 use clap::{Args, ValueEnum};
+use foldgpt::Format;
 use foldgpt::heal::{Budget, Heal, HealReport, Lora, Losses, ParamGroup, Trainable};
 use foldgpt::model::Projection;
 
@@ -22,6 +23,9 @@ pub struct HealArgs {
     /// With --train last-blocks, how many
     #[arg(long, requires = "budget")]
     pub last_blocks: Option<usize>,
+    /// Keep LoRA adapters beside their matrices, in the compact format
+    #[arg(long, requires = "budget")]
+    pub keep_adapters: bool,
     /// Highest learning rate of residuals (3e-4 by default)
     #[arg(long, requires = "budget")]
     pub residual_lr: Option<f64>,
@@ -186,8 +190,10 @@ impl TuningArgs {
         at(Trainable::Scales, self.lr)
     }
 
-    pub fn lora(&self) -> ParamGroup {
+    /// Adapters that are merged in the end, or kept.
+    pub fn lora(&self, merge: bool) -> ParamGroup {
         let mut lora = Lora::default();
+        lora.merge = merge;
         lora.rank = self.lora_rank.unwrap_or(lora.rank);
         lora.alpha = self.lora_alpha.unwrap_or(lora.alpha);
         lora.projections = self.lora_projections.clone().unwrap_or_default();
@@ -232,6 +238,7 @@ impl HealArgs {
         let vectors = any(&[Train::Norms, Train::Scales]);
         let matrices = any(&[Train::SharedMatrices, Train::LastBlocks, Train::Head]);
         let last = any(&[Train::LastBlocks]);
+        ensure!(!self.keep_adapters || any(&[Train::Lora]), "--keep-adapters is for --train lora");
         ensure!(self.tuning.lr.is_none() || vectors, "--lr is for --train norms and scales");
         ensure!(
             self.residual_lr.is_none() || any(&[Train::Residuals]),
@@ -252,11 +259,17 @@ impl HealArgs {
         Ok(heal)
     }
 
+    /// Fails for a format that would merge adapters that are to be kept.
+    pub fn check_format(&self, format: Format) -> Result<()> {
+        ensure!(!self.keep_adapters || format == Format::Compact, "--keep-adapters needs --format compact");
+        Ok(())
+    }
+
     fn group(&self, train: Train) -> ParamGroup {
         match train {
             Train::Norms => self.tuning.norms(),
             Train::Scales => self.tuning.scales(),
-            Train::Lora => self.tuning.lora(),
+            Train::Lora => self.tuning.lora(!self.keep_adapters),
             Train::Residuals => at(Trainable::Residuals, self.residual_lr),
             Train::SharedMatrices => at(Trainable::SharedMatrices, self.matrix_lr),
             Train::LastBlocks => {
