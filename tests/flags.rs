@@ -1,5 +1,5 @@
 //! Flags of the examples that heal: what they ask for, and that none is passed over.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::float_cmp)]
 
 #[path = "../examples/cli/mod.rs"]
 mod cli;
