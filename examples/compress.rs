@@ -6,6 +6,7 @@
 //! cargo run --release --example compress -- --model M --text F --group-size 2 --rank 8 --format compact --out DIR
 //! cargo run --release --example compress -- --model M --text F --budget-params 0.6 --format compact --out DIR
 //! cargo run --release --example compress -- --recipe FILE.toml --dry-run
+//! cargo run --release --example compress -- --recipe FILE.toml --report FILE.html
 //! ```
 //!
 //! The first 80 % of the text calibrates and heals, the last 20 % evaluates, in f32 whatever the blocks were scored in.
@@ -13,13 +14,15 @@
 
 mod chart;
 mod cli;
+mod outcome;
 mod table;
 
 use std::path::PathBuf;
 
 use clap::Parser;
 use foldgpt::importance::{Gates, GatesWithCoupling, Method};
-use foldgpt::pipeline::{Precision, Report};
+use foldgpt::pipeline::Precision;
+use foldgpt::report::ReportFiles;
 use foldgpt::{Checkpoint, Compressor, LatencyOptions, Recipe};
 
 #[global_allocator]
@@ -28,10 +31,10 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 /// Makes a model smaller: scores its blocks, drops the least important, ties others, heals, evaluates, saves
 #[derive(Parser)]
 struct Args {
-    /// A recipe, TOML or JSON (*.json), in place of all flags but --work and --dry-run
+    /// A recipe, TOML or JSON (*.json), in place of all flags but --work, --report and --dry-run
     #[arg(long, conflicts_with_all = ["model", "dtype", "text", "method", "TargetArgs", "ScoringArgs", "SharingArgs",
         "format", "protect", "out", "seed", "windows", "eval_windows", "WindowArgs", "HealArgs", "TuningArgs",
-        "max_nll_increase", "latency", "field"])]
+        "max_nll_increase", "latency", "field", "prompt", "base_model"])]
     recipe: Option<PathBuf>,
     /// Say what would be done, how long it takes and what comes out, and write nothing
     #[arg(long)]
@@ -88,6 +91,15 @@ struct Args {
     /// Measure how fast the model is before and after; leave the machine alone meanwhile
     #[arg(long)]
     latency: bool,
+    /// Write what was found to this HTML file, and to Markdown and JSON beside it
+    #[arg(long, value_name = "FILE.html")]
+    report: Option<PathBuf>,
+    /// A text that the models before and after continue in the report; may be given several times
+    #[arg(long)]
+    prompt: Vec<String>,
+    /// The hub id of the model, for the model card, where it was not fetched by it
+    #[arg(long, value_name = "org/name")]
+    base_model: Option<String>,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -100,12 +112,19 @@ fn main() -> anyhow::Result<()> {
     if let Some(work) = args.work.or(args.scoring.state) {
         compressor = compressor.work(work);
     }
+    compressor.command = Some(cli::command());
+    let files = args.report.map(ReportFiles::new).transpose()?;
     let mut bars = cli::Bars::default();
     if args.dry_run {
         println!("{}", compressor.dry_run(&mut bars)?);
         return Ok(());
     }
-    print(&compressor.run(&mut bars)?);
+    let report = compressor.run(&mut bars)?;
+    outcome::print(&report);
+    if let Some(files) = files {
+        files.write(&report)?;
+        println!("the report is in {}", files.html().display());
+    }
     Ok(())
 }
 
@@ -150,43 +169,7 @@ fn recipe(args: &Args) -> anyhow::Result<Recipe> {
     recipe.latency = args.latency.then(LatencyOptions::default);
     recipe.format = args.format.into();
     args.heal.check_format(recipe.format)?;
+    recipe.samples.prompts.clone_from(&args.prompt);
+    recipe.base_model.clone_from(&args.base_model);
     Ok(recipe)
-}
-
-fn print(report: &Report) {
-    if !report.mixes.is_empty() {
-        println!("mixes that no other beats, by loss on the calibration windows:");
-    }
-    for mix in &report.mixes {
-        let (removed, share) = (mix.removed, mix.residual_share);
-        println!(
-            "{:>12} parameters  {:.4}  {removed} blocks removed, {share} for residuals",
-            mix.parameters, mix.loss
-        );
-    }
-    let plan = &report.plan;
-    if let Some(scores) = plan.scores() {
-        println!("importance by {} on {} windows of {}", scores.method, scores.windows, scores.seq_len);
-        print!("{}", chart::bars(scores, &plan.units(), "removed"));
-        cli::warn_unstable(scores);
-    }
-    for group in plan.sharing().map(|sharing| sharing.groups.as_slice()).unwrap_or_default() {
-        let cost = group.cost.map(|cost| format!(", {cost:+.4} nats")).unwrap_or_default();
-        println!("tied {:?}, matrices of {:?}{cost}", group.blocks, group.donor);
-    }
-    let mut rows = vec![table::Row::of("dense", report.dense_bytes, &report.dense)];
-    rows.extend(report.folded.iter().map(|cut| table::Row::of("cut", report.saved_bytes, cut)));
-    let name = if report.heal.is_some() { "healed" } else { "compressed" };
-    rows.push(table::Row::of(name, report.saved_bytes, &report.compressed));
-    println!("\n{}", table::table(&rows));
-    println!("nll in nats per token, {}", cli::protocol_of(&report.compressed.perplexity));
-    if let (Some(dense), Some(compressed)) = (&report.dense.latency, &report.compressed.latency) {
-        println!("\n{}", table::speeds(&[("dense", dense), (name, compressed)]));
-    }
-    if let Some(healed) = &report.heal {
-        println!("{}", cli::heal::summary(healed));
-    }
-    let ran: Vec<&str> = report.ran.iter().map(|stage| stage.name()).collect();
-    println!("done now: {}", if ran.is_empty() { "nothing".into() } else { ran.join(", ") });
-    println!("saved to {} ({} bytes of tensors)", report.recipe.out.display(), report.saved_bytes);
 }

@@ -28,6 +28,8 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 struct Args {
     #[command(flatten)]
     model: cli::ModelArgs,
+    #[command(flatten)]
+    quantize: cli::quantize::QuantizeArgs,
     /// Another model, measured in the same run: a directory, a GGUF file, or a hub id
     #[arg(long)]
     against: Option<String>,
@@ -113,7 +115,7 @@ fn main() -> anyhow::Result<()> {
 
 fn load(args: &Args) -> anyhow::Result<Vec<Model>> {
     let of = |name, checkpoint: Checkpoint| -> anyhow::Result<Model> {
-        let decoder = cli::load(&checkpoint, args.model.dtype.dtype())?;
+        let decoder = args.quantize.apply(cli::load(&checkpoint, args.model.dtype.dtype())?)?;
         Ok(Model { name, checkpoint, decoder, found: Map::new() })
     };
     let mut models = vec![of("model", args.model.open()?)?];

@@ -5,8 +5,8 @@
 //! cargo run --release --example folding -- --model M --text F --work DIR
 //! ```
 //!
-//! The first 80 % of the text calibrate, the last 20 % evaluate, always in f32. What was measured is kept in DIR: an
-//! interrupted run goes on where it was.
+//! The first 80 % of the text calibrate, the last 20 % evaluate, always in f32; --quantize is for the speed alone. What
+//! was measured is kept in DIR: an interrupted run goes on where it was.
 #![allow(clippy::print_stdout)]
 
 mod cli;
@@ -32,6 +32,8 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 struct Args {
     #[command(flatten)]
     model: cli::ModelArgs,
+    #[command(flatten)]
+    quantize: cli::quantize::QuantizeArgs,
     /// Text: its first 80 % calibrate, its last 20 % evaluate
     #[arg(long)]
     text: PathBuf,
@@ -237,9 +239,10 @@ impl<'a> Bench<'a> {
     fn speed(&self) -> anyhow::Result<()> {
         let plan = Plan::builder().share(Groups::of(2)).build(self.dense.architecture())?;
         let tied = fold_on(self.dense, &plan, &self.few, &mut ())?;
+        let [untied, tied] = [self.args.quantize.apply(self.dense.clone())?, self.args.quantize.apply(tied)?];
         let mut options = LatencyOptions::default();
         options.new_tokens = self.args.decode;
-        let measured = latency(&[self.dense, &tied], &options, &mut cli::Bars::default())?;
+        let measured = latency(&[&untied, &tied], &options, &mut cli::Bars::default())?;
         let rows: Vec<_> = ["untied", "in pairs"].into_iter().zip(&measured).collect();
         println!("\n{}", table::speeds(&rows));
         Ok(())

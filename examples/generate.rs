@@ -1,7 +1,7 @@
 //! Continues a prompt.
 //!
 //! ```text
-//! cargo run --release --example generate -- --model M --prompt P [--tokens N] [--temperature T] [--seed N]
+//! cargo run --release --example generate -- --model M --prompt P [--tokens N] [--temperature T] [--quantize q8_0]
 //! ```
 #![allow(clippy::print_stdout)]
 
@@ -21,6 +21,8 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 struct Args {
     #[command(flatten)]
     model: cli::ModelArgs,
+    #[command(flatten)]
+    quantize: cli::quantize::QuantizeArgs,
     /// The text to continue
     #[arg(long)]
     prompt: String,
@@ -44,6 +46,7 @@ struct Args {
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     let (checkpoint, decoder) = args.model.load()?;
+    let decoder = args.quantize.apply(decoder)?;
     let options = Generate {
         max_tokens: args.tokens,
         temperature: args.temperature,

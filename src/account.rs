@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
 use crate::model::{Architecture, Decoder, NormPart, Param, Part, Projection};
+use crate::ops::Matrix;
 
 /// What a model takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -16,7 +17,9 @@ pub struct Account {
     pub parameters: usize,
     /// Bytes of all tensors in a compact checkpoint.
     pub stored_bytes: u64,
-    /// Bytes of all tensors in memory.
+    /// Bytes of all tensors in memory, and of the blocks of quantised matrices. Where the CPU has kernels for it, and
+    /// rows are multiples of 256, candle keeps a second copy of such blocks from the first product on, in the order in
+    /// which those kernels read them; nothing tells of it from outside, and it is not counted.
     pub resident_bytes: u64,
     /// Floating-point operations for one more token that sees `context` tokens, itself included: two for each
     /// multiply-add of a matrix (projections, residuals, head) and of attention's two products, one for each scale.
@@ -72,13 +75,14 @@ impl Account {
             for projection in Projection::ALL {
                 let adapter = &block.own.adapters[projection];
                 let residual = adapter.low_rank.iter().flat_map(|residual| [&residual.a, &residual.b]);
-                let products = block.weights.get(projection).into_iter().chain(residual);
-                flops += products.map(|matrix| 2 * matrix.elem_count()).sum::<usize>();
+                let matrix = block.weights.get(projection).map(Matrix::elem_count);
+                let products = matrix.into_iter().chain(residual.map(Tensor::elem_count));
+                flops += 2 * products.sum::<usize>();
                 flops += adapter.scale.as_ref().map_or(0, Tensor::elem_count);
             }
             if let Some(output) = block.weights.get(Projection::O) {
                 let seen = block.own.spec.window.map_or(context, |window| window.min(context));
-                flops += 4 * seen * output.dim(1)?;
+                flops += 4 * seen * output.dims2()?.1;
             }
         }
         let mut cache = decoder.cache();
@@ -123,7 +127,8 @@ fn resident_bytes(decoder: &Decoder) -> u64 {
             _ => bytes(tensor),
         }
     });
-    storages.sum::<usize>() as u64
+    let quantized = decoder.quantized_matrices().map(|(_, blocks)| blocks.storage_size_in_bytes());
+    storages.chain(quantized).sum::<usize>() as u64
 }
 
 fn bytes(tensor: &Tensor) -> usize {

@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::ops::Matrix;
+
 /// What went wrong, where, and what was expected instead.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -119,6 +121,10 @@ pub enum Error {
         limit: f64,
     },
 
+    /// A report that cannot be read, or a figure that cannot be drawn.
+    #[error("report: {0}")]
+    Report(String),
+
     /// A computation gave NaN or an infinity.
     #[error("{what} is not finite ({value})")]
     NotFinite {
@@ -133,6 +139,18 @@ pub enum Error {
     NoGradient {
         /// What has no gradient.
         tensor: String,
+    },
+
+    /// A matrix that is quantised, where one number for each element is needed: for training, folding or saving.
+    #[error(
+        "{matrix} is quantised to {dtype}, which serves forward passes alone: take the decoder that was quantised, or \
+         make one with `Decoder::to_dtype`"
+    )]
+    Quantized {
+        /// Which matrix.
+        matrix: String,
+        /// ggml's name for the type that it is held in.
+        dtype: String,
     },
 
     /// A block index beyond the model's depth.
@@ -175,6 +193,10 @@ impl Error {
 
     pub(crate) fn recipe(field: impl Into<String>, reason: impl Into<String>) -> Error {
         Error::Recipe { field: Some(field.into()), reason: reason.into() }
+    }
+
+    pub(crate) fn quantized(name: impl Into<String>, matrix: &Matrix) -> Error {
+        Error::Quantized { matrix: name.into(), dtype: matrix.type_name() }
     }
 
     /// The same error, knowing the file that the configuration came from.

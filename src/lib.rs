@@ -28,6 +28,7 @@ pub mod ops;
 pub mod pipeline;
 pub mod plan;
 mod progress;
+pub mod report;
 
 pub use candle_core as candle;
 

@@ -128,6 +128,17 @@ pub fn search_mixes(
     windows: &Windows,
     observer: &mut dyn Observer,
 ) -> Result<Vec<Candidate>> {
+    Ok(pareto_front(measure_mixes(decoder, scores, mixes, windows, observer)?))
+}
+
+/// Measures every mix whose budget can be met, in their order.
+pub(crate) fn measure_mixes(
+    decoder: &Decoder,
+    scores: &Scores,
+    mixes: &[Mix],
+    windows: &Windows,
+    observer: &mut dyn Observer,
+) -> Result<Vec<Candidate>> {
     let mut candidates = Vec::with_capacity(mixes.len());
     let mut unmet = None;
     for mix in mixes {
@@ -143,7 +154,7 @@ pub fn search_mixes(
     if candidates.is_empty() {
         return Err(unmet.unwrap_or_else(|| Error::argument("mixes", 0, "at least one")));
     }
-    Ok(pareto_front(candidates))
+    Ok(candidates)
 }
 
 /// The candidates that no other beats in both parameters and loss, the smallest first.

@@ -6,11 +6,11 @@ use crate::error::{Error, Result};
 
 /// Watches long work, and may stop it.
 ///
-/// Stages are `fetch` (from the hub, in bytes), `load`, `hash`, `save`, `verify`, `perplexity`, `task`, `latency`,
-/// `losses`, for folding `fold`, `donors`, `ties`, `ranks`, `starts` and `output error`, for healing `heal` and
-/// `teacher`, and for scoring the method's own name, in part with `gates`, `coupling`, `coupling by gradients`,
-/// `singles`, `search`, `finalists` and `final states`. The pipeline's own stages are `compress: ` and their name, with those of the work inside of them: stages
-/// can be nested.
+/// Stages are `fetch` (from the hub, in bytes), `load`, `quantize`, `hash`, `save`, `verify`, `perplexity`, `task`,
+/// `latency`, `samples`, `losses`, for folding `fold`, `donors`, `ties`, `ranks`, `starts` and `output error`, for healing `heal`
+/// and `teacher`, and for scoring the method's own name, in part with `gates`, `coupling`, `coupling by gradients`,
+/// `singles`, `search`, `finalists` and `final states`. The pipeline's own stages are `compress: ` and their name, with
+/// those of the work inside of them: stages can be nested.
 ///
 /// Every stage is a span of `tracing` too, at the level of info, called `stage`, with its `name` and the `total` of its
 /// steps; what is decided on the way is an event at the level of debug.

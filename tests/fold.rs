@@ -36,7 +36,8 @@ fn matrices_of_a_group_exist_once_through_every_conversion() {
                     let block = &decoder.blocks()[depth];
                     assert!(Arc::ptr_eq(&first.weights, &block.weights), "{family} {name}");
                     for at in Projection::ALL {
-                        let ids = [first, block].map(|block| block.weights.get(at).map(Tensor::id));
+                        let ids =
+                            [first, block].map(|block| block.weights.tensor(at).unwrap().map(Tensor::id));
                         assert_eq!(ids[0], ids[1], "{family} {name}");
                     }
                 }
@@ -142,7 +143,7 @@ fn decoding_with_a_cache_is_the_whole_pass_for_every_kind_of_group() {
 fn donors_give_what_their_names_say() {
     let decoder = load("llama");
     let matrix = |decoder: &Decoder, depth: usize| {
-        decoder.blocks()[depth].weights.get(Projection::Up).unwrap().clone()
+        decoder.blocks()[depth].weights.tensor(Projection::Up).unwrap().unwrap().clone()
     };
     let make = |donor| {
         let plan = Plan::builder().share(Groups::of(2)).donor(donor).build(decoder.architecture()).unwrap();
@@ -214,8 +215,9 @@ fn least_squares_scales_are_those_of_the_normal_equations() {
     let folded = fold_on(&decoder, &plan, &windows, &mut ()).unwrap();
     let scale =
         folded.blocks()[1].own.adapters[Projection::Up].scale.as_ref().unwrap().to_vec1::<f32>().unwrap();
-    let weight =
-        |depth: usize| decoder.blocks()[depth].weights.get(Projection::Up).unwrap().to_vec2::<f32>().unwrap();
+    let weight = |depth: usize| {
+        decoder.blocks()[depth].weights.tensor(Projection::Up).unwrap().unwrap().to_vec2::<f32>().unwrap()
+    };
     let (shared, target) = (weight(0), weight(1));
     let wrong: Vec<f32> = scale.iter().map(|s| s + 0.05).collect();
     // The fit is where the error is stationary: a scale moved either way is worse. Checked through the errors.

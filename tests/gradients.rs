@@ -47,20 +47,18 @@ fn cases() -> Vec<Case> {
         case("partial rope", &[&[2, 6, 24]], |kernels, x| {
             kernels.rope(&x[0], &values(&[6, 2], 8), &values(&[6, 2], 9), 12)
         }),
-        case("frozen linear", &[&[2, 5, 16]], |kernels, x| {
-            kernels.linear(&x[0], &values(&[12, 16], 5), None)
-        }),
+        case("frozen linear", &[&[2, 5, 16]], |kernels, x| kernels.linear(&x[0], values(&[12, 16], 5), None)),
         case("frozen linear with bias", &[&[5, 16]], |kernels, x| {
-            kernels.linear(&x[0], &values(&[12, 16], 5), Some(&values(&[12], 6)))
+            kernels.linear(&x[0], values(&[12, 16], 5), Some(&values(&[12], 6)))
         }),
         case("sum", &[&[3, 40], &[3, 40]], |kernels, x| kernels.add(&x[0], &x[1])),
         case("column scales", &[&[3, 5, 24], &[24]], |kernels, x| kernels.scale(&x[0], &x[1])),
         case("inner product", &[&[3, 40]], |kernels, x| kernels.inner(&x[0], &values(&[3, 40], 5))),
         case("loss", &[&[200, 16]], |kernels, x| {
-            kernels.nll(&x[0], &values(&[50, 16], 5), &targets(200, 50), None)
+            kernels.nll(&x[0], values(&[50, 16], 5), &targets(200, 50), None)
         }),
         case("loss, soft cap", &[&[9, 16]], |kernels, x| {
-            kernels.nll(&x[0], &values(&[50, 16], 5), &targets(9, 50), Some(2.0))
+            kernels.nll(&x[0], values(&[50, 16], 5), &targets(9, 50), Some(2.0))
         }),
         case("loss, trained head", &[&[9, 16], &[50, 16]], |kernels, x| {
             kernels.nll(&x[0], &x[1], &targets(9, 50), None)
@@ -215,7 +213,7 @@ fn not_a_number_is_passed_on() {
         kernels.rms_norm(&x, &ones, 1e-5, 0.0).unwrap(),
         kernels.attention(&x, &x, &x, shape).unwrap(),
         kernels.gated(Activation::Silu, &x, &x).unwrap(),
-        kernels.nll(&x.squeeze(0).unwrap(), &values(&[5, 16], 1), &[0, 1, 2], None).unwrap(),
+        kernels.nll(&x.squeeze(0).unwrap(), values(&[5, 16], 1), &[0, 1, 2], None).unwrap(),
     ];
     for output in outputs {
         let values = output.flatten_all().unwrap().to_vec1::<f32>().unwrap();

@@ -1,11 +1,14 @@
-//! What the benches have in common: a SmolLM2-shaped random model, and ratios within one run.
+//! What the benches have in common: a SmolLM2-shaped random model, the work that is timed, and times within one run.
 #![allow(dead_code, unreachable_pub, missing_docs, clippy::unwrap_used, clippy::expect_used)]
+
+pub mod bound;
+pub mod work;
 
 use std::time::Instant;
 
-use foldgpt::Decoder;
-use foldgpt::candle::{DType, Device, Tensor};
+use foldgpt::candle::{DType, Device};
 use foldgpt::model::Architecture;
+use foldgpt::{Decoder, Windows};
 
 pub const TOKENS: usize = 512;
 
@@ -23,22 +26,25 @@ pub fn decoder() -> Decoder {
     Decoder::random(architecture(), 0, DType::F32, &Device::Cpu).unwrap()
 }
 
-/// A window of tokens, and the same as a batch of one.
-pub fn window() -> (Vec<u32>, Tensor) {
+/// Windows of tokens; which ones makes no difference to the work.
+pub fn windows(count: usize) -> Windows {
     let vocab = architecture().vocab_size as u32;
-    let tokens: Vec<u32> = (0..TOKENS as u32).map(|i| i * 97 % vocab).collect();
-    let ids = Tensor::from_slice(&tokens, (1, TOKENS), &Device::Cpu).unwrap();
-    (tokens, ids)
+    let window = |index: u32| (0..TOKENS as u32).map(|i| (i * 97 + index * 31) % vocab).collect();
+    Windows::from_ids((0..count as u32).map(window).collect()).unwrap()
+}
+
+pub fn seconds(work: impl FnOnce()) -> f64 {
+    let start = Instant::now();
+    work();
+    start.elapsed().as_secs_f64()
+}
+
+pub fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
 }
 
 /// The median over interleaved pairs of the time of `a` by that of `b`.
 pub fn ratio(a: &dyn Fn(), b: &dyn Fn()) -> f64 {
-    let time = |f: &dyn Fn()| {
-        let start = Instant::now();
-        f();
-        start.elapsed().as_secs_f64()
-    };
-    let mut ratios: Vec<f64> = (0..7).map(|_| time(a) / time(b)).collect();
-    ratios.sort_by(f64::total_cmp);
-    ratios[ratios.len() / 2]
+    median((0..7).map(|_| seconds(a) / seconds(b)).collect())
 }

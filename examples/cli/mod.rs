@@ -2,6 +2,7 @@
 #![allow(dead_code, unreachable_pub, clippy::print_stdout, clippy::print_stderr)]
 
 pub mod heal;
+pub mod quantize;
 pub mod work;
 
 use std::io::IsTerminal;
@@ -398,6 +399,22 @@ pub fn protocol_of(found: &Perplexity) -> String {
 fn protocol_line(tokens: usize, windows: usize, seq_len: usize, bos: bool, sha256: &str) -> String {
     let bos = if bos { "with" } else { "without" };
     format!("{tokens} predicted tokens in {windows} windows of {seq_len}, {bos} bos, text sha256 {sha256}")
+}
+
+/// The command that this process was run by, as a shell takes it.
+pub fn command() -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_=+,./:@%".contains(c);
+    let quoted = |argument: String| {
+        if !argument.is_empty() && argument.chars().all(plain) {
+            return argument;
+        }
+        format!("'{}'", argument.replace('\'', r"'\''"))
+    };
+    let mut arguments = std::env::args_os().map(|argument| argument.to_string_lossy().into_owned());
+    // Where the program lies says nothing.
+    let program = arguments.next().unwrap_or_default();
+    let program = Path::new(&program).file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    std::iter::once(program).chain(arguments.map(quoted)).collect::<Vec<_>>().join(" ")
 }
 
 /// Fails early for blocks that are to stay and do not exist.

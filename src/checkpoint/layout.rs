@@ -1,6 +1,6 @@
 //! How each family stores its parameters: tensor names, fused projections, transposed matrices.
 
-use candle_core::{D, Tensor};
+use candle_core::{D, DType, Tensor};
 
 use crate::error::Result;
 use crate::model::{Architecture, BlockParam, NormPart, NormPlacement, NormSite, Param, Projection};
@@ -29,6 +29,11 @@ impl Stored {
     fn one(name: impl Into<String>, param: Param, shape: Vec<usize>) -> Self {
         let rows = shape.first().copied().unwrap_or_default();
         Self { name: name.into(), shape, params: vec![(param, rows)], transposed: false }
+    }
+
+    /// Its bytes in this type.
+    pub(crate) fn bytes(&self, dtype: DType) -> usize {
+        self.shape.iter().product::<usize>() * dtype.size_in_bytes()
     }
 
     /// The parameters of a tensor as it is stored.

@@ -1,5 +1,6 @@
 //! Checkpoints: the only module that touches files of weights.
 
+mod card;
 mod compact;
 mod config;
 mod gguf;
@@ -10,6 +11,8 @@ mod save;
 mod staging;
 mod surgery;
 
+pub use card::ModelCard;
+pub(crate) use card::{CARD, name_of, tags};
 pub use compact::FORMAT_VERSION;
 pub use hub::HubOptions;
 pub use save::{Format, SaveOptions, Saved};
@@ -257,18 +260,14 @@ impl Checkpoint {
     /// The bytes of all tensors as they are stored, or will be.
     #[must_use]
     pub fn tensor_bytes(&self) -> u64 {
-        let bytes = |stored: &Stored| {
-            stored.shape.iter().product::<usize>() * self.stored_dtype(&stored.name).size_in_bytes()
-        };
-        self.tensors.iter().map(|stored| bytes(stored) as u64).sum()
+        self.tensors.iter().map(|stored| stored.bytes(self.stored_dtype(&stored.name)) as u64).sum()
     }
 
     /// The bytes of each block's tensors as they are stored, or will be.
     pub(crate) fn block_bytes(&self) -> Vec<u64> {
         let mut bytes = vec![0; self.architecture.depth()];
         for stored in &self.tensors {
-            let size =
-                stored.shape.iter().product::<usize>() * self.stored_dtype(&stored.name).size_in_bytes();
+            let size = stored.bytes(self.stored_dtype(&stored.name));
             if let Some((Param::Block(depth, _), _)) = stored.params.first()
                 && let Some(sum) = bytes.get_mut(*depth)
             {

@@ -9,6 +9,7 @@ use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::card::{CARD, ModelCard};
 use super::layout::{Stored, stored_tensors};
 use super::safetensors::{COMPACT, STANDARD, index, single};
 use super::staging::Staging;
@@ -40,12 +41,14 @@ pub struct SaveOptions {
     pub format: Format,
     /// Tensors are split into files of at most this many bytes; a larger tensor has a file of its own.
     pub max_shard_bytes: u64,
+    /// The model card, `README.md`. Where absent, one that says what was done, without results.
+    pub card: Option<ModelCard>,
 }
 
 impl Default for SaveOptions {
     /// A standard directory in shards of 5 GB, as transformers writes them.
     fn default() -> Self {
-        Self { format: Format::default(), max_shard_bytes: 5_000_000_000 }
+        Self { format: Format::default(), max_shard_bytes: 5_000_000_000, card: None }
     }
 }
 
@@ -87,7 +90,8 @@ const STAGE: &str = "save";
 
 impl Checkpoint {
     /// Writes `decoder`, made from this checkpoint: weights in the types they had (a decoder held in a narrower type
-    /// has lost what that cannot hold), the configuration cut to the blocks that are left, the tokenizer, and the plan.
+    /// has lost what that cannot hold), the configuration cut to the blocks that are left, the tokenizer, the plan, and
+    /// a model card.
     /// In the expanded format that is a Hugging Face directory that transformers loads.
     ///
     /// Everything is written beside `directory`, synced, opened again and compared with the decoder tensor by
@@ -95,8 +99,8 @@ impl Checkpoint {
     /// hidden directory that ends in `.partial` and may be deleted.
     ///
     /// # Errors
-    /// A directory that exists and is not empty, a decoder of another architecture, a full disk, or a result that
-    /// does not read back as it was.
+    /// A directory that exists and is not empty, a decoder of another architecture or one that is quantised, a full
+    /// disk, or a result that does not read back as it was.
     pub fn save(
         &self,
         decoder: &Decoder,
@@ -105,6 +109,7 @@ impl Checkpoint {
         options: &SaveOptions,
         observer: &mut dyn Observer,
     ) -> Result<Saved> {
+        decoder.check_not_quantized()?;
         let directory = directory.as_ref();
         if let Some(plan) = plan {
             self.check_plan(plan, decoder, observer)?;
@@ -117,11 +122,23 @@ impl Checkpoint {
             staging.write(PLAN, plan.to_json()?.as_bytes())?;
         }
         self.write_companions(&staging)?;
+        let card = match &options.card {
+            Some(card) => card.to_markdown(options.format),
+            None => self.card(decoder, plan).to_markdown(options.format),
+        };
+        staging.write(CARD, card.as_bytes())?;
         let (weight_files, tensor_bytes) = write_weights(&written, &staging, options, observer)?;
         compare(&written, &staging.path, observer)?;
         staging.commit(directory)?;
         tracing::debug!(path = %directory.display(), files = weight_files.len(), bytes = tensor_bytes, "saved");
         Ok(Saved { directory: directory.to_path_buf(), tensor_bytes, weight_files })
+    }
+
+    /// The bytes of all tensors that saving this decoder writes.
+    pub(crate) fn bytes_to_save(&self, decoder: &Decoder, format: Format) -> Result<u64> {
+        let written = Written::new(self, decoder, format)?;
+        let sizes = written.tensors.iter().zip(&written.types);
+        Ok(sizes.map(|(stored, dtype)| stored.bytes(*dtype) as u64).sum())
     }
 
     /// A plan is written only beside what it describes.
@@ -306,7 +323,7 @@ fn write_weights(
     observer: &mut dyn Observer,
 ) -> Result<(Vec<String>, u64)> {
     let views = written.tensors.iter().zip(&written.types).map(|(stored, dtype)| {
-        let bytes = stored.shape.iter().product::<usize>() * dtype.size_in_bytes();
+        let bytes = stored.bytes(*dtype);
         TensorView { stored, dtype: *dtype, bytes, written, failure: RefCell::new(None) }
     });
     let views: Vec<TensorView<'_>> = views.collect();

@@ -50,7 +50,7 @@ pub struct Latency {
     pub prompt: usize,
     /// Tokens made after it.
     pub new_tokens: usize,
-    /// The type of the matrices in memory: `f32`, `bf16`.
+    /// The types of the matrices in memory, that of the most numbers first: `f32`, `bf16`, `q4_k+q8_0`.
     pub dtype: String,
     /// Threads of rayon's pool.
     pub threads: usize,
@@ -184,7 +184,7 @@ impl LatencyOptions {
             kv_bytes_per_token: account.kv_bytes_per_token,
             prompt: self.prompt,
             new_tokens: self.new_tokens,
-            dtype: model.dtype().as_str().into(),
+            dtype: model.matrix_types(),
             threads: rayon::current_num_threads(),
         }
     }

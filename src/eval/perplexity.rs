@@ -27,6 +27,13 @@ pub struct Perplexity {
     pub text_sha256: String,
 }
 
+impl Perplexity {
+    /// What the number depends on besides the model: two with the same can be compared.
+    pub(crate) fn protocol(&self) -> (&str, usize, usize, usize, bool) {
+        (&self.text_sha256, self.tokens, self.windows, self.seq_len, self.bos)
+    }
+}
+
 /// Scores every window alone: `exp(Σ nll / Σ predicted tokens)`.
 ///
 /// # Errors

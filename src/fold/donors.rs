@@ -74,7 +74,7 @@ fn mean(cut: &Decoder, members: &[&Block]) -> Result<BlockWeights> {
         if matrices.is_empty() {
             return Ok(None);
         }
-        Ok(Some(rounded(cut, BlockParam::Weight(projection), &mean_of(&matrices)?)?))
+        Ok(Some(rounded(cut, BlockParam::Weight(projection), &mean_of(&matrices)?)?.into()))
     })
 }
 

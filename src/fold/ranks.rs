@@ -45,7 +45,7 @@ pub(crate) fn spread_ranks(
         reached = depth;
         let moments = states.moments(&cut, original)?;
         for projection in Projection::ALL {
-            let shared = block_of(&tied, depth)?.weights.get(projection);
+            let shared = block_of(&tied, depth)?.weights.tensor(projection)?;
             let (Some(target), Some(shared)) = (original.merged(projection)?, shared) else { continue };
             let moment = Some(moments.of(projection)?);
             let projected = Projected { target: wide(&target)?, shared: wide(shared)?, moment };

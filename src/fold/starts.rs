@@ -36,7 +36,7 @@ pub(super) fn start(
         let moments = moments.transpose()?;
         for projection in Projection::ALL {
             let rank = sharing.ranks.get(&block).and_then(|ranks| ranks.get(&projection)).copied();
-            let shared = block_of(tied, depth)?.weights.get(projection);
+            let shared = block_of(tied, depth)?.weights.tensor(projection)?;
             let (Some(target), Some(shared)) = (original.merged(projection)?, shared) else { continue };
             let moment = moments.as_ref().map(|moments| moments.of(projection)).transpose()?;
             let projected = Projected { target: wide(&target)?, shared: wide(shared)?, moment };

@@ -55,6 +55,16 @@ impl Record {
 /// How every line begins, and so what a line that a killed run has torn off is a part of.
 const BEGIN: &str = "{\"step\":";
 
+/// The records of a log, as far as its lines are whole: a run that was killed may have left half of its last one.
+///
+/// # Errors
+/// A file that cannot be read.
+pub fn read_log(path: impl AsRef<Path>) -> Result<Vec<Record>> {
+    let path = path.as_ref();
+    let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+    Ok(text.lines().map_while(|line| serde_json::from_str(line).ok()).collect())
+}
+
 /// The file that records are added to.
 #[derive(Debug)]
 pub(super) struct Log(Option<(PathBuf, File)>);

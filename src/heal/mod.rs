@@ -51,7 +51,7 @@ mod trainer;
 pub use adamw::AdamW;
 pub use cache::{CacheOptions, TeacherCache};
 pub use choosing::hold_out;
-pub use log::Record;
+pub use log::{Record, read_log};
 pub use losses::{Losses, Terms};
 pub use options::{Budget, Heal};
 pub use schedule::{Decay, Schedule};

@@ -7,7 +7,7 @@ use super::losses::Losses;
 use crate::data::Windows;
 use crate::error::{Error, Result};
 use crate::model::Decoder;
-use crate::ops::{Soft, TopTokens};
+use crate::ops::{Head, Soft, TopTokens};
 
 /// The original model, or what it had to say.
 #[derive(Debug, Clone, Copy)]
@@ -29,8 +29,8 @@ pub(super) struct Lesson<'a> {
 
 #[derive(Debug)]
 enum Likelihoods<'a> {
-    /// Normalised states, `(batch · seq, hidden)`, and the model whose head reads them.
-    States(Tensor, &'a Decoder),
+    /// Normalised states, `(batch · seq, hidden)`, and the head that reads them.
+    States(Tensor, Head<'a>),
     Top(TopTokens),
 }
 
@@ -47,7 +47,7 @@ impl Lesson<'_> {
     /// What is expected after each token.
     pub(super) fn soft(&self) -> Option<Soft<'_>> {
         self.likelihoods.as_ref().map(|likelihoods| match likelihoods {
-            Likelihoods::States(states, teacher) => Soft::States(states, teacher.head()),
+            Likelihoods::States(states, head) => Soft::States(states, *head),
             Likelihoods::Top(top) => Soft::Top(top),
         })
     }
@@ -89,9 +89,11 @@ impl<'a> Teacher<'a> {
             _ if !losses.need_teacher() => Ok(Lesson::none()),
             Self::Model(teacher) => {
                 let (tail, output) = last_states(teacher, ids, losses.tail_depth())?;
-                let states = |output: Tensor| teacher.normalised(&output.flatten_to(1)?);
-                let states = (losses.divergence > 0.0).then(|| states(output)).transpose()?;
-                Ok(Lesson { tail, likelihoods: states.map(|states| Likelihoods::States(states, teacher)) })
+                let states = |output: Tensor| -> Result<_> {
+                    Ok(Likelihoods::States(teacher.normalised(&output.flatten_to(1)?)?, teacher.head()?))
+                };
+                let likelihoods = (losses.divergence > 0.0).then(|| states(output)).transpose()?;
+                Ok(Lesson { tail, likelihoods })
             }
             Self::Cache(cache) => cache.lesson(losses, windows, ids),
         }

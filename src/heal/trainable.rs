@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::model::{Adapter, BlockParam, Decoder, LowRank, Param, Projection};
+use crate::ops::Matrix;
 
 /// Parameters of a decoder, by kind.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -211,6 +212,7 @@ pub(super) struct Student {
 impl Student {
     /// `decoder` with what the groups name as variables in f32, and what they add.
     pub(super) fn new(decoder: &Decoder, groups: &[ParamGroup], seed: u64) -> Result<Self> {
+        decoder.check_not_quantized()?;
         groups.iter().try_for_each(|group| group.check_depth(decoder.depth()))?;
         let (mut grown, mut factors) = (decoder.clone(), HashMap::new());
         let mut rng = StdRng::seed_from_u64(seed);
@@ -358,7 +360,7 @@ fn adapter_at(
     projection: Projection,
 ) -> Result<Option<(Adapter, (usize, usize))>> {
     let Some(block) = decoder.blocks().get(depth) else { return Ok(None) };
-    let shape = block.weights.get(projection).map(Tensor::dims2).transpose()?;
+    let shape = block.weights.get(projection).map(Matrix::dims2).transpose()?;
     Ok(shape.map(|shape| (block.own.adapters[projection].clone(), shape)))
 }
 

@@ -27,7 +27,7 @@ impl<'a> Walk<'a> {
     /// Runs `units` over `(batch, seq)` ids, each under its gate, keeping every unit's input.
     ///
     /// # Errors
-    /// As many gates as units are needed; or a failed computation.
+    /// As many gates as units are needed; [`Error::Quantized`] where there is no way back; or a failed computation.
     pub fn forward(decoder: &'a Decoder, units: &'a [Unit], gates: &[f64], ids: &Tensor) -> Result<Self> {
         if gates.len() != units.len() {
             return Err(Error::argument(
@@ -36,6 +36,7 @@ impl<'a> Walk<'a> {
                 format!("one for each of {} units", units.len()),
             ));
         }
+        decoder.check_not_quantized()?;
         let pass = decoder.pass(0, ids.dims2()?.1)?;
         let mut x = decoder.embed(ids, &pass)?.detach();
         let mut inputs = Vec::with_capacity(units.len());
@@ -169,8 +170,9 @@ impl Decoder {
     /// unit: `(1, seq, hidden)`, a row of zeros for the last token, which predicts nothing.
     ///
     /// # Errors
-    /// Targets that do not fit, or a failed computation.
+    /// Targets that do not fit, [`Error::Quantized`], or a failed computation.
     pub fn loss_vjp(&self, hidden: &Tensor, targets: &[u32]) -> Result<(f64, Tensor)> {
+        self.check_not_quantized()?;
         let (_, seq, width) = hidden.dims3()?;
         let rows = Var::from_tensor(&hidden.squeeze(0)?.narrow(0, 0, targets.len())?.contiguous()?)?;
         let losses = self.nll(rows.as_tensor(), targets)?;

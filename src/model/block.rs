@@ -8,7 +8,8 @@ use super::adapter::{Adapter, LowRank};
 use super::architecture::{BlockSpec, NormKind};
 use super::params::{BlockParam, NormPart, NormSite, PerNormSite, PerProjection, Projection};
 use super::unit::Part;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::ops::Matrix;
 
 /// One depth of a decoder.
 #[derive(Debug, Clone)]
@@ -21,7 +22,7 @@ pub struct Block {
 
 /// The matrices of a block, `(out, in)` each.
 #[derive(Debug, Clone, Default)]
-pub struct BlockWeights(PerProjection<Option<Tensor>>);
+pub struct BlockWeights(PerProjection<Option<Matrix>>);
 
 /// What a depth has for itself, whichever matrices it uses.
 #[derive(Debug, Clone)]
@@ -49,7 +50,7 @@ pub struct Norm {
 
 impl BlockWeights {
     /// The matrices that `matrix` gives, for the projections for which it gives one.
-    pub(crate) fn from_fn(mut matrix: impl FnMut(Projection) -> Result<Option<Tensor>>) -> Result<Self> {
+    pub(crate) fn from_fn(mut matrix: impl FnMut(Projection) -> Result<Option<Matrix>>) -> Result<Self> {
         let mut weights = Self::default();
         for projection in Projection::ALL {
             weights.0[projection] = matrix(projection)?;
@@ -59,8 +60,18 @@ impl BlockWeights {
 
     /// A projection's matrix, `(out, in)`, where the family has that projection.
     #[must_use]
-    pub fn get(&self, projection: Projection) -> Option<&Tensor> {
+    pub fn get(&self, projection: Projection) -> Option<&Matrix> {
         self.0[projection].as_ref()
+    }
+
+    /// As [`get`](Self::get), of a matrix that has one number for each element.
+    ///
+    /// # Errors
+    /// [`Error::Quantized`] where it is quantised.
+    pub fn tensor(&self, projection: Projection) -> Result<Option<&Tensor>> {
+        let Some(matrix) = self.get(projection) else { return Ok(None) };
+        let tensor = matrix.as_tensor();
+        tensor.map(Some).ok_or_else(|| Error::quantized(format!("a block's {}", projection.name()), matrix))
     }
 }
 
@@ -114,7 +125,7 @@ impl Block {
         for (param, shape) in params {
             let value = tensor(param, &shape)?;
             match param {
-                BlockParam::Weight(projection) => weights.0[projection] = Some(value),
+                BlockParam::Weight(projection) => weights.0[projection] = Some(value.into()),
                 BlockParam::Bias(projection) => own.biases[projection] = Some(value),
                 BlockParam::Norm(site, NormPart::Gain) => {
                     own.norms[site] = Some(Norm { gain: value, bias: None });
@@ -142,7 +153,8 @@ impl Block {
         Ok(Self { weights: Arc::clone(&shared.weights), own })
     }
 
-    /// The block with its tensors replaced; with `shared`, its matrices are those and only its own are mapped.
+    /// The block with its tensors replaced; with `shared`, its matrices are those and only its own are mapped. What is
+    /// quantised stays.
     pub(super) fn map(
         &self,
         shared: Option<&Arc<BlockWeights>>,
@@ -153,8 +165,10 @@ impl Block {
             Some(weights) => Arc::clone(weights),
             None => {
                 let weights = BlockWeights::from_fn(|projection| {
-                    let value = self.weights.get(projection);
-                    value.map(|value| tensor(BlockParam::Weight(projection), value)).transpose()
+                    let matrix = self.weights.get(projection);
+                    matrix
+                        .map(|matrix| matrix.map(|value| tensor(BlockParam::Weight(projection), value)))
+                        .transpose()
                 });
                 Arc::new(weights?)
             }
@@ -182,16 +196,16 @@ impl Block {
         Ok(mapped)
     }
 
-    /// The matrices of the block, in the order in which it applies them.
+    /// The matrices of the block, in the order in which it applies them, but for quantised ones.
     pub fn matrices(&self) -> impl Iterator<Item = &Tensor> {
-        Projection::ALL.into_iter().filter_map(|projection| self.weights.get(projection))
+        Projection::ALL.into_iter().filter_map(|projection| self.weights.get(projection)?.as_tensor())
     }
 
-    /// Every tensor of the block, shared or own.
+    /// Every tensor of the block, shared or own; quantised matrices are none.
     pub fn params(&self) -> impl Iterator<Item = (BlockParam, &Tensor)> {
         let weights = Projection::ALL
             .into_iter()
-            .filter_map(|projection| Some((BlockParam::Weight(projection), self.weights.get(projection)?)));
+            .filter_map(|at| Some((BlockParam::Weight(at), self.weights.get(at)?.as_tensor()?)));
         let biases = Projection::ALL.into_iter().filter_map(|projection| {
             Some((BlockParam::Bias(projection), self.own.biases[projection].as_ref()?))
         });
@@ -248,9 +262,9 @@ impl Block {
     /// The matrix that does what this depth's projection does, adapter included: `(out, in)`, where it has one.
     ///
     /// # Errors
-    /// A failed computation.
+    /// [`Error::Quantized`], or a failed computation.
     pub fn merged(&self, projection: Projection) -> Result<Option<Tensor>> {
-        let weight = self.weights.get(projection);
+        let weight = self.weights.tensor(projection)?;
         weight.map(|weight| self.own.adapters[projection].merged(weight)).transpose()
     }
 

@@ -11,7 +11,7 @@ use super::cache::{KvCache, Slot};
 use super::params::{BlockParam, NormPart, Param};
 use super::unit::Unit;
 use crate::error::{Error, Result};
-use crate::ops::Kernels;
+use crate::ops::{Kernels, Matrix};
 
 /// A decoder-only language model of any supported family.
 ///
@@ -19,11 +19,11 @@ use crate::ops::Kernels;
 #[derive(Debug, Clone)]
 pub struct Decoder {
     pub(super) architecture: Architecture,
-    pub(super) embedding: Tensor,
+    pub(super) embedding: Matrix,
     pub(super) positions: Option<Tensor>,
     pub(super) blocks: Vec<Block>,
     pub(super) final_norm: Norm,
-    pub(super) head: Option<Tensor>,
+    pub(super) head: Option<Matrix>,
     pub(super) kernels: Kernels,
     pub(super) stored: Option<DType>,
 }
@@ -64,7 +64,7 @@ impl Decoder {
             Err(Error::argument("shape", format!("{:?} for {param}", value.dims()), format!("{shape:?}")))
         };
         let (vocab, hidden) = (architecture.vocab_size, architecture.hidden_size);
-        let embedding = checked(Param::Embedding, &[vocab, hidden])?;
+        let embedding = checked(Param::Embedding, &[vocab, hidden])?.into();
         let positions = (architecture.positions == Positions::Learned)
             .then(|| checked(Param::Positions, &[architecture.max_position_embeddings, hidden]))
             .transpose()?;
@@ -77,6 +77,7 @@ impl Decoder {
         }
         let final_norm = Norm::build(architecture.norm, |part| checked(Param::FinalNorm(part), &[hidden]))?;
         let head = (!architecture.tied).then(|| checked(Param::Head, &[vocab, hidden])).transpose()?;
+        let head = head.map(Matrix::Tensor);
         let kernels = Kernels::default();
         Ok(Self { architecture, embedding, positions, blocks, final_norm, head, kernels, stored: None })
     }
@@ -129,13 +130,14 @@ impl Decoder {
     /// Where the weights are.
     #[must_use]
     pub fn device(&self) -> &Device {
-        self.embedding.device()
+        self.final_norm.gain.device()
     }
 
-    /// The type of the matrices in memory.
+    /// The type of the matrices in memory; f32 where the embedding is quantised, which its rows become when they are
+    /// looked up: [`matrix_types`](Self::matrix_types) says how it is held.
     #[must_use]
     pub fn dtype(&self) -> DType {
-        self.embedding.dtype()
+        self.embedding.as_tensor().map_or(DType::F32, Tensor::dtype)
     }
 
     /// The type that new tensors are rounded to, so that what is measured in memory is what a checkpoint will hold:
@@ -288,7 +290,7 @@ impl Decoder {
         if seq != pass.seq {
             return Err(Error::argument("tokens", seq, format!("{} as the pass was made for", pass.seq)));
         }
-        let x = self.embedding.index_select(&ids.flatten_all()?, 0)?;
+        let x = self.embedding.rows(&ids.flatten_all()?)?;
         let x = x.reshape((batch, seq, self.architecture.hidden_size))?;
         let mut x = x.to_dtype(self.final_norm.gain.dtype())?;
         if let Some(scale) = self.architecture.embedding_scale {
@@ -352,7 +354,7 @@ impl Decoder {
         self.final_norm.apply(hidden, &pass)
     }
 
-    pub(super) fn head_weight(&self) -> &Tensor {
+    pub(super) fn head_weight(&self) -> &Matrix {
         self.head.as_ref().unwrap_or(&self.embedding)
     }
 

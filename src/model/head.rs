@@ -12,9 +12,11 @@ use crate::error::{Error, Result};
 use crate::ops::{Head, HeadLoss, HeadWeights, Soft, TopTokens};
 
 impl Decoder {
-    /// The output projection.
-    pub(crate) fn head(&self) -> Head<'_> {
-        Head { weight: self.head_weight(), softcap: self.architecture.logit_softcap }
+    /// The output projection; fails where it is quantised.
+    pub(crate) fn head(&self) -> Result<Head<'_>> {
+        let matrix = self.head_weight();
+        let weight = matrix.as_tensor().ok_or_else(|| Error::quantized("the head", matrix))?;
+        Ok(Head { weight, softcap: self.architecture.logit_softcap })
     }
 
     /// The losses at the head for states after the last block, `(rows, hidden)`, before the final norm, with their
@@ -27,7 +29,7 @@ impl Decoder {
         weights: HeadWeights,
         wants_weight: bool,
     ) -> Result<HeadLoss> {
-        Ok(self.kernels.head_loss(normalised, self.head(), targets, soft, weights, wants_weight)?)
+        Ok(self.kernels.head_loss(normalised, self.head()?, targets, soft, weights, wants_weight)?)
     }
 
     /// The likeliest next tokens for normalised states, `(rows, hidden)`.
@@ -37,7 +39,7 @@ impl Decoder {
         count: usize,
         temperature: f64,
     ) -> Result<TopTokens> {
-        Ok(self.kernels.top_tokens(normalised, self.head(), count, temperature)?)
+        Ok(self.kernels.top_tokens(normalised, self.head()?, count, temperature)?)
     }
 
     /// Takes `upstream`, the gradient of a block's output, back through the block: the gradients of its input `x`,

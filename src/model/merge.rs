@@ -67,8 +67,9 @@ impl Decoder {
             if !projections.contains(&projection) {
                 return Ok(Some(weight.clone()));
             }
-            let matrix = first.own.adapters[projection].merged(weight)?;
-            self.rounded(Param::Block(depth, BlockParam::Weight(projection)), &matrix).map(Some)
+            let Some(matrix) = first.merged(projection)? else { return Ok(None) };
+            let param = Param::Block(depth, BlockParam::Weight(projection));
+            Ok(Some(self.rounded(param, &matrix)?.into()))
         })?;
         Ok((Arc::new(weights), projections))
     }

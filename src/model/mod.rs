@@ -10,6 +10,7 @@ mod fold_map;
 mod head;
 mod merge;
 mod params;
+mod quantize;
 mod residual;
 mod rope;
 mod share;

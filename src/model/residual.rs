@@ -10,12 +10,12 @@ use super::decoder::Pass;
 use super::params::{NormSite, Projection};
 use super::unit::Part;
 use crate::error::{Error, Result};
-use crate::ops::AttentionShape;
+use crate::ops::{AttentionShape, Matrix};
 
 /// The product that a block's half ends with.
 pub(super) struct Ending {
     half: Part,
-    pub(super) weight: Tensor,
+    pub(super) weight: Matrix,
     pub(super) bias: Option<Tensor>,
 }
 

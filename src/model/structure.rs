@@ -11,26 +11,29 @@ use super::architecture::Architecture;
 use super::block::{Block, BlockWeights};
 use super::decoder::Decoder;
 use super::fold_map::FoldMap;
-use super::params::{Param, Projection};
+use super::params::{BlockParam, Param, Projection};
 use super::unit::{Part, Unit};
 use crate::error::{Error, Result};
+use crate::ops::Matrix;
 
 impl Decoder {
     /// The same decoder with its weights in another type: matrices, and, unless that type is a half-precision one
     /// and the device the CPU, all else too. There norms, biases and activations stay in f32, and products round
-    /// only their operands. What is shared stays shared.
+    /// only their operands. What is shared stays shared, and quantised matrices become what their blocks stand for.
     ///
     /// # Errors
     /// A conversion that the device does not have.
     pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
-        self.map(|param, value| Ok(value.to_dtype(param.dtype_in_memory(dtype, value.device()))?))
+        self.dequantized()?
+            .map(|param, value| Ok(value.to_dtype(param.dtype_in_memory(dtype, value.device()))?))
     }
 
     /// The same decoder on another device. What is shared stays shared.
     ///
     /// # Errors
-    /// A device that cannot hold it.
+    /// A device that cannot hold it, or [`Error::Quantized`].
     pub fn to_device(&self, device: &Device) -> Result<Self> {
+        self.check_not_quantized()?;
         let dtype = self.dtype();
         self.map(|param, value| {
             Ok(value.to_dtype(param.dtype_in_memory(dtype, device))?.to_device(device)?)
@@ -104,7 +107,7 @@ impl Decoder {
     }
 
     /// The same decoder with every tensor replaced by what `tensor` gives for it. What depths share they share
-    /// again: `tensor` sees each tensor once, under the first depth that holds it.
+    /// again: `tensor` sees each tensor once, under the first depth that holds it. Quantised matrices stay as they are.
     ///
     /// # Errors
     /// What `tensor` fails with.
@@ -119,7 +122,7 @@ impl Decoder {
             Result::Ok(new)
         };
         let mut mapped = self.clone();
-        mapped.embedding = tensor(Param::Embedding, &self.embedding)?;
+        mapped.embedding = self.embedding.map(|value| tensor(Param::Embedding, value))?;
         if let Some(positions) = &mut mapped.positions {
             *positions = tensor(Param::Positions, positions)?;
         }
@@ -131,25 +134,40 @@ impl Decoder {
         }
         mapped.final_norm = self.final_norm.map(|part, value| tensor(Param::FinalNorm(part), value))?;
         if let Some(head) = &mut mapped.head {
-            *head = tensor(Param::Head, head)?;
+            *head = head.map(|value| tensor(Param::Head, value))?;
         }
         Ok(mapped)
     }
 
-    /// Every parameter with its tensor, from the embedding to the head; matrices that depths share appear at each of
-    /// them.
+    /// Every parameter that is a tensor, from the embedding to the head; matrices that depths share appear at each of
+    /// them, and quantised ones not at all: they are among [`matrices`](Self::matrices).
     pub fn params(&self) -> impl Iterator<Item = (Param, &Tensor)> {
-        let embedding = std::iter::once((Param::Embedding, &self.embedding));
+        let embedding = self.embedding.as_tensor().map(|value| (Param::Embedding, value)).into_iter();
         let positions = self.positions.as_ref().map(|value| (Param::Positions, value));
         let blocks = self.blocks.iter().enumerate().flat_map(|(depth, block)| {
             block.params().map(move |(param, value)| (Param::Block(depth, param), value))
         });
         let final_norm = self.final_norm.params().map(|(part, value)| (Param::FinalNorm(part), value));
-        let head = self.head.as_ref().map(|value| (Param::Head, value));
+        let head = self.head.as_ref().and_then(Matrix::as_tensor).map(|value| (Param::Head, value));
         embedding.chain(positions).chain(blocks).chain(final_norm).chain(head)
     }
 
-    /// Every tensor once, however many depths share it.
+    /// The embedding, the matrices of all blocks, and the head where it is not tied: each once, however many depths
+    /// share it, with the first parameter that it is.
+    pub fn matrices(&self) -> impl Iterator<Item = (Param, &Matrix)> {
+        let mut seen = HashSet::new();
+        let blocks = self.blocks.iter().enumerate().flat_map(|(depth, block)| {
+            Projection::ALL.into_iter().filter_map(move |projection| {
+                let param = Param::Block(depth, BlockParam::Weight(projection));
+                Some((param, block.weights.get(projection)?))
+            })
+        });
+        let embedding = std::iter::once((Param::Embedding, &self.embedding));
+        let head = self.head.as_ref().map(|matrix| (Param::Head, matrix));
+        embedding.chain(blocks).chain(head).filter(move |(_, matrix)| seen.insert(matrix.id()))
+    }
+
+    /// Every tensor once, however many depths share it; quantised matrices are none.
     pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
         let mut seen = HashSet::new();
         self.params().map(|(_, value)| value).filter(move |value| seen.insert(value.id()))
@@ -158,7 +176,8 @@ impl Decoder {
     /// The number of parameters; a matrix that several depths share counts once.
     #[must_use]
     pub fn parameter_count(&self) -> usize {
-        self.tensors().map(Tensor::elem_count).sum()
+        let quantized = self.quantized_matrices().map(|(_, blocks)| blocks.shape().elem_count());
+        self.tensors().map(Tensor::elem_count).chain(quantized).sum()
     }
 
     /// A hash that tells decoders apart at little cost: of the architecture, and of the type and the first 64 values of
@@ -173,6 +192,11 @@ impl Decoder {
             for value in values.to_dtype(DType::F32)?.to_vec1::<f32>()? {
                 hash.update(value.to_le_bytes());
             }
+        }
+        for (param, blocks) in self.quantized_matrices() {
+            let bytes = blocks.data()?;
+            hash.update(format!("{param} {:?}", blocks.dtype()));
+            hash.update(bytes.get(..VALUES.min(bytes.len())).unwrap_or_default());
         }
         Ok(crate::data::hex(&hash.finalize()))
     }

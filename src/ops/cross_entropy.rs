@@ -3,9 +3,9 @@
 use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Storage, Tensor, bail};
 use rayon::prelude::*;
 
-use super::Kernels;
 use super::frozen::Frozen;
 use super::simd::{exp, map_in_place, max, sum, tanh, vectorised};
+use super::{Kernels, Matrix};
 
 /// Rows whose logits exist at once where the gradient is wanted.
 pub(super) const CHUNK_ROWS: usize = 128;
@@ -24,10 +24,11 @@ impl Kernels {
     pub fn nll(
         self,
         hidden: &Tensor,
-        head: &Tensor,
+        head: impl Into<Matrix>,
         targets: &[u32],
         softcap: Option<f64>,
     ) -> Result<Tensor> {
+        let head = head.into();
         let ((rows, width), (vocab, head_width)) = (hidden.dims2()?, head.dims2()?);
         if rows != targets.len() || width != head_width {
             bail!("loss of {rows} rows of {width}, {} targets and a head of {head_width}", targets.len());
@@ -35,7 +36,7 @@ impl Kernels {
         if let Some(target) = targets.iter().find(|&&target| target as usize >= vocab) {
             bail!("target {target} is outside of the vocabulary of {vocab}");
         }
-        if let (Some(head), true) = (self.frozen(head), self.fuses(&[hidden])) {
+        if let (Some(head), true) = (self.frozen(&head), self.fuses(&[hidden])) {
             let op = Nll { head, targets: targets.to_vec(), softcap, width };
             let rows = hidden.contiguous()?;
             let (losses, grad) = if hidden.track_op() {
@@ -46,16 +47,16 @@ impl Kernels {
             };
             return hidden.apply_op1(Precomputed { losses, grad });
         }
-        primitive(hidden, head, targets, softcap)
+        primitive(hidden, &head.widened(hidden.dtype())?.t()?, targets, softcap)
     }
 }
 
+/// `head` is `(width, vocab)`.
 fn primitive(hidden: &Tensor, head: &Tensor, targets: &[u32], softcap: Option<f64>) -> Result<Tensor> {
     let mut losses = Vec::new();
     for (chunk, targets) in targets.chunks(CHUNK_ROWS).enumerate() {
         let rows = hidden.narrow(0, chunk * CHUNK_ROWS, targets.len())?;
-        let mut logits =
-            rows.matmul(&head.to_dtype(hidden.dtype())?.t()?)?.to_dtype(candle_core::DType::F32)?;
+        let mut logits = rows.matmul(head)?.to_dtype(candle_core::DType::F32)?;
         if let Some(cap) = softcap {
             logits = ((logits / cap)?.tanh()? * cap)?;
         }
@@ -75,19 +76,21 @@ struct Nll {
 
 impl Nll {
     /// The losses alone. Logits are made for a stretch of the vocabulary at a time, small enough to stay in cache,
-    /// and summed up as they come.
+    /// and summed up as they come; for all of it where the head does not divide, of fewer rows.
     fn losses(&self, hidden: &Tensor) -> Result<Vec<f32>> {
         let (storage, layout) = hidden.storage_and_layout();
         let Storage::Cpu(storage) = &*storage else { bail!("operand is not on the cpu") };
         let vocab = self.head.dims()?.0;
+        let (chunk_rows, stretch) =
+            if self.head.divides() { (LOSS_ROWS, STRETCH) } else { (CHUNK_ROWS, vocab.max(1)) };
         let mut losses = Vec::with_capacity(self.targets.len());
-        for (chunk, targets) in self.targets.chunks(LOSS_ROWS).enumerate() {
-            let offset = layout.start_offset() + chunk * LOSS_ROWS * self.width;
+        for (chunk, targets) in self.targets.chunks(chunk_rows).enumerate() {
+            let offset = layout.start_offset() + chunk * chunk_rows * self.width;
             let mut sums = vec![LogSumExp::EMPTY; targets.len()];
             let mut chosen = vec![0.0f32; targets.len()];
-            for first in (0..vocab).step_by(STRETCH) {
-                let stretch = self.head.outputs(first, STRETCH.min(vocab - first))?;
-                let mut logits = stretch.forward(storage, offset, targets.len())?;
+            for first in (0..vocab).step_by(stretch) {
+                let outputs = self.head.outputs(first, stretch.min(vocab - first))?;
+                let mut logits = outputs.forward(storage, offset, targets.len())?;
                 let width = logits.len() / targets.len();
                 let rows = logits.par_chunks_exact_mut(width).zip(&mut sums).zip(&mut chosen).zip(targets);
                 rows.for_each(|(((row, sum), chosen), &target)| {

@@ -5,28 +5,30 @@ use rayon::prelude::*;
 
 use super::frozen::Frozen;
 use super::simd::{add_scaled, vectorised};
-use super::{Kernels, task_rows};
+use super::{Kernels, Matrix, task_rows};
 
 impl Kernels {
     /// `x · Wᵀ + bias`: `x` is `(…, in)`, `weight` is `(out, in)`, `bias` is `(out)`.
     ///
     /// A weight that is not trained gets no gradient computed and none kept. It may be of a smaller type than `x`,
-    /// whose type the result has: with a weight in bf16, rows of f32 are rounded to bf16 and summed in f32.
+    /// whose type the result has: with a weight in bf16, rows of f32 are rounded to bf16 and summed in f32; with a
+    /// quantised one, to 8 bits a number, each block of a row with a factor of its own.
     ///
     /// # Errors
     /// Shapes that do not fit, or a failed computation.
-    pub fn linear(self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    pub fn linear(self, x: &Tensor, weight: impl Into<Matrix>, bias: Option<&Tensor>) -> Result<Tensor> {
+        let weight = weight.into();
         let frozen_bias = bias.is_none_or(|bias| !bias.track_op() && self.fuses(&[bias]));
-        if let (Some(weight), true) = (self.frozen(weight), frozen_bias && self.fuses(&[x])) {
+        if let (Some(weight), true) = (self.frozen(&weight), frozen_bias && self.fuses(&[x])) {
             return x.contiguous()?.apply_op1(FrozenLinear { weight, bias: bias.cloned() });
         }
-        let (mut shape, input) = (x.dims().to_vec(), weight.dim(1)?);
-        let mut y = x.reshape(((), input))?.matmul(&weight.to_dtype(x.dtype())?.t()?)?;
+        let (mut shape, (output, input)) = (x.dims().to_vec(), weight.dims2()?);
+        let mut y = x.reshape(((), input))?.matmul(&weight.widened(x.dtype())?.t()?)?;
         if let Some(bias) = bias {
             y = y.broadcast_add(bias)?;
         }
         if let Some(last) = shape.last_mut() {
-            *last = weight.dim(0)?;
+            *last = output;
         }
         y.reshape(shape)
     }
@@ -36,7 +38,7 @@ impl Kernels {
     ///
     /// # Errors
     /// Shapes that do not fit, or a failed computation.
-    pub(crate) fn linear_back(self, grad: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    pub(crate) fn linear_back(self, grad: &Tensor, weight: &Matrix) -> Result<Tensor> {
         let (mut shape, (output, input)) = (grad.dims().to_vec(), weight.dims2()?);
         if let Some(last) = shape.last_mut() {
             *last = input;
@@ -44,7 +46,7 @@ impl Kernels {
         if let (Some(weight), true) = (self.frozen(weight), self.fuses(&[grad])) {
             return weight.back(grad, shape);
         }
-        let weight = weight.detach().to_dtype(grad.dtype())?;
+        let weight = weight.widened(grad.dtype())?.detach();
         grad.detach().reshape(((), output))?.matmul(&weight)?.reshape(shape)
     }
 }

@@ -15,6 +15,7 @@ mod gemm;
 mod inner;
 mod layer_norm;
 mod linear;
+mod matrix;
 mod rms_norm;
 mod rope;
 mod scale;
@@ -22,6 +23,8 @@ mod simd;
 
 pub use attention::AttentionShape;
 pub use distillation::{Head, HeadLoss, HeadWeights, Soft, TopTokens};
+pub use matrix::Matrix;
+pub(crate) use matrix::{MatrixId, expected_instead_of, ggml_name};
 
 use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, bail};
 use rayon::prelude::*;

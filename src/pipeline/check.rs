@@ -29,6 +29,7 @@ impl Recipe {
         if let Some(options) = &self.latency {
             options.check().map_err(|error| in_field("latency", &error))?;
         }
+        refuse(self.samples.prompts.iter().any(String::is_empty), "samples.prompts", "one is empty")?;
         let limit = self.max_nll_increase.filter(|limit| !limit.is_finite());
         match limit {
             Some(limit) => Err(Error::recipe("max_nll_increase", format!("is {limit}, expected a number"))),

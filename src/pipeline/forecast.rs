@@ -7,18 +7,19 @@ use candle_core::{DType, Device};
 use serde::{Deserialize, Serialize};
 
 use super::cost::Cost;
+use super::curve::Healing;
 use super::inputs::{Inputs, Keys};
 use super::planning::Planned;
 use super::recipe::{Precision, Recipe};
-use super::run::{EVALUATION, HEALED, LATENCY, PLAN, SCORES};
+use super::run::{EVALUATION, HEALED, LATENCY, PLAN, SAMPLES, SCORES};
 use super::sizes::Sizes;
 use super::stage::Stage;
 use crate::account::{Account, Held};
 use crate::checkpoint::check_destination;
 use crate::data::Windows;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::eval::{Latency, perplexity};
-use crate::heal::{HealReport, ParamGroup, Trainable};
+use crate::heal::{ParamGroup, Trainable};
 use crate::importance::{Method, Scores};
 use crate::model::{Architecture, Part, Projection};
 use crate::progress::Observer;
@@ -139,7 +140,15 @@ struct Known {
     folded: bool,
     evaluated: bool,
     timed: bool,
+    sampled: Sampled,
     saved: bool,
+}
+
+/// Whose samples are there, or not asked for.
+struct Sampled {
+    dense: bool,
+    folded: bool,
+    compressed: bool,
 }
 
 impl Known {
@@ -152,11 +161,20 @@ impl Known {
         let healed = match &keys.heal {
             Some(key) => {
                 let weights = work.path(HEALED, key, "");
-                work.known::<HealReport>(HEALED, key)?.is_some() && weights.exists()
+                work.known::<Healing>(HEALED, key)?.is_some() && weights.exists()
             }
             None => true,
         };
+        let silent = inputs.prompts()?.is_empty();
+        let sampled = |key| Ok::<_, Error>(silent || work.known::<Vec<String>>(SAMPLES, key)?.is_some());
+        let samples = &keys.samples;
+        let sampled = Sampled {
+            dense: sampled(&samples.dense)?,
+            folded: keys.heal.is_none() || sampled(&samples.folded)?,
+            compressed: sampled(&samples.compressed)?,
+        };
         Ok(Self {
+            sampled,
             scores: scores.is_none_or(|scores| scores.is_some()),
             plan: work.known::<Planned>(PLAN, &keys.plan)?.is_some(),
             healed,
@@ -174,12 +192,18 @@ impl Known {
 
     /// All of evaluating.
     fn measured(&self) -> bool {
-        self.dense && self.folded && self.evaluated && self.timed
+        let Sampled { dense, folded, compressed } = self.sampled;
+        self.dense && self.folded && self.evaluated && self.timed && dense && folded && compressed
     }
 
     /// Whether nobody asks for the folded model.
     fn unfolded(&self, heals: bool) -> bool {
-        if heals { self.healed && self.folded } else { self.evaluated && self.timed && self.saved }
+        let Sampled { folded, compressed, .. } = self.sampled;
+        if heals {
+            self.healed && self.folded && folded
+        } else {
+            self.evaluated && compressed && self.timed && self.saved
+        }
     }
 
     fn stages(&self, inputs: &Inputs<'_>, speed: &Speed, blocks: usize) -> Vec<Forecast> {
@@ -211,14 +235,18 @@ impl Known {
         let models =
             [(self.dense, inputs.depth()), (self.folded, blocks), (self.evaluated, blocks)].into_iter();
         let left: usize = models.filter(|(known, _)| !known).map(|(_, blocks)| blocks).sum();
+        let Sampled { dense, folded, compressed } = self.sampled;
+        let models = [(dense, inputs.depth()), (folded, blocks), (compressed, blocks)].into_iter();
+        let sampling: usize = models.filter(|(known, _)| !known).map(|(_, blocks)| blocks).sum();
         let (windows, tasks) = (evaluation.len(), inputs.tasks.len());
-        let mut what = format!("losses on {windows} windows of {}, {tasks} tasks", evaluation.seq_len());
+        let mut what =
+            format!("losses on {windows} windows of {}, {tasks} tasks, samples", evaluation.seq_len());
         if let Some(options) = recipe.latency {
             let _ = write!(what, ", speed in {} runs", options.runs);
         }
-        let mut cost = Cost::default();
+        let mut cost = inputs.sampling_cost(sampling);
         if left > 0 {
-            cost = inputs.evaluation_cost(left);
+            cost = cost.and(inputs.evaluation_cost(left));
         }
         if !self.timed {
             cost = cost.and(inputs.latency_cost(inputs.depth() + blocks));

@@ -46,7 +46,16 @@ pub(super) struct Keys {
     pub evaluate: Key,
     /// Absent where no speed is asked for.
     pub latency: Option<Key>,
+    pub samples: SampleKeys,
     pub save: Key,
+}
+
+/// The keys of what these models make of the samples' beginnings.
+#[derive(Debug, Clone)]
+pub(super) struct SampleKeys {
+    pub dense: Key,
+    pub folded: Key,
+    pub compressed: Key,
 }
 
 impl<'a> Inputs<'a> {
@@ -118,6 +127,12 @@ impl<'a> Inputs<'a> {
         (self.model_sha256.clone(), self.checkpoint.config().clone())
     }
 
+    /// The key of what a model makes of the samples' beginnings.
+    fn sample_key(&self, weights: &impl Serialize) -> Result<Key> {
+        let asked = (self.prompts()?, self.recipe.samples.tokens, self.tokenizer.to_json()?);
+        Key::of("samples", &(weights, asked))
+    }
+
     pub(super) fn keys(&self) -> Result<Keys> {
         let recipe = self.recipe;
         let calibration = (self.calibration.ids_sha256(), self.calibration.bos());
@@ -144,6 +159,11 @@ impl<'a> Inputs<'a> {
             folded: evaluate(&plan)?,
             evaluate: evaluate(weights)?,
             latency: recipe.latency.map(timed).transpose()?,
+            samples: SampleKeys {
+                dense: self.sample_key(&self.model())?,
+                folded: self.sample_key(&plan)?,
+                compressed: self.sample_key(weights)?,
+            },
             save: Key::of(Stage::Save.name(), &(weights, recipe.format, out))?,
             score,
             plan,

@@ -31,19 +31,23 @@
 
 mod check;
 mod cost;
+mod curve;
 mod forecast;
 mod inputs;
 mod planning;
 mod recipe;
 mod report;
 mod run;
+mod samples;
+mod saving;
 mod sizes;
 mod stage;
 mod work;
 
+pub use curve::HealPoint;
 pub use forecast::{DryRun, Forecast};
-pub use recipe::{Goal, MixOptions, Precision, Recipe, Share, Total, WindowOptions};
-pub use report::{Measured, Report, Tried};
+pub use recipe::{Goal, MixOptions, Precision, Recipe, SampleOptions, Share, Total, WindowOptions};
+pub use report::{Measured, Other, Report, Sample, Tried};
 pub use sizes::Sizes;
 pub use stage::Stage;
 
@@ -63,11 +67,13 @@ use crate::progress::Observer;
 pub struct Compressor {
     /// All that it is told; the methods set what is set most often.
     pub recipe: Recipe,
+    /// The command that runs it, for the report to state.
+    pub command: Option<String>,
 }
 
 impl From<Recipe> for Compressor {
     fn from(recipe: Recipe) -> Self {
-        Self { recipe }
+        Self { recipe, command: None }
     }
 }
 
@@ -152,6 +158,13 @@ impl Compressor {
         self
     }
 
+    /// What the models before and after continue, for the report; two windows of the evaluation text where nothing is
+    /// given.
+    pub fn prompts<S: Into<String>>(mut self, prompts: impl IntoIterator<Item = S>) -> Self {
+        self.recipe.samples.prompts = prompts.into_iter().map(Into::into).collect();
+        self
+    }
+
     /// Runs every stage whose result is not known yet, and says what came of all.
     ///
     /// The observer hears of each stage that runs as [`Stage::observed`], and of the work inside of it.
@@ -162,7 +175,7 @@ impl Compressor {
     /// [`Error::QualityGate`](crate::Error::QualityGate), with nothing written there; whatever a stage fails with; or a
     /// cancelling observer. What was found until then is kept.
     pub fn run(&self, observer: &mut dyn Observer) -> Result<Report> {
-        run::Run::open(&self.recipe, observer)?.finish(observer)
+        run::Run::open(self, observer)?.finish(observer)
     }
 
     /// Says what a run would do: which stages are known, what comes out, how long it takes and how much memory. Reads

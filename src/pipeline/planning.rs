@@ -6,8 +6,9 @@ use super::inputs::Inputs;
 use super::recipe::{Goal, MixOptions, Recipe, Total};
 use super::report::Tried;
 use crate::error::{Error, Result};
+use crate::eval::perplexity;
 use crate::importance::{Scores, losses_without};
-use crate::mix::{Candidate, Mix, search_mixes};
+use crate::mix::{Candidate, Mix, measure_mixes, pareto_front};
 use crate::model::{Decoder, Unit};
 use crate::plan::{Plan, PlanBuilder, Target};
 use crate::progress::Observer;
@@ -17,6 +18,14 @@ use crate::progress::Observer;
 pub(super) struct Planned {
     pub plan: Plan,
     pub mixes: Vec<Tried>,
+    /// The dense model's loss on the windows that the mixes were compared on.
+    pub dense_loss: Option<f64>,
+}
+
+impl From<Plan> for Planned {
+    fn from(plan: Plan) -> Self {
+        Self { plan, mixes: Vec::new(), dense_loss: None }
+    }
 }
 
 impl Inputs<'_> {
@@ -29,7 +38,7 @@ impl Inputs<'_> {
     ) -> Result<Planned> {
         let mut planned = match (self.recipe.mix, scores) {
             (Some(mix), Some(scores)) => self.mixed(&mix, dense, scores, observer)?,
-            _ => Planned { plan: self.removed_and_shared(dense, scores, observer)?, mixes: Vec::new() },
+            _ => self.removed_and_shared(dense, scores, observer)?.into(),
         };
         planned.plan = planned.plan.for_model(&self.model_sha256);
         let plan = &planned.plan;
@@ -102,15 +111,20 @@ impl Inputs<'_> {
         let mut mix = Mix::new(self.total(options));
         (mix.removed, mix.residual_share, mix.donor) = (self.remove, options.residual_share, options.donor);
         if !options.search {
-            let plan = mix.plan(dense, scores, &self.calibration, observer)?;
-            return Ok(Planned { plan, mixes: Vec::new() });
+            return Ok(mix.plan(dense, scores, &self.calibration, observer)?.into());
         }
         let (removed, shares) = self.proportions();
-        let front =
-            search_mixes(dense, scores, &mix.variants(&removed, &shares), &self.calibration, observer)?;
-        let mixes = front.iter().map(Tried::from).collect();
+        let tried =
+            measure_mixes(dense, scores, &mix.variants(&removed, &shares), &self.calibration, observer)?;
+        let front = pareto_front(tried.clone());
+        let mut mixes: Vec<Tried> = tried.iter().map(Tried::from).collect();
+        for mix in &mut mixes {
+            mix.beaten = !front.iter().any(|best| (best.parameters, best.loss) == (mix.parameters, mix.loss));
+        }
+        mixes.sort_by(|a, b| a.parameters.cmp(&b.parameters).then(a.loss.total_cmp(&b.loss)));
+        let dense_loss = Some(perplexity(dense, &self.calibration, observer)?.mean_nll);
         let none = || Error::recipe("mix.total", "no mix meets it");
-        Ok(Planned { plan: front.into_iter().next_back().ok_or_else(none)?.plan, mixes })
+        Ok(Planned { plan: front.into_iter().next_back().ok_or_else(none)?.plan, mixes, dense_loss })
     }
 
     /// The parameters that a mix may have.
@@ -164,6 +178,7 @@ impl From<&Candidate> for Tried {
             loss: candidate.loss,
             removed: candidate.plan.removed().len(),
             residual_share: candidate.mix.residual_share,
+            beaten: false,
         }
     }
 }

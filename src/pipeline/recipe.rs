@@ -88,6 +88,10 @@ pub struct Recipe {
     pub latency: Option<LatencyOptions>,
     /// How a model whose blocks share is written.
     pub format: Format,
+    /// Texts that the models before and after continue, for the report.
+    pub samples: SampleOptions,
+    /// The model's id on the hub, for the model card; what was fetched from there needs none.
+    pub base_model: Option<String>,
 }
 
 /// Options, or whether they are those by default.
@@ -147,6 +151,23 @@ pub struct WindowOptions {
 impl Default for WindowOptions {
     fn default() -> Self {
         Self { seq_len: 512, bos: Bos::Auto, calibrate: 16, evaluate: 32 }
+    }
+}
+
+/// What is continued by the models before and after, for whoever reads the report; nothing is measured by it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[non_exhaustive]
+pub struct SampleOptions {
+    /// Beginnings of texts. Where there are none, two windows of the evaluation text begin them.
+    pub prompts: Vec<String>,
+    /// Tokens that are made for each, at most, always the likeliest; 0 for no samples.
+    pub tokens: usize,
+}
+
+impl Default for SampleOptions {
+    fn default() -> Self {
+        Self { prompts: Vec::new(), tokens: 40 }
     }
 }
 
@@ -286,7 +307,7 @@ impl Recipe {
     }
 
     /// The greatest increase of the loss that lets the model be saved.
-    pub(super) fn gate(&self) -> Option<f64> {
+    pub(crate) fn gate(&self) -> Option<f64> {
         self.max_nll_increase.or(match self.target {
             Some(Goal::NllIncrease(limit)) => Some(limit),
             _ => None,

@@ -5,12 +5,14 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::curve::HealPoint;
 use super::recipe::Recipe;
 use super::stage::Stage;
 use crate::error::{Error, Result};
 use crate::eval::{Accuracy, Latency, Perplexity};
 use crate::heal::HealReport;
 use crate::plan::{Calibration, Plan};
+use crate::report::Row;
 
 /// All numbers of before and after, and where they come from.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -18,6 +20,9 @@ use crate::plan::{Calibration, Plan};
 pub struct Report {
     /// The version of the crate.
     pub version: String,
+    /// The command that it was run by, where there was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub command: Option<String>,
     /// What was asked for.
     pub recipe: Recipe,
     /// SHA-256 of the dense model's weights.
@@ -38,10 +43,23 @@ pub struct Report {
     pub saved_bytes: u64,
     /// What was done, with the scores that decided it.
     pub plan: Plan,
-    /// The mixes that no other beat, where several were tried; the smallest model first.
+    /// The mixes that were tried, where there were several; the smallest model first.
     pub mixes: Vec<Tried>,
+    /// The dense model's loss on the calibration windows, in nats per token, where mixes were compared on them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub calibration_nll: Option<f64>,
     /// How the healing went.
     pub heal: Option<HealReport>,
+    /// The losses that it trained by.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub heal_curve: Vec<HealPoint>,
+    /// How the models before and after go on with a text.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub samples: Vec<Sample>,
+    /// What other recipes made of the same model, with the same working directory and the same evaluation windows; the
+    /// smallest model first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub others: Vec<Other>,
     /// The stages that this run had to do, in their order; all others were known.
     #[serde(skip)]
     pub ran: Vec<Stage>,
@@ -79,6 +97,39 @@ pub struct Tried {
     pub removed: usize,
     /// The share of the total that it keeps for residuals.
     pub residual_share: f64,
+    /// Whether another mix is no larger and has no higher loss.
+    #[serde(default)]
+    pub beaten: bool,
+}
+
+/// How each model goes on with a text, always by the likeliest token.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Sample {
+    /// The beginning.
+    pub prompt: String,
+    /// What the dense model makes of it.
+    pub dense: String,
+    /// What the folded model makes of it before it is healed, where it is.
+    pub folded: Option<String>,
+    /// What the compressed model makes of it.
+    pub compressed: String,
+}
+
+/// Another compression of the same model, evaluated alike.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Other {
+    /// The directory that it was written to.
+    pub out: PathBuf,
+    /// Blocks that run.
+    pub blocks: usize,
+    /// Parameters; what depths share counts once.
+    pub parameters: usize,
+    /// Loss on the evaluation windows, in nats per token.
+    pub mean_nll: f64,
+    /// Whether it was healed.
+    pub healed: bool,
 }
 
 /// What was written.
@@ -88,15 +139,32 @@ pub(super) struct SavedRecord {
     pub tensor_bytes: u64,
     /// Absent while it is hashed.
     pub weights_sha256: Option<String>,
+    /// SHA-256 of the model card that was written with it.
+    pub card_sha256: String,
 }
 
 impl Report {
-    /// The report as JSON text.
+    /// Reads a report.
+    ///
+    /// # Errors
+    /// [`Error::Report`] for text that is none.
+    pub fn from_json(json: &str) -> Result<Self> {
+        serde_json::from_str(json).map_err(|error| Error::Report(error.to_string()))
+    }
+
+    /// The report as JSON text: its fields, and as `comparison` its rows of before and after.
     ///
     /// # Errors
     /// None in practice: every report can be written.
     pub fn to_json(&self) -> Result<String> {
-        serde_json::to_string_pretty(self).map_err(|error| Error::recipe("report", error.to_string()))
+        #[derive(Serialize)]
+        struct WithRows<'a> {
+            #[serde(flatten)]
+            report: &'a Report,
+            comparison: Vec<Row>,
+        }
+        let with_rows = WithRows { report: self, comparison: self.comparison() };
+        serde_json::to_string_pretty(&with_rows).map_err(|error| Error::Report(error.to_string()))
     }
 
     /// By how much the loss is above that of the dense model, in nats per token.

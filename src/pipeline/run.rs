@@ -7,17 +7,19 @@ use candle_core::{DType, Device};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::Compressor;
+use super::curve::{Healing, curve};
 use super::inputs::{Inputs, Keys};
 use super::planning::Planned;
-use super::recipe::{Precision, Recipe};
-use super::report::{Measured, Report, SavedRecord};
+use super::recipe::Precision;
+use super::report::{Measured, Report};
 use super::stage::Stage;
 use super::work::Key;
 use crate::checkpoint::{Checkpoint, Format, SaveOptions, check_destination};
 use crate::error::{Error, Result};
 use crate::eval::{Accuracy, Latency, Task, accuracy, latency, perplexity};
 use crate::fold::fold_on;
-use crate::heal::{HealReport, Teacher};
+use crate::heal::{Teacher, read_log};
 use crate::importance::Scores;
 use crate::model::Decoder;
 use crate::plan::{Calibration, Plan};
@@ -25,8 +27,9 @@ use crate::progress::{self, Observer};
 
 /// A compression that runs. Models are read and made when a stage needs them.
 pub(super) struct Run<'a> {
-    inputs: Inputs<'a>,
-    keys: Keys,
+    pub(super) inputs: Inputs<'a>,
+    pub(super) keys: Keys,
+    command: Option<String>,
     dense: Option<Decoder>,
     folded: Option<Decoder>,
     result: Option<Decoder>,
@@ -35,13 +38,15 @@ pub(super) struct Run<'a> {
 
 impl<'a> Run<'a> {
     /// Opens and checks everything; the destination is new, or what this very recipe has written.
-    pub(super) fn open(recipe: &'a Recipe, observer: &mut dyn Observer) -> Result<Self> {
+    pub(super) fn open(compressor: &'a Compressor, observer: &mut dyn Observer) -> Result<Self> {
+        let Compressor { recipe, command } = compressor;
         let inputs = Inputs::open(recipe, observer)?;
         let keys = inputs.keys()?;
         if inputs.saved(&keys, observer)?.is_none() {
             check_destination(&recipe.out)?;
         }
-        Ok(Self { inputs, keys, dense: None, folded: None, result: None, ran: BTreeSet::new() })
+        let (command, ran) = (command.clone(), BTreeSet::new());
+        Ok(Self { inputs, command, keys, dense: None, folded: None, result: None, ran })
     }
 
     pub(super) fn finish(mut self, observer: &mut dyn Observer) -> Result<Report> {
@@ -51,12 +56,12 @@ impl<'a> Run<'a> {
             let dense = run.dense(observer)?;
             run.inputs.decide(&dense, scores.as_ref(), observer)
         })?;
-        let Planned { plan, mixes } = planned;
-        let heal = self.heal(&plan, observer)?;
+        let Planned { plan, mixes, dense_loss } = planned;
+        let healing = self.heal(&plan, observer)?;
 
         let Keys { dense, folded, evaluate, .. } = self.keys.clone();
         let mut dense = self.measured(&dense, observer, |run, observer| run.dense(observer))?;
-        let folded = heal
+        let folded = healing
             .is_some()
             .then(|| self.measured(&folded, observer, |run, observer| run.folded(&plan, observer)));
         let folded = folded.transpose()?;
@@ -64,31 +69,45 @@ impl<'a> Run<'a> {
             self.measured(&evaluate, observer, |run, observer| run.result(&plan, observer))?;
         self.check_gate(&dense, &compressed)?;
         (dense.latency, compressed.latency) = self.latency(&plan, observer)?.unzip();
+        let samples = self.samples(&plan, observer)?;
 
-        let saved = self.save(&plan, observer)?;
+        let saved = self.inputs.saved(&self.keys, observer)?;
+        let saved_bytes = match &saved {
+            Some(saved) => saved.tensor_bytes,
+            None => self.bytes_to_save(&plan, observer)?,
+        };
+        let (heal, heal_curve) = healing.map(|healing| (healing.report, healing.curve)).unzip();
         let inputs = &self.inputs;
-        let report = Report {
+        let mut report = Report {
             version: env!("CARGO_PKG_VERSION").into(),
+            command: self.command.clone(),
             recipe: inputs.recipe.clone(),
             model_sha256: inputs.model_sha256.clone(),
-            saved_sha256: saved.sha256,
+            saved_sha256: String::new(),
             calibration: Calibration::from(&inputs.calibration),
             dense,
             folded,
             compressed,
             dense_bytes: inputs.checkpoint.tensor_bytes(),
-            saved_bytes: saved.tensor_bytes,
+            saved_bytes,
             plan,
             mixes,
+            calibration_nll: dense_loss,
             heal,
-            ran: self.ran.into_iter().collect(),
+            heal_curve: heal_curve.unwrap_or_default(),
+            samples,
+            others: Vec::new(),
+            ran: Vec::new(),
         };
-        inputs.work.keep("report", &self.keys.save, &report)?;
+        report.saved_sha256 = self.save(&report, saved, observer)?;
+        report.others = self.others(&report)?;
+        self.inputs.work.keep(REPORT, &self.keys.save, &report)?;
+        report.ran = self.ran.into_iter().collect();
         Ok(report)
     }
 
     /// The result of a stage: the one that is known, or what `make` makes now.
-    fn stage<T: Serialize + DeserializeOwned>(
+    pub(super) fn stage<T: Serialize + DeserializeOwned>(
         &mut self,
         stage: Stage,
         name: &str,
@@ -107,7 +126,7 @@ impl<'a> Run<'a> {
     }
 
     /// Runs a stage, and notes that it ran.
-    fn begin<T>(
+    pub(super) fn begin<T>(
         &mut self,
         stage: Stage,
         observer: &mut dyn Observer,
@@ -142,13 +161,13 @@ impl<'a> Run<'a> {
     }
 
     /// Heals, and keeps the weights as a checkpoint beside the report; its state is kept until then.
-    fn heal(&mut self, plan: &Plan, observer: &mut dyn Observer) -> Result<Option<HealReport>> {
+    fn heal(&mut self, plan: &Plan, observer: &mut dyn Observer) -> Result<Option<Healing>> {
         let (Some(key), Some(mut heal)) = (self.keys.heal.clone(), self.inputs.heal()) else {
             return Ok(None);
         };
         let weights = self.inputs.work.path(HEALED, &key, "");
-        if let Some(report) = self.inputs.work.known(HEALED, &key)?.filter(|_| weights.exists()) {
-            return Ok(Some(report));
+        if let Some(healing) = self.inputs.work.known(HEALED, &key)?.filter(|_| weights.exists()) {
+            return Ok(Some(healing));
         }
         let folded = self.folded(plan, observer)?;
         let dense = self.dense(observer)?;
@@ -156,8 +175,8 @@ impl<'a> Run<'a> {
         // Those that the caller has named are the caller's.
         heal.state_file.get_or_insert_with(|| state.clone());
         let log = self.inputs.work.path("healing", &key, ".jsonl");
-        heal.log_file.get_or_insert(log);
-        let report = self.begin(Stage::Heal, observer, |run, observer| {
+        let log = heal.log_file.get_or_insert(log).clone();
+        let healing = self.begin(Stage::Heal, observer, |run, observer| {
             let Some((train, choosing)) = &run.inputs.healing else {
                 return Err(Error::recipe("heal", "there are no windows to heal on"));
             };
@@ -168,14 +187,15 @@ impl<'a> Run<'a> {
                 let compact = SaveOptions::from(Format::Compact);
                 run.inputs.checkpoint.save(&healed.decoder, None, &weights, &compact, observer)?;
             }
-            run.inputs.work.keep(HEALED, &key, &healed.report)?;
+            let healing = Healing { report: healed.report, curve: curve(&read_log(&log)?) };
+            run.inputs.work.keep(HEALED, &key, &healing)?;
             run.result = Some(healed.decoder);
-            Ok(healed.report)
+            Ok(healing)
         })?;
         if state.exists() {
             std::fs::remove_file(&state).map_err(Error::io("remove", &state))?;
         }
-        Ok(Some(report))
+        Ok(Some(healing))
     }
 
     /// The numbers of a model on what evaluates.
@@ -233,31 +253,8 @@ impl<'a> Run<'a> {
         }
     }
 
-    fn save(&mut self, plan: &Plan, observer: &mut dyn Observer) -> Result<Saved> {
-        if let Some(saved) = self.inputs.saved(&self.keys, observer)? {
-            return Ok(saved);
-        }
-        let result = self.result(plan, observer)?;
-        let key = self.keys.save.clone();
-        self.begin(Stage::Save, observer, |run, observer| {
-            let Inputs { checkpoint, recipe, work, .. } = &run.inputs;
-            // Adapters that are no part of a matrix after healing are no part of the plan either.
-            let same = plan.architecture(checkpoint.architecture())? == *result.architecture();
-            let (plan, options) = (Some(plan).filter(|_| same), SaveOptions::from(recipe.format));
-            let saved = checkpoint.save(&result, plan, &recipe.out, &options, observer)?;
-            let (directory, tensor_bytes) = (saved.directory, saved.tensor_bytes);
-            // At once: whoever is stopped while it is hashed has to know it as its own.
-            let mut record = SavedRecord { directory, tensor_bytes, weights_sha256: None };
-            work.keep(SAVED, &key, &record)?;
-            let sha256 = Checkpoint::open(&recipe.out)?.sha256(observer)?;
-            record.weights_sha256 = Some(sha256.clone());
-            work.keep(SAVED, &key, &record)?;
-            Ok(Saved { tensor_bytes, sha256 })
-        })
-    }
-
     /// The model as it was, in f32.
-    fn dense(&mut self, observer: &mut dyn Observer) -> Result<Decoder> {
+    pub(super) fn dense(&mut self, observer: &mut dyn Observer) -> Result<Decoder> {
         if let Some(dense) = &self.dense {
             return Ok(dense.clone());
         }
@@ -266,7 +263,7 @@ impl<'a> Run<'a> {
     }
 
     /// The model without what goes, and with what is shared.
-    fn folded(&mut self, plan: &Plan, observer: &mut dyn Observer) -> Result<Decoder> {
+    pub(super) fn folded(&mut self, plan: &Plan, observer: &mut dyn Observer) -> Result<Decoder> {
         if let Some(folded) = &self.folded {
             return Ok(folded.clone());
         }
@@ -278,7 +275,7 @@ impl<'a> Run<'a> {
     }
 
     /// What will be saved: the healed model, or the folded one.
-    fn result(&mut self, plan: &Plan, observer: &mut dyn Observer) -> Result<Decoder> {
+    pub(super) fn result(&mut self, plan: &Plan, observer: &mut dyn Observer) -> Result<Decoder> {
         if let Some(result) = &self.result {
             return Ok(result.clone());
         }
@@ -296,23 +293,6 @@ pub(super) const PLAN: &str = "plan";
 pub(super) const HEALED: &str = "healed";
 pub(super) const EVALUATION: &str = "evaluation";
 pub(super) const LATENCY: &str = "latency";
-const SAVED: &str = "saved";
-
-/// What is at the destination.
-pub(super) struct Saved {
-    tensor_bytes: u64,
-    sha256: String,
-}
-
-impl Inputs<'_> {
-    /// What this recipe has saved, where it is still there.
-    pub(super) fn saved(&self, keys: &Keys, observer: &mut dyn Observer) -> Result<Option<Saved>> {
-        let known: Option<SavedRecord> = self.work.known(SAVED, &keys.save)?;
-        let Some(saved) = known.filter(|saved| saved.directory.join("config.json").exists()) else {
-            return Ok(None);
-        };
-        let sha256 = Checkpoint::open(&saved.directory)?.sha256(observer)?;
-        let ours = saved.weights_sha256.is_none_or(|expected| expected == sha256);
-        Ok(ours.then_some(Saved { tensor_bytes: saved.tensor_bytes, sha256 }))
-    }
-}
+pub(super) const SAMPLES: &str = "samples";
+pub(super) const SAVED: &str = "saved";
+pub(super) const REPORT: &str = "report";

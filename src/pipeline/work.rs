@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::file;
 
 /// The version of what is kept; another one finds nothing.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// The SHA-256 of all that a stage's result depends on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,6 +69,25 @@ impl Work {
             return Ok(Some(kept.result));
         }
         Err(Error::format(&path, "is a result of other inputs than its name says"))
+    }
+
+    /// What is known of a stage with any inputs but these; what another version kept is passed over.
+    pub(super) fn results<T: DeserializeOwned>(&self, name: &str, but: &Key) -> Result<Vec<T>> {
+        let own = self.path(name, but, ".json");
+        let mut paths = Vec::new();
+        for entry in std::fs::read_dir(&self.0).map_err(Error::io("read", &self.0))? {
+            let path = entry.map_err(Error::io("read", &self.0))?.path();
+            let file = path.file_name().unwrap_or_default().to_string_lossy();
+            if file.starts_with(&format!("{name}-")) && file.ends_with(".json") && path != own {
+                paths.push(path);
+            }
+        }
+        // The order of a directory is no order.
+        paths.sort();
+        let read = |path: &PathBuf| std::fs::read_to_string(path).map_err(Error::io("read", path));
+        let texts = paths.iter().map(read).collect::<Result<Vec<_>>>()?;
+        let kept = texts.iter().filter_map(|text| serde_json::from_str::<Kept<T>>(text).ok());
+        Ok(kept.map(|kept| kept.result).collect())
     }
 
     /// Keeps a result: whole, or not at all.

@@ -1,0 +1,60 @@
+//! What the machine allows, measured beside what is held to it.
+
+use std::hint::black_box;
+
+use foldgpt::candle::{Device, Tensor};
+use foldgpt::model::{Architecture, Projection};
+use rayon::prelude::*;
+
+use super::seconds;
+
+/// Every matrix product of one block, and of the head, on operands of the same shapes.
+pub struct Products {
+    block: Vec<(Tensor, Tensor)>,
+    head: (Tensor, Tensor),
+}
+
+impl Products {
+    /// For this many rows.
+    pub fn new(arch: &Architecture, rows: usize) -> Self {
+        let random = |rows, columns| Tensor::randn(0f32, 1f32, (rows, columns), &Device::Cpu).unwrap();
+        let shapes = Projection::ALL.into_iter().filter_map(|projection| arch.projection_shape(projection));
+        Self {
+            block: shapes.map(|(output, input)| (random(rows, input), random(output, input))).collect(),
+            head: (random(rows, arch.hidden_size), random(arch.vocab_size, arch.hidden_size)),
+        }
+    }
+
+    /// Seconds of the products of `blocks` blocks, and of `heads` heads.
+    pub fn seconds(&self, blocks: usize, heads: usize) -> f64 {
+        let product = |(x, weight): &(Tensor, Tensor)| {
+            black_box(x.matmul(&weight.t().unwrap()).unwrap());
+        };
+        seconds(|| {
+            (0..blocks).for_each(|_| self.block.iter().for_each(product));
+            (0..heads).for_each(|_| product(&self.head));
+        })
+    }
+}
+
+/// Memory that is read by all threads, more of it than caches hold.
+pub struct Memory(Vec<u64>);
+
+impl Memory {
+    const BYTES: usize = 1 << 30;
+    /// Numbers that one task reads.
+    const TASK: usize = 1 << 17;
+
+    pub fn new() -> Self {
+        Self((0..(Self::BYTES / size_of::<u64>()) as u64).collect())
+    }
+
+    /// Seconds that reading this many bytes takes, at the rate at which all of the memory is read.
+    pub fn seconds(&self, bytes: u64) -> f64 {
+        let sum = |numbers: &[u64]| numbers.iter().fold(0u64, |sum, number| sum.wrapping_add(*number));
+        let all = seconds(|| {
+            black_box(self.0.par_chunks(Self::TASK).map(sum).reduce(|| 0, u64::wrapping_add));
+        });
+        all * bytes as f64 / Self::BYTES as f64
+    }
+}

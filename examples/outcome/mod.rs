@@ -1,0 +1,45 @@
+//! What a compression found, for a terminal.
+#![allow(unreachable_pub, clippy::print_stdout)]
+
+use foldgpt::pipeline::Report;
+
+use crate::{chart, cli, table};
+
+pub fn print(report: &Report) {
+    let front: Vec<_> = report.mixes.iter().filter(|mix| !mix.beaten).collect();
+    if !front.is_empty() {
+        println!("mixes that no other beats, by loss on the calibration windows:");
+    }
+    for mix in front {
+        let (removed, share) = (mix.removed, mix.residual_share);
+        println!(
+            "{:>12} parameters  {:.4}  {removed} blocks removed, {share} for residuals",
+            mix.parameters, mix.loss
+        );
+    }
+    let plan = &report.plan;
+    if let Some(scores) = plan.scores() {
+        println!("importance by {} on {} windows of {}", scores.method, scores.windows, scores.seq_len);
+        print!("{}", chart::bars(scores, &plan.units(), "removed"));
+        cli::warn_unstable(scores);
+    }
+    for group in plan.sharing().map(|sharing| sharing.groups.as_slice()).unwrap_or_default() {
+        let cost = group.cost.map(|cost| format!(", {cost:+.4} nats")).unwrap_or_default();
+        println!("tied {:?}, matrices of {:?}{cost}", group.blocks, group.donor);
+    }
+    let mut rows = vec![table::Row::of("dense", report.dense_bytes, &report.dense)];
+    rows.extend(report.folded.iter().map(|cut| table::Row::of("cut", report.saved_bytes, cut)));
+    let name = if report.heal.is_some() { "healed" } else { "compressed" };
+    rows.push(table::Row::of(name, report.saved_bytes, &report.compressed));
+    println!("\n{}", table::table(&rows));
+    println!("nll in nats per token, {}", cli::protocol_of(&report.compressed.perplexity));
+    if let (Some(dense), Some(compressed)) = (&report.dense.latency, &report.compressed.latency) {
+        println!("\n{}", table::speeds(&[("dense", dense), (name, compressed)]));
+    }
+    if let Some(healed) = &report.heal {
+        println!("{}", cli::heal::summary(healed));
+    }
+    let ran: Vec<&str> = report.ran.iter().map(|stage| stage.name()).collect();
+    println!("done now: {}", if ran.is_empty() { "nothing".into() } else { ran.join(", ") });
+    println!("saved to {} ({} bytes of tensors)", report.recipe.out.display(), report.saved_bytes);
+}
