@@ -198,7 +198,14 @@ impl Checkpoint {
                 let holder = self.architecture.fold.block(origin).weights;
                 let held =
                     |block| self.holder_of(Param::Block(block, part)).map(|_| Param::Block(block, part));
-                held(origin).or_else(|| held(holder)).ok_or_else(foreign)?
+                match held(origin).or_else(|| held(holder)) {
+                    Some(source) => source,
+                    // Zeros stand for a half that was lost before.
+                    None if !self.architecture.fold.block(origin).has(part.half()) => {
+                        return Ok(self.narrowest_dtype());
+                    }
+                    None => return Err(foreign()),
+                }
             }
             other => other,
         };
