@@ -83,10 +83,12 @@ pub enum Error {
     Plan(String),
 
     /// A budget that nothing left to do can meet.
-    #[error("budget for {what} is {budget}, expected at least {least}: {reason}")]
+    #[error("budget for {what} is {budget} {unit}, expected at least {least}: {reason}")]
     Budget {
         /// What should meet it.
         what: &'static str,
+        /// What it counts: `parameters` or `bytes`.
+        unit: &'static str,
         /// The budget.
         budget: usize,
         /// The least that can be reached.

@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::eval::perplexity;
 use crate::fold::fold_on;
 use crate::importance::Scores;
-use crate::model::{Decoder, Part};
+use crate::model::Decoder;
 use crate::plan::{Budget, Donor, Groups, Plan, Ranks, Residual, ResidualStart, ScaleStart, Target};
 use crate::progress::Observer;
 
@@ -66,14 +66,13 @@ impl Mix {
             return Err(Error::argument("share for residuals", self.residual_share, "from 0 to below 1"));
         }
         let arch = decoder.architecture();
-        let total = arch.parameter_count();
-        let block = arch.parameters_of(Part::Whole).max(1);
-        let needed = total.saturating_sub(self.parameters).div_ceil(block);
-        let removal = Target::Blocks(self.removed.min(needed));
-        let builder = Plan::builder().remove(removal, scores);
-        let cut = builder.clone().build(arch)?;
-        if cut.architecture(arch)?.parameter_count() <= self.parameters {
-            return Ok(cut);
+        let mut builder = Plan::builder();
+        for count in 0..=self.removed {
+            builder = builder.remove(Target::Blocks(count), scores);
+            let cut = builder.clone().build(arch)?;
+            if cut.architecture(arch)?.parameter_count() <= self.parameters {
+                return Ok(cut);
+            }
         }
         let without_rank = (self.parameters as f64 * (1.0 - self.residual_share)) as usize;
         let builder = builder

@@ -198,7 +198,8 @@ impl Ties {
                 let best = self.cheapest(&trials, &groups, &mut known, (age, &mut heard))?;
                 let Some(best) = best else {
                     let (budget, reason) = (self.limit(), "all neighbours that may be are tied");
-                    return Err(Error::Budget { what: "sharing", budget, least: size, reason });
+                    let unit = self.budget.unit();
+                    return Err(Error::Budget { what: "sharing", unit, budget, least: size, reason });
                 };
                 let Some((donor, _)) = best.donors.first() else { break };
                 let tied = trials.with_tie(&best.depths, *donor)?;

@@ -6,8 +6,8 @@ use super::sharing::{
     Budget, Calibration, Donor, Group, Groups, Matrices, Own, RankTable, Ranks, Residual, ResidualStart,
     ScaleStart, Sharing,
 };
-use super::target::Target;
-use super::{Fields, PLAN_VERSION, Plan, choose};
+use super::target::{Target, unmet};
+use super::{Fields, PLAN_VERSION, Plan, choose, free};
 use crate::data::Windows;
 use crate::error::{Error, Result};
 use crate::fold;
@@ -173,15 +173,29 @@ impl PlanBuilder {
 
     /// The plan of the removal alone.
     fn removed(&self, arch: &Architecture) -> Result<Plan> {
+        let target = self.removal.as_ref().map_or(Target::Blocks(0), |(target, _)| *target);
+        let Target::Parameters(budget) = target else { return self.without(arch, target.blocks(arch)?) };
+        // What a number of blocks leaves depends on which they are: halves, or blocks that share.
+        let mut least = arch.parameter_count();
+        for count in 0..=free(arch, &self.protected).min(arch.depth().saturating_sub(1)) {
+            let plan = self.without(arch, count)?;
+            let parameters = plan.architecture(arch)?.parameter_count();
+            if parameters <= budget {
+                return Ok(plan);
+            }
+            least = least.min(parameters);
+        }
+        Err(unmet(budget, least))
+    }
+
+    /// The plan that removes so many blocks, or as many halves as make them up.
+    fn without(&self, arch: &Architecture, count: usize) -> Result<Plan> {
         let mut protected = self.protected.clone();
         protected.sort_unstable();
         protected.dedup();
-        let (target, scores) = match &self.removal {
-            Some((target, scores)) => (*target, Some(scores.clone())),
-            None => (Target::Blocks(0), None),
-        };
+        let (target, scores) = self.removal.clone().unzip();
         let (removed, removed_halves) = match &scores {
-            Some(scores) => choose(arch, scores, target.blocks(arch)?, &protected)?,
+            Some(scores) => choose(arch, scores, count, &protected)?,
             None => (Vec::new(), Vec::new()),
         };
         Plan::try_from(Fields {
@@ -189,7 +203,7 @@ impl PlanBuilder {
             model_type: arch.model_type.clone(),
             depth: arch.depth(),
             model_sha256: self.model_sha256.clone(),
-            target,
+            target: target.unwrap_or(Target::Blocks(0)),
             protected,
             removed,
             removed_halves,

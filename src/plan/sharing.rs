@@ -201,6 +201,16 @@ impl From<&Windows> for Calibration {
     }
 }
 
+impl Budget {
+    /// What it counts.
+    pub(crate) fn unit(self) -> &'static str {
+        match self {
+            Self::Parameters(_) => "parameters",
+            Self::Bytes(_) => "bytes",
+        }
+    }
+}
+
 impl Groups {
     /// Blocks that follow one another among those that stay, `size` at a time.
     #[must_use]
