@@ -328,22 +328,92 @@ fn what_needs_windows_says_so() {
 
 #[test]
 fn a_folded_model_can_be_cut_and_folded_again() {
-    let decoder = load("llama");
-    let windows = windows("llama");
-    let first = Plan::builder().share(Groups::of(2)).donor(Donor::Mean);
-    let first = first.residual(Ranks::Uniform(2), ResidualStart::Svd).build(decoder.architecture()).unwrap();
-    let folded = fold(&decoder, &first).unwrap();
-    let scores = Scores::new("test", &windows, vec![0.1, 0.4, 0.3, 0.2]).unwrap();
-    for builder in [
-        Plan::builder().remove(Target::Blocks(1), &scores),
-        Plan::builder().share(Groups::Explicit(vec![vec![1, 2]])),
-        Plan::builder().remove(Target::Blocks(1), &scores).share(Groups::of(3)).donor(Donor::Mean),
-    ] {
-        let plan = builder.build(folded.architecture()).unwrap();
-        let again = fold(&folded, &plan).unwrap();
-        assert_eq!(again.architecture(), &plan.architecture(folded.architecture()).unwrap());
-        let count: usize =
-            again.architecture().params().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
-        assert_eq!(count, again.parameter_count());
+    let pairs = || Plan::builder().share(Groups::of(2));
+    let all = || Plan::builder().share(Groups::of(4));
+    for family in ["llama", "gemma2", "gpt2"] {
+        let (decoder, windows) = (load(family), windows(family));
+        let scores = Scores::new("test", &windows, vec![0.1, 0.4, 0.3, 0.2]).unwrap();
+        // The mlp of block 1 goes first, then the attention of block 3.
+        let halves = vec![9.0, 9.0, 9.0, 0.1, 9.0, 9.0, 0.2, 9.0];
+        let halves = Scores::of_units("test", &windows, &Unit::halves(4), halves).unwrap();
+        let firsts = [
+            ("own norms", pairs().donor(Donor::Mean).residual(Ranks::Uniform(2), ResidualStart::Svd)),
+            ("shared norms", pairs().share_norms()),
+            ("mean norms", pairs().share_norms().donor(Donor::Mean).scales(ScaleStart::Ones)),
+            ("all, shared norms", all().share_norms()),
+            ("lost halves", Plan::builder().remove(Target::Blocks(1), &halves)),
+        ];
+        for (name, first) in firsts {
+            let folded = fold(&decoder, &first.build(decoder.architecture()).unwrap()).unwrap();
+            let again = [
+                Plan::builder().remove(Target::Blocks(1), &scores),
+                Plan::builder().remove(Target::Blocks(1), &halves),
+                Plan::builder().remove(Target::Blocks(1), &scores).share(Groups::of(3)).donor(Donor::Mean),
+                Plan::builder().remove(Target::Blocks(1), &halves).share(Groups::of(2)).share_norms(),
+                Plan::builder().share(Groups::of_within(2, 1..=2)),
+                pairs(),
+                pairs().share_norms(),
+                pairs().donor(Donor::Mean).residual(Ranks::Uniform(1), ResidualStart::Svd),
+                all().donor(Donor::Mean),
+                all(),
+            ];
+            for (place, builder) in again.into_iter().enumerate() {
+                let plan = builder.build(folded.architecture()).unwrap();
+                let made = fold(&folded, &plan).unwrap();
+                let planned = plan.architecture(folded.architecture()).unwrap();
+                assert_eq!(made.architecture(), &planned, "{family}, {name}, {place}");
+                assert_eq!(made.parameter_count(), planned.parameter_count(), "{family}, {name}, {place}");
+            }
+        }
     }
+}
+
+#[test]
+fn a_half_that_went_before_cannot_go_again() {
+    let (dense, windows) = (load("llama"), windows("llama"));
+    let lost = Unit { block: 1, part: Part::Mlp };
+    let cut = dense.without(&[lost]).unwrap();
+    // The least of all is not there any more; with its attention the block goes.
+    let halves = vec![9.0, 9.0, 0.2, 0.1, 9.0, 9.0, 9.0, 9.0];
+    let halves = Scores::of_units("test", &windows, &Unit::halves(4), halves).unwrap();
+    let plan = Plan::new(cut.architecture(), &halves, Target::Blocks(1), &[]).unwrap();
+    assert_eq!(plan.removed(), [1]);
+    assert!(!plan.removed_halves().contains(&lost));
+    let made = fold(&cut, &plan).unwrap();
+    assert_eq!(made.architecture(), &plan.architecture(cut.architecture()).unwrap());
+    // A plan for the whole model is none for this one.
+    let attention = vec![9.0, 9.0, 0.1, 9.0, 9.0, 9.0, 9.0, 9.0];
+    let attention = Scores::of_units("test", &windows, &Unit::halves(4), attention).unwrap();
+    let whole = Plan::new(dense.architecture(), &attention, Target::Blocks(1), &[0, 2, 3]).unwrap();
+    assert_eq!(whole.removed(), [1]);
+    let mut value: serde_json::Value = serde_json::from_str(&whole.to_json().unwrap()).unwrap();
+    (value["removed"], value["removed_halves"]) =
+        (serde_json::json!([]), serde_json::json!([{ "block": 1, "part": "attention" }]));
+    let whole = Plan::from_json(&value.to_string()).unwrap();
+    assert!(fold(&dense, &whole).is_ok());
+    let error = fold(&cut, &whole).unwrap_err().to_string();
+    assert!(error.contains("half 1a should go") && error.contains("only 1a"), "{error}");
+    // Blocks share only with those that have the same halves.
+    let tie = |groups| Plan::builder().share(groups).build(cut.architecture());
+    assert_eq!(tie(Groups::of(2)).unwrap().sharing().unwrap().groups[0].blocks, [2, 3]);
+    let error = tie(Groups::Explicit(vec![vec![0, 1]])).unwrap_err().to_string();
+    assert!(error.contains("same halves"), "{error}");
+}
+
+#[test]
+fn what_two_depths_hold_and_do_not_share_counts_twice() {
+    let decoder = load("llama");
+    let pairs = Plan::builder().share(Groups::of(2)).build(decoder.architecture()).unwrap();
+    let pairs = fold(&decoder, &pairs).unwrap();
+    // Both still use the same attention, and no longer the same block.
+    let parted = pairs.without(&[Unit { block: 1, part: Part::Mlp }]).unwrap();
+    assert_eq!(parted.parameter_count(), parted.architecture().parameter_count());
+    let attention: usize = [Projection::Q, Projection::K, Projection::V, Projection::O]
+        .iter()
+        .map(|&at| parted.blocks()[0].weights.get(at).unwrap().elem_count())
+        .sum();
+    let norm = decoder.architecture().hidden_size;
+    assert_eq!(parted.parameter_count(), pairs.parameter_count() + attention - norm);
+    // In memory it is there once.
+    assert_eq!(resident_bytes(&parted), 4 * (parted.parameter_count() - attention));
 }

@@ -149,16 +149,18 @@ impl Decoder {
         embedding.chain(positions).chain(blocks).chain(final_norm).chain(head)
     }
 
-    /// Every tensor once, however many depths share it.
+    /// Every tensor once, however many depths hold it.
     pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
         let mut seen = HashSet::new();
         self.params().map(|(_, value)| value).filter(move |value| seen.insert(value.id()))
     }
 
-    /// The number of parameters; a matrix that several depths share counts once.
+    /// The number of parameters; what several depths share counts once, as it is stored once. Depths that hold the same
+    /// tensor and do not share (a half that one of them lost parts them) count it each.
     #[must_use]
     pub fn parameter_count(&self) -> usize {
-        self.tensors().map(Tensor::elem_count).sum()
+        let stored: HashSet<Param> = self.architecture.params().into_iter().map(|(param, _)| param).collect();
+        self.params().filter(|(param, _)| stored.contains(param)).map(|(_, value)| value.elem_count()).sum()
     }
 
     /// A hash that tells decoders apart at little cost: of the architecture, and of the type and the first few values of

@@ -12,7 +12,7 @@ use crate::data::Windows;
 use crate::error::{Error, Result};
 use crate::fold;
 use crate::importance::Scores;
-use crate::model::{Architecture, Decoder, Projection, Unit};
+use crate::model::{Architecture, Decoder, Part, Projection};
 use crate::progress::Observer;
 
 /// A plan in the making: what goes, what is shared, what stays each block's own.
@@ -123,7 +123,7 @@ impl PlanBuilder {
             Donor::Best => None,
         };
         let unmeasured = |what| Error::Plan(format!("{what} have to be measured on calibration windows"));
-        let blocks = asked.decide(&plan.kept(), plan.removed_halves())?;
+        let blocks = asked.decide(&plan.parts(arch)?)?;
         let blocks = blocks.ok_or_else(|| unmeasured("groups for a budget"))?;
         let groups = blocks.into_iter().map(|blocks| {
             let donor = matrices(&blocks).ok_or_else(|| unmeasured("best donors"))?;
@@ -145,7 +145,7 @@ impl PlanBuilder {
         let (arch, own) = (decoder.architecture(), self.own);
         let plan = self.removed(arch)?;
         let Some(asked) = self.groups.clone() else { return Ok(plan) };
-        let groups = match (asked.decide(&plan.kept(), plan.removed_halves())?, &asked) {
+        let groups = match (asked.decide(&plan.parts(arch)?)?, &asked) {
             (Some(_), _) if self.donor != Donor::Best => {
                 let unranked = Self { own: Own { residual: None, ..own }, ..self.clone() };
                 unranked.build(arch)?.sharing().map(|sharing| sharing.groups.clone()).unwrap_or_default()
@@ -255,22 +255,26 @@ impl Plan {
     /// The plan that shares so, with uniform ranks where these were asked for.
     fn share(&self, arch: &Architecture, mut sharing: Sharing) -> Result<Self> {
         if let Some(Residual { ranks: Ranks::Uniform(rank), .. }) = sharing.own.residual {
-            sharing.ranks = uniform(arch, &sharing.groups, self.removed_halves(), rank)?;
+            sharing.ranks = self.uniform(arch, &sharing.groups, rank)?;
         }
-        Self::try_from(Fields { sharing: Some(sharing), ..self.0.clone() })
+        let plan = Self::try_from(Fields { sharing: Some(sharing), ..self.0.clone() })?;
+        // Refuses groups that this model does not allow.
+        plan.architecture(arch)?;
+        Ok(plan)
     }
-}
 
-/// The same rank for every projection of every block that uses matrices of others, as far as its size allows.
-fn uniform(arch: &Architecture, groups: &[Group], halves: &[Unit], rank: usize) -> Result<RankTable> {
-    if rank == 0 {
-        return Err(Error::argument("rank", rank, "at least 1"));
+    /// The same rank for every projection of every block that uses matrices of others, as far as its size allows.
+    fn uniform(&self, arch: &Architecture, groups: &[Group], rank: usize) -> Result<RankTable> {
+        if rank == 0 {
+            return Err(Error::argument("rank", rank, "at least 1"));
+        }
+        let projections = |block: usize| -> Result<BTreeMap<Projection, usize>> {
+            let part = self.part(arch, block)?;
+            let there = Projection::ALL.into_iter().filter(|at| part == Part::Whole || part == at.half());
+            let shapes = there.filter_map(|projection| Some((projection, arch.projection_shape(projection)?)));
+            Ok(shapes.map(|(projection, (output, input))| (projection, rank.min(output).min(input))).collect())
+        };
+        let strangers = groups.iter().flat_map(Group::strangers);
+        strangers.map(|block| Ok((block, projections(block)?))).collect()
     }
-    let projections = |block: usize| -> BTreeMap<Projection, usize> {
-        let has = |projection: &Projection| !halves.contains(&Unit { block, part: projection.half() });
-        let shapes = Projection::ALL.into_iter().filter(has);
-        let shapes = shapes.filter_map(|projection| Some((projection, arch.projection_shape(projection)?)));
-        shapes.map(|(projection, (output, input))| (projection, rank.min(output).min(input))).collect()
-    };
-    Ok(groups.iter().flat_map(Group::strangers).map(|block| (block, projections(block))).collect())
 }

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::Windows;
 use crate::error::{Error, Result};
-use crate::model::{Projection, Unit};
+use crate::model::{Part, Projection, Unit};
 
 /// Which of the blocks that stay share their matrices, as it is asked for. Blocks go by their index in the original
 /// model.
@@ -230,12 +230,12 @@ impl Groups {
         Self::Budget { budget, largest: None }
     }
 
-    /// The blocks of each group of two or more, or `None` where they have to be measured. Blocks that lost a half
-    /// share only with others that have the same one.
+    /// The blocks of each group of two or more, of those that stay with the halves that each will have; `None` where
+    /// they have to be measured. Blocks that lost a half share only with others that have the same one.
     ///
     /// # Errors
     /// A size of 0, or a range that is empty.
-    pub(super) fn decide(&self, kept: &[usize], halves: &[Unit]) -> Result<Option<Vec<Vec<usize>>>> {
+    pub(super) fn decide(&self, kept: &[(usize, Part)]) -> Result<Option<Vec<Vec<usize>>>> {
         match self {
             Self::Budget { largest: Some(largest), .. } if *largest < 2 => {
                 Err(Error::argument("largest group", largest, "at least 2"))
@@ -248,11 +248,11 @@ impl Groups {
                 Err(Error::argument("range of blocks", found, "the first no greater than the last"))
             }
             Self::Consecutive { size, within } => {
-                let inside = |block: &&usize| within.is_none_or(|(a, b)| (a..=b).contains(block));
-                let blocks: Vec<usize> = kept.iter().filter(inside).copied().collect();
-                let runs = blocks.chunk_by(|&a, &b| lost(a, halves) == lost(b, halves));
+                let inside = |(block, _): &&(usize, Part)| within.is_none_or(|(a, b)| (a..=b).contains(block));
+                let blocks: Vec<(usize, Part)> = kept.iter().filter(inside).copied().collect();
+                let runs = blocks.chunk_by(|a, b| a.1 == b.1);
                 let groups = runs.flat_map(|run| run.chunks(*size)).filter(|group| group.len() > 1);
-                Ok(Some(groups.map(<[usize]>::to_vec).collect()))
+                Ok(Some(groups.map(|group| group.iter().map(|(block, _)| *block).collect()).collect()))
             }
         }
     }
