@@ -211,6 +211,30 @@ fn a_plan_is_made_again_at_another_rate_without_scoring() {
 }
 
 #[test]
+fn words_without_effect_are_refused() {
+    let decoder = load("llama");
+    let arch = decoder.architecture();
+    let windows = support::windows("llama");
+    let plain = || Plan::builder().remove(Target::Blocks(1), &scores(&[0.4, 0.1, 0.3, 0.2]));
+    let idle = [
+        ("remove", Plan::builder().at(Target::Blocks(1))),
+        ("remove", Plan::builder().at(Target::Blocks(1)).share(Groups::of(2))),
+        ("share", plain().donor(Donor::First)),
+        ("share", plain().share_norms()),
+        ("share", plain().scales(ScaleStart::Ones)),
+        ("share", plain().residual(Ranks::Uniform(2), ResidualStart::Svd)),
+    ];
+    for (missing, builder) in idle {
+        let found = [builder.clone().build(arch), builder.measure(&decoder, &windows, &mut ())];
+        for error in found.map(|plan| plan.unwrap_err().to_string()) {
+            assert!(error.contains(&format!("`{missing}`")), "{error}");
+        }
+    }
+    let at_first = Plan::builder().at(Target::Blocks(2)).remove(Target::Blocks(1), &scores(&[0.4, 0.1, 0.3, 0.2]));
+    assert_eq!(at_first.build(arch).unwrap().removed(), [1], "the last word counts");
+}
+
+#[test]
 fn a_tampered_sharing_does_not_load() {
     let plan = tied(6, 1, Groups::of(2)).unwrap();
     let value: serde_json::Value = serde_json::from_str(&plan.to_json().unwrap()).unwrap();

@@ -42,10 +42,11 @@ use crate::progress::Observer;
 #[derive(Debug, Clone, Default)]
 #[must_use = "a builder makes a plan when it is built"]
 pub struct PlanBuilder {
-    pub(super) removal: Option<(Target, Scores)>,
+    pub(super) target: Option<Target>,
+    pub(super) scores: Option<Scores>,
     pub(super) protected: Vec<usize>,
     pub(super) groups: Option<Groups>,
-    pub(super) donor: Donor,
+    pub(super) donor: Option<Donor>,
     pub(super) own: Own,
     pub(super) model_sha256: Option<String>,
 }
@@ -55,15 +56,14 @@ impl PlanBuilder {
     /// else the blocks of least importance. Scores of halves remove halves, as many as have, as nearly as they can,
     /// the parameters of that many blocks.
     pub fn remove(mut self, target: Target, scores: &Scores) -> Self {
-        self.removal = Some((target, scores.clone()));
+        (self.target, self.scores) = (Some(target), Some(scores.clone()));
         self
     }
 
-    /// Removes another number of blocks by the scores that there are; nothing is scored again.
+    /// Removes another number of blocks by the scores that there are; nothing is scored again. There is no plan where
+    /// there are no scores.
     pub fn at(mut self, target: Target) -> Self {
-        if let Some((old, _)) = &mut self.removal {
-            *old = target;
-        }
+        self.target = Some(target);
         self
     }
 
@@ -73,7 +73,8 @@ impl PlanBuilder {
         self
     }
 
-    /// Ties blocks: those of a group use the same matrices.
+    /// Ties blocks: those of a group use the same matrices. All that follows is for blocks that are tied: there is no
+    /// plan that has it and not this.
     pub fn share(mut self, groups: Groups) -> Self {
         self.groups = Some(groups);
         self
@@ -81,7 +82,7 @@ impl PlanBuilder {
 
     /// Whose matrices a group uses; those of its first block unless this says otherwise.
     pub fn donor(mut self, donor: Donor) -> Self {
-        self.donor = donor;
+        self.donor = Some(donor);
         self
     }
 
@@ -113,11 +114,11 @@ impl PlanBuilder {
     ///
     /// # Errors
     /// What has to be measured ([`Groups::Budget`], [`Donor::Best`], [`Ranks::Parameters`]); a target that cannot be
-    /// met; scores or blocks of another model.
+    /// met; scores or blocks of another model; words without effect.
     pub fn build(self, arch: &Architecture) -> Result<Plan> {
         let plan = self.removed(arch)?;
         let Some(asked) = self.groups.clone() else { return Ok(plan) };
-        let matrices = |blocks: &[usize]| match self.donor {
+        let matrices = |blocks: &[usize]| match self.donor.unwrap_or_default() {
             Donor::First => blocks.first().copied().map(Matrices::Block),
             Donor::Mean => Some(Matrices::Mean),
             Donor::Best => None,
@@ -146,13 +147,13 @@ impl PlanBuilder {
         let plan = self.removed(arch)?;
         let Some(asked) = self.groups.clone() else { return Ok(plan) };
         let groups = match (asked.decide(&plan.parts(arch)?)?, &asked) {
-            (Some(_), _) if self.donor != Donor::Best => {
+            (Some(_), _) if self.donor != Some(Donor::Best) => {
                 let unranked = Self { own: Own { residual: None, ..own }, ..self.clone() };
                 unranked.build(arch)?.sharing().map(|sharing| sharing.groups.clone()).unwrap_or_default()
             }
             (Some(blocks), _) => fold::best_donors(decoder, &plan, &blocks, own.norms, windows, observer)?,
             (None, Groups::Budget { budget, largest }) => {
-                let ties = fold::Ties { budget: *budget, largest: *largest, donor: self.donor, own };
+                let ties = fold::Ties { budget: *budget, largest: *largest, donor: self.donor.unwrap_or_default(), own };
                 ties.choose(decoder, &plan, windows, observer)?
             }
             (None, _) => Vec::new(),
@@ -168,12 +169,18 @@ impl PlanBuilder {
     /// What was asked for, with nothing decided.
     fn sharing(&self, asked: Groups) -> Sharing {
         let (groups, ranks, measured) = (Vec::new(), BTreeMap::new(), None);
-        Sharing { asked, donor: self.donor, own: self.own, groups, ranks, measured }
+        Sharing { asked, donor: self.donor.unwrap_or_default(), own: self.own, groups, ranks, measured }
     }
 
     /// The plan of the removal alone.
     fn removed(&self, arch: &Architecture) -> Result<Plan> {
-        let target = self.removal.as_ref().map_or(Target::Blocks(0), |(target, _)| *target);
+        if self.target.is_some() && self.scores.is_none() {
+            return Err(Error::Plan("has a target (`at`), and no scores to remove by (`remove`)".into()));
+        }
+        if self.groups.is_none() && (self.donor.is_some() || self.own != Own::default()) {
+            return Err(Error::Plan("says what tied blocks use or keep, and ties none (`share`)".into()));
+        }
+        let target = self.target.unwrap_or(Target::Blocks(0));
         let Target::Parameters(budget) = target else { return self.without(arch, target.blocks(arch)?) };
         // What a number of blocks leaves depends on which they are: halves, or blocks that share.
         let mut least = arch.parameter_count();
@@ -193,8 +200,7 @@ impl PlanBuilder {
         let mut protected = self.protected.clone();
         protected.sort_unstable();
         protected.dedup();
-        let (target, scores) = self.removal.clone().unzip();
-        let (removed, removed_halves) = match &scores {
+        let (removed, removed_halves) = match &self.scores {
             Some(scores) => choose(arch, scores, count, &protected)?,
             None => (Vec::new(), Vec::new()),
         };
@@ -203,11 +209,11 @@ impl PlanBuilder {
             model_type: arch.model_type.clone(),
             depth: arch.depth(),
             model_sha256: self.model_sha256.clone(),
-            target: target.unwrap_or(Target::Blocks(0)),
+            target: self.target.unwrap_or(Target::Blocks(0)),
             protected,
             removed,
             removed_halves,
-            scores,
+            scores: self.scores.clone(),
             sharing: None,
         })
     }

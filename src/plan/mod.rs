@@ -74,10 +74,11 @@ impl Plan {
     pub fn to_builder(&self) -> PlanBuilder {
         let sharing = self.0.sharing.as_ref();
         PlanBuilder {
-            removal: self.0.scores.clone().map(|scores| (self.0.target, scores)),
+            target: self.0.scores.as_ref().map(|_| self.0.target),
+            scores: self.0.scores.clone(),
             protected: self.0.protected.clone(),
             groups: sharing.map(|sharing| sharing.asked.clone()),
-            donor: sharing.map(|sharing| sharing.donor).unwrap_or_default(),
+            donor: sharing.map(|sharing| sharing.donor),
             own: sharing.map(|sharing| sharing.own).unwrap_or_default(),
             model_sha256: self.0.model_sha256.clone(),
         }
