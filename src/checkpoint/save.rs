@@ -49,6 +49,16 @@ impl Default for SaveOptions {
     }
 }
 
+impl Format {
+    /// What a decoder of this architecture is in a checkpoint of this form.
+    pub(crate) fn architecture(self, arch: &Architecture) -> Architecture {
+        match self {
+            Self::Expanded => arch.expanded(),
+            Self::Compact => arch.clone(),
+        }
+    }
+}
+
 impl From<Format> for SaveOptions {
     fn from(format: Format) -> Self {
         Self { format, ..Self::default() }
@@ -127,7 +137,7 @@ impl Checkpoint {
     /// A plan is written only beside what it describes.
     fn check_plan(&self, plan: &Plan, decoder: &Decoder, observer: &mut dyn Observer) -> Result<()> {
         plan.check_model(&self.architecture)?;
-        let kept: Vec<usize> = decoder.blocks().iter().map(|block| block.own.origin).collect();
+        let kept = decoder.origins();
         if kept != plan.kept() {
             return Err(Error::Plan(format!("keeps blocks {:?}, the decoder has {kept:?}", plan.kept())));
         }
@@ -144,7 +154,6 @@ impl Checkpoint {
     }
 
     fn config_of(&self, written: &Written<'_>) -> Result<Value> {
-        let kept: Vec<usize> = written.decoder.blocks().iter().map(|block| block.own.origin).collect();
         let embedding = self.tensors.first().map_or(DType::BF16, |stored| self.stored_dtype(&stored.name));
         // Where merging made tensors wider, readers that follow this field should not narrow them again.
         let widened = written.types.iter().any(|dtype| dtype.size_in_bytes() > embedding.size_in_bytes());
@@ -155,7 +164,7 @@ impl Checkpoint {
             DType::F16 => "float16",
             _ => "float32",
         };
-        let mut config = surgery::cut(&self.config, &kept, &written.architecture, dtype)?;
+        let mut config = surgery::cut(&self.config, &written.decoder.origins(), &written.architecture, dtype)?;
         if let (Format::Compact, Some(fields)) = (written.format, config.as_object_mut()) {
             fields.insert(compact::SECTION.into(), compact::to_section(&written.architecture)?);
         }
@@ -185,37 +194,57 @@ impl Checkpoint {
         }
     }
 
-    /// The type that a tensor of a folded decoder has in this checkpoint; what is new has the narrowest.
-    fn type_of(&self, decoder: &Decoder, stored: &Stored) -> Result<DType> {
-        let foreign = || Error::Plan("the decoder was not made from this checkpoint".into());
-        let source = match stored.params.first().map(|(param, _)| *param).ok_or_else(foreign)? {
-            Param::Block(_, BlockParam::Scale(_) | BlockParam::LoraA(_) | BlockParam::LoraB(_)) => {
-                return Ok(self.narrowest_dtype());
-            }
-            Param::Block(depth, part) => {
-                let origin = decoder.blocks().get(depth).ok_or_else(foreign)?.own.origin;
-                // What this checkpoint shares is stored under the first block that uses it.
-                let holder = self.architecture.fold.block(origin).weights;
-                let held =
-                    |block| self.holder_of(Param::Block(block, part)).map(|_| Param::Block(block, part));
-                match held(origin).or_else(|| held(holder)) {
-                    Some(source) => source,
-                    // Zeros stand for a half that was lost before.
-                    None if !self.architecture.fold.block(origin).has(part.half()) => {
-                        return Ok(self.narrowest_dtype());
-                    }
-                    None => return Err(foreign()),
-                }
-            }
-            other => other,
-        };
-        Ok(self.stored_dtype(&self.holder_of(source).ok_or_else(foreign)?.name))
+    /// The bytes of all tensors that [`save`](Self::save) writes of what `plan` makes of this checkpoint's decoder. Vectors
+    /// that healing has moved may take more afterwards.
+    ///
+    /// # Errors
+    /// A plan for another model.
+    pub fn stored_bytes(&self, plan: &Plan, format: Format) -> Result<u64> {
+        let arch = plan.architecture(&self.architecture)?;
+        let tensors = self.written_tensors(&arch, &plan.kept(), format);
+        Ok(tensors.iter().map(|(stored, dtype)| stored.bytes(*dtype)).sum())
     }
 
-    /// The stored tensor that holds a parameter.
-    fn holder_of(&self, param: Param) -> Option<&Stored> {
-        self.tensors.iter().find(|stored| stored.params.iter().any(|(part, _)| *part == param))
+    /// What is written of a decoder of this architecture, whose depths are `origins` of this checkpoint's blocks, each
+    /// tensor with its type.
+    fn written_tensors(
+        &self,
+        arch: &Architecture,
+        origins: &[usize],
+        format: Format,
+    ) -> Vec<(Stored, DType)> {
+        let types = self.stored_types().of_blocks(origins);
+        let tensors = stored_tensors(&format.architecture(arch)).into_iter().map(|stored| {
+            let dtype = stored.dtype(&types);
+            let merged = format == Format::Expanded && stored.is_adapted(arch);
+            let wide = merged && self.dtype.is_none() && dtype != DType::F64;
+            (stored, if wide { DType::F32 } else { dtype })
+        });
+        tensors.collect()
     }
+
+    /// Refuses what no folding makes of this checkpoint.
+    fn check_origin(&self, decoder: &Decoder) -> Result<()> {
+        let depth = self.architecture.depth();
+        let unfolded = |arch: &Architecture| Architecture { blocks: Vec::new(), ..arch.expanded() };
+        let alike = unfolded(decoder.architecture()) == unfolded(&self.architecture);
+        if alike && decoder.origins().iter().all(|&origin| origin < depth) {
+            return Ok(());
+        }
+        Err(Error::Plan("the decoder was not made from this checkpoint".into()))
+    }
+}
+
+/// The bytes of a decoder's tensors in a compact checkpoint.
+pub(crate) fn compact_bytes(decoder: &Decoder) -> Result<u64> {
+    let types = decoder.stored_types();
+    let params: HashMap<Param, &Tensor> = decoder.params().collect();
+    let bytes = |stored: &Stored| -> Result<u64> {
+        let dtype = stored.dtype(&types);
+        let wide = stored.is_vector_beyond(&params, dtype)?;
+        Ok(stored.bytes(if wide { DType::F32 } else { dtype }))
+    };
+    stored_tensors(decoder.architecture()).iter().map(bytes).sum()
 }
 
 /// What is written of a decoder: which tensors, in which types, and what they hold.
@@ -234,53 +263,18 @@ struct Written<'a> {
 
 impl<'a> Written<'a> {
     fn new(checkpoint: &Checkpoint, decoder: &'a Decoder, format: Format) -> Result<Self> {
-        let architecture = match format {
-            Format::Expanded => decoder.architecture().expanded(),
-            Format::Compact => decoder.architecture().clone(),
-        };
-        let tensors = stored_tensors(&architecture);
-        let mut written = Self {
-            decoder,
-            format,
-            types: Vec::new(),
-            params: decoder.params().collect(),
-            shapes: architecture.params().into_iter().collect(),
-            merges: false,
-            architecture,
-            tensors,
-        };
-        let merged: Vec<bool> = written.tensors.iter().map(|stored| written.is_merged(stored)).collect();
-        written.merges = merged.contains(&true);
-        let types = written.tensors.iter().zip(merged).map(|(stored, merged)| {
-            let dtype = checkpoint.type_of(decoder, stored)?;
-            let wide = merged && checkpoint.dtype.is_none() && dtype != DType::F64;
-            Ok(if wide || written.is_vector_beyond(stored, dtype)? { DType::F32 } else { dtype })
-        });
-        written.types = types.collect::<Result<_>>()?;
-        Ok(written)
-    }
-
-    /// Whether a tensor holds a matrix that the decoder has in parts.
-    fn is_merged(&self, stored: &Stored) -> bool {
-        self.format == Format::Expanded
-            && stored.params.iter().any(|(param, _)| match param {
-                Param::Block(depth, BlockParam::Weight(projection)) => {
-                    let block = self.decoder.blocks().get(*depth);
-                    block.is_some_and(|block| !block.own.adapters[*projection].is_empty())
-                }
-                _ => false,
-            })
-    }
-
-    /// Whether a tensor is a vector that `dtype` cannot hold: small changes of norms and scales, as healing makes, are
-    /// not to be lost, and vectors take little room.
-    fn is_vector_beyond(&self, stored: &Stored, dtype: DType) -> Result<bool> {
-        let vectors = stored.params.iter().filter(|(param, _)| !param.is_matrix());
-        let mut values = vectors.filter_map(|(param, _)| self.params.get(param));
-        values.try_fold(false, |beyond, value| {
-            let narrow = value.to_dtype(dtype)?.to_dtype(value.dtype())?;
-            Ok(beyond || narrow.ne(*value)?.to_dtype(DType::F32)?.max_all()?.to_scalar::<f32>()? > 0.0)
-        })
+        checkpoint.check_origin(decoder)?;
+        let arch = decoder.architecture();
+        let architecture = format.architecture(arch);
+        let params: HashMap<Param, &Tensor> = decoder.params().collect();
+        let (mut tensors, mut types) = (Vec::new(), Vec::new());
+        for (stored, dtype) in checkpoint.written_tensors(arch, &decoder.origins(), format) {
+            types.push(if stored.is_vector_beyond(&params, dtype)? { DType::F32 } else { dtype });
+            tensors.push(stored);
+        }
+        let merges = format == Format::Expanded && tensors.iter().any(|stored| stored.is_adapted(arch));
+        let shapes = architecture.params().into_iter().collect();
+        Ok(Self { decoder, format, architecture, tensors, types, params, shapes, merges })
     }
 
     /// A tensor as it is stored.
@@ -313,12 +307,12 @@ fn write_weights(
     observer: &mut dyn Observer,
 ) -> Result<(Vec<String>, u64)> {
     let views = written.tensors.iter().zip(&written.types).map(|(stored, dtype)| {
-        let bytes = stored.shape.iter().product::<usize>() * dtype.size_in_bytes();
+        let bytes = stored.bytes(*dtype);
         TensorView { stored, dtype: *dtype, bytes, written, failure: RefCell::new(None) }
     });
     let views: Vec<TensorView<'_>> = views.collect();
     let shards = shards(&views, options.max_shard_bytes);
-    let total: u64 = views.iter().map(|view| view.bytes as u64).sum();
+    let total: u64 = views.iter().map(|view| view.bytes).sum();
     let stem = if written.format == Format::Compact { COMPACT } else { STANDARD };
     let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
     let (mut names, mut weight_map) = (Vec::new(), serde_json::Map::new());
@@ -368,7 +362,7 @@ fn compare(written: &Written<'_>, directory: &Path, observer: &mut dyn Observer)
 struct TensorView<'a> {
     stored: &'a Stored,
     dtype: DType,
-    bytes: usize,
+    bytes: u64,
     written: &'a Written<'a>,
     /// Why the tensor could not be put together: the writer's interface has no place for an error.
     failure: RefCell<Option<Error>>,
@@ -387,12 +381,12 @@ impl ::safetensors::View for &TensorView<'_> {
         let bytes = self.written.tensor(self.stored, self.dtype).and_then(|tensor| bytes_of(&tensor));
         Cow::Owned(bytes.unwrap_or_else(|error| {
             *self.failure.borrow_mut() = Some(error);
-            vec![0; self.bytes]
+            vec![0; self.data_len()]
         }))
     }
 
     fn data_len(&self) -> usize {
-        self.bytes
+        self.bytes as usize
     }
 }
 
@@ -407,7 +401,7 @@ fn shards<'a, 'b>(views: &'b [TensorView<'a>], limit: u64) -> Vec<Vec<&'b Tensor
     let mut shards: Vec<Vec<&TensorView<'_>>> = Vec::new();
     let mut filled = 0u64;
     for view in views {
-        let bytes = view.bytes as u64;
+        let bytes = view.bytes;
         match shards.last_mut().filter(|_| filled + bytes <= limit) {
             Some(shard) => shard.push(view),
             None => {

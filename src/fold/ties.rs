@@ -8,8 +8,8 @@ use super::donors::tie;
 use super::starts::States;
 use crate::data::Windows;
 use crate::error::{Error, Result};
-use crate::model::{Architecture, Block, Decoder};
-use crate::plan::{Budget, Donor, Group, Matrices, Own, Plan, Ranks};
+use crate::model::{Block, Decoder};
+use crate::plan::{Budget, Donor, Group, Matrices, Own, Plan};
 use crate::progress::{self, Observer};
 
 /// Losses of a decoder whose blocks are tied step by step. The states at every depth of what was decided are kept,
@@ -183,23 +183,24 @@ impl Ties {
         let mut groups: Vec<(Vec<usize>, Option<Group>)> =
             (0..kept.len()).map(|depth| (vec![depth], None)).collect();
         let mut known: BTreeMap<Vec<usize>, Candidate> = BTreeMap::new();
-        let start = self.size(arch, plan, &[], decoder)?;
-        let total = start.saturating_sub(self.limit()) as u64;
+        let (types, limit) = (decoder.stored_types().of_blocks(&kept), self.budget.limit());
+        let size = |groups: &[Group]| plan.size(arch, self.budget, (groups, self.own), &types);
+        let start = size(&[])?;
+        let total = start.saturating_sub(limit) as u64;
         progress::stage(STAGE, total, observer, |observer| {
             for age in 0.. {
                 let chosen: Vec<Group> = groups.iter().filter_map(|(_, group)| group.clone()).collect();
-                let size = self.size(arch, plan, &chosen, decoder)?;
+                let size = size(&chosen)?;
                 let done = (start.saturating_sub(size) as u64).min(total);
                 progress::advance(STAGE, done, total, observer)?;
-                if size <= self.limit() {
+                if size <= limit {
                     break;
                 }
                 let mut heard = || progress::advance(STAGE, done, total, observer);
                 let best = self.cheapest(&trials, &groups, &mut known, (age, &mut heard))?;
                 let Some(best) = best else {
-                    let (budget, reason) = (self.limit(), "all neighbours that may be are tied");
-                    let unit = self.budget.unit();
-                    return Err(Error::Budget { what: "sharing", unit, budget, least: size, reason });
+                    let (unit, reason) = (self.budget.unit(), "all neighbours that may be are tied");
+                    return Err(Error::Budget { what: "sharing", unit, budget: limit, least: size, reason });
                 };
                 let Some((donor, _)) = best.donors.first() else { break };
                 let tied = trials.with_tie(&best.depths, *donor)?;
@@ -252,27 +253,6 @@ impl Ties {
             known.insert(depths.clone(), Candidate { depths, donors, age });
             heard()?;
         }
-    }
-
-    fn limit(&self) -> usize {
-        match self.budget {
-            Budget::Parameters(count) => count,
-            Budget::Bytes(bytes) => bytes as usize,
-        }
-    }
-
-    /// What the whole model takes with these groups and all that blocks keep for themselves, in the budget's unit.
-    fn size(&self, arch: &Architecture, plan: &Plan, groups: &[Group], decoder: &Decoder) -> Result<usize> {
-        let folded = plan.with_groups(arch, groups.to_vec(), self.own)?.architecture(arch)?;
-        let spread = match self.own.residual.map(|residual| residual.ranks) {
-            Some(Ranks::Parameters(count)) if !groups.is_empty() => count,
-            _ => 0,
-        };
-        let parameters = folded.parameter_count() + spread;
-        Ok(match self.budget {
-            Budget::Parameters(_) => parameters,
-            Budget::Bytes(_) => parameters * decoder.stored_dtype().size_in_bytes(),
-        })
     }
 }
 

@@ -13,6 +13,7 @@ mod params;
 mod residual;
 mod rope;
 mod share;
+mod stored_types;
 mod structure;
 mod unit;
 
@@ -27,4 +28,5 @@ pub use cache::KvCache;
 pub use decoder::{Decoder, Pass};
 pub use fold_map::{FoldMap, FoldedBlock};
 pub use params::{BlockParam, NormPart, NormSite, Param, PerNormSite, PerProjection, Projection};
+pub use stored_types::StoredTypes;
 pub use unit::{Part, Unit};

@@ -1,10 +1,12 @@
 //! What can be known to be wrong before any work is done.
 
+use super::inputs::Inputs;
 use super::recipe::{Goal, MixOptions, Recipe, Total};
+use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::importance::{Gates, Method};
 use crate::model::Architecture;
-use crate::plan::{Budget, Groups, Ranks, Target};
+use crate::plan::{Budget, Groups, Ranks, Target, fewest};
 
 impl Recipe {
     /// Fails for what contradicts itself, whatever the model.
@@ -183,7 +185,8 @@ impl Recipe {
     }
 
     /// How many blocks a goal removes at most.
-    pub(super) fn most_removed(&self, arch: &Architecture, block_bytes: &[u64], bytes: u64) -> Result<usize> {
+    pub(super) fn most_removed(&self, checkpoint: &Checkpoint) -> Result<usize> {
+        let arch = checkpoint.architecture();
         let named = |name: &'static str, target: Target| {
             target.blocks(arch).map_err(|error| in_field(&format!("target.{name}"), &error))
         };
@@ -193,29 +196,14 @@ impl Recipe {
             Some(Goal::Rate(rate)) => named("rate", Target::Rate(rate)),
             Some(Goal::Blocks(count)) => named("blocks", Target::Blocks(count)),
             Some(Goal::Parameters(most)) => named("parameters", Target::Parameters(most)),
-            Some(Goal::Bytes(most)) => blocks_for_bytes(block_bytes, bytes, most),
+            Some(Goal::Bytes(most)) => {
+                let (freed, bytes) = Inputs::freed_bytes(self, checkpoint);
+                let found = |least| format!("is {most}, expected at least {least}, with one block left");
+                fewest(&freed, bytes, most).map_err(|least| Error::recipe("target.bytes", found(least)))
+            }
             Some(Goal::NllIncrease(_)) => Ok(self.free(arch.depth())),
         }
     }
-}
-
-/// The number of blocks that leave at most `most` of `bytes`, whichever they are.
-fn blocks_for_bytes(block_bytes: &[u64], bytes: u64, most: u64) -> Result<usize> {
-    let mut smallest_first = block_bytes.to_vec();
-    smallest_first.sort_unstable();
-    // One block has to stay.
-    smallest_first.pop();
-    let (mut left, mut count) = (bytes, 0);
-    for block in smallest_first {
-        if left <= most {
-            break;
-        }
-        left -= block;
-        count += 1;
-    }
-    let found = format!("is {most}, expected at least {left}, with one block left");
-    refuse(left > most, "target.bytes", &found)?;
-    Ok(count)
 }
 
 fn in_field(field: &str, error: &Error) -> Error {

@@ -55,7 +55,7 @@ impl<'a> Inputs<'a> {
         recipe.check()?;
         let checkpoint = Checkpoint::open_observed(&recipe.model, observer)?;
         let arch = checkpoint.architecture();
-        let remove = recipe.most_removed(arch, &checkpoint.block_bytes(), checkpoint.tensor_bytes())?;
+        let remove = recipe.most_removed(&checkpoint)?;
         recipe.check_model(arch, remove)?;
         let tasks = recipe.tasks.iter().map(|path| Task::read(path, recipe.task_items));
         let tasks = tasks.collect::<Result<Vec<_>>>()?;

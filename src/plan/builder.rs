@@ -12,7 +12,7 @@ use crate::data::Windows;
 use crate::error::{Error, Result};
 use crate::fold;
 use crate::importance::Scores;
-use crate::model::{Architecture, Decoder, Part, Projection};
+use crate::model::{Architecture, Decoder, Part, Projection, StoredTypes};
 use crate::progress::Observer;
 
 /// A plan in the making: what goes, what is shared, what stays each block's own.
@@ -220,14 +220,32 @@ impl PlanBuilder {
 }
 
 impl Plan {
+    /// What the whole model takes with these groups and all that their blocks keep for themselves, in a budget's unit;
+    /// `types` are those of the blocks that stay.
+    pub(crate) fn size(
+        &self,
+        arch: &Architecture,
+        budget: Budget,
+        (groups, own): (&[Group], Own),
+        types: &StoredTypes,
+    ) -> Result<usize> {
+        let folded = self.with_groups(arch, groups.to_vec(), own)?.architecture(arch)?;
+        let spread = match own.residual.map(|residual| residual.ranks) {
+            Some(Ranks::Parameters(count)) if !groups.is_empty() => count,
+            _ => 0,
+        };
+        Ok(budget.taken(&folded, spread, types))
+    }
+
     /// The plan with these groups and own parameters in place of those it has; ranks for a budget are left out.
-    pub(crate) fn with_groups(&self, arch: &Architecture, groups: Vec<Group>, own: Own) -> Result<Self> {
+    fn with_groups(&self, arch: &Architecture, groups: Vec<Group>, own: Own) -> Result<Self> {
         let asked = Groups::Explicit(groups.iter().map(|group| group.blocks.clone()).collect());
         let sharing = PlanBuilder { own, ..PlanBuilder::default() }.sharing(asked);
         self.share(arch, Sharing { groups, ..sharing })
     }
 
-    /// The plan with this residual in place of the one it has; groups stay as they were decided.
+    /// The plan with this residual in place of the one it has; groups stay as they were decided, and a budget for which
+    /// they were is raised to what the model takes then.
     ///
     /// # Errors
     /// A plan that shares nothing or is for another model, a failed computation, or a cancelling observer.
@@ -245,17 +263,16 @@ impl Plan {
         sharing.ranks = match residual.ranks {
             Ranks::Uniform(_) => RankTable::new(),
             Ranks::Parameters(count) => {
-                // The budget is that of the whole model: asked again, it gives the same groups.
-                let own = Own { residual: None, ..sharing.own };
-                let bare = self.with_groups(decoder.architecture(), sharing.groups.clone(), own)?;
-                let bare = bare.architecture(decoder.architecture())?.parameter_count();
-                if let Groups::Budget { budget: Budget::Parameters(budget), .. } = &mut sharing.asked {
-                    *budget = (*budget).max(bare + count);
-                }
                 fold::spread_ranks(decoder, self, (count, residual.start), windows, observer)?
             }
         };
-        self.share(decoder.architecture(), sharing)
+        let arch = decoder.architecture();
+        if let Groups::Budget { budget, .. } = &mut sharing.asked {
+            // The budget is that of the whole model: asked again, it gives the same groups.
+            let types = decoder.stored_types().of_blocks(&self.kept());
+            *budget = budget.raised_to(self.size(arch, *budget, (&sharing.groups, sharing.own), &types)?);
+        }
+        self.share(arch, sharing)
     }
 
     /// The plan that shares so, with uniform ranks where these were asked for.

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::Windows;
 use crate::error::{Error, Result};
-use crate::model::{Part, Projection, Unit};
+use crate::model::{Architecture, Part, Projection, StoredTypes, Unit};
 
 /// Which of the blocks that stay share their matrices, as it is asked for. Blocks go by their index in the original
 /// model.
@@ -42,7 +42,7 @@ pub enum Groups {
 pub enum Budget {
     /// Parameters, each shared one counted once.
     Parameters(usize),
-    /// Bytes of all tensors, in the type in which they are stored.
+    /// Bytes of all tensors, in the types in which they are stored, each shared one counted once.
     Bytes(u64),
 }
 
@@ -202,6 +202,30 @@ impl From<&Windows> for Calibration {
 }
 
 impl Budget {
+    /// The most that a model may take.
+    pub(crate) fn limit(self) -> usize {
+        match self {
+            Self::Parameters(count) => count,
+            Self::Bytes(bytes) => bytes as usize,
+        }
+    }
+
+    /// This budget, or one that is as large.
+    pub(crate) fn raised_to(self, size: usize) -> Self {
+        match self {
+            Self::Parameters(count) => Self::Parameters(count.max(size)),
+            Self::Bytes(bytes) => Self::Bytes(bytes.max(size as u64)),
+        }
+    }
+
+    /// What a model of this architecture takes, stored in these types, with so many parameters more.
+    pub(crate) fn taken(self, arch: &Architecture, more: usize, types: &StoredTypes) -> usize {
+        match self {
+            Self::Parameters(_) => arch.parameter_count() + more,
+            Self::Bytes(_) => types.bytes_of(arch) as usize + more * types.narrowest().size_in_bytes(),
+        }
+    }
+
     /// What it counts.
     pub(crate) fn unit(self) -> &'static str {
         match self {
