@@ -31,6 +31,9 @@ impl<'a> Trials<'a> {
         let states = vec![States::new(&cut, windows)?.0];
         let mut trials = Self { tied: cut.clone(), cut, windows, own_norms, states, loss: 0.0 };
         trials.settle(trials.cut.clone(), 0)?;
+        if !trials.loss.is_finite() {
+            return Err(Error::NotFinite { what: "the loss before anything is tied".into(), value: trials.loss });
+        }
         Ok(trials)
     }
 
@@ -52,22 +55,15 @@ impl<'a> Trials<'a> {
         Ok(())
     }
 
-    /// The mean loss in nats per token from the final states of every window.
+    /// The mean loss in nats per token from the final states of every window. What is tied badly may overflow.
     fn mean_loss(&self, decoder: &Decoder, states: impl Iterator<Item = Result<Tensor>>) -> Result<f64> {
         let (mut total, mut tokens) = (0.0, 0);
         for (window, state) in states.enumerate() {
             let targets = self.windows.window(window)?.get(1..).unwrap_or_default();
-            let rows = state?.squeeze(0)?.narrow(0, 0, targets.len())?;
-            let losses = decoder.nll(&rows, targets)?.to_vec1::<f32>()?;
-            total += losses.into_iter().map(f64::from).sum::<f64>();
+            total += decoder.window_nll(&state?, targets)?;
             tokens += targets.len();
         }
-        let mean = total / tokens as f64;
-        if mean.is_finite() {
-            Ok(mean)
-        } else {
-            Err(Error::NotFinite { what: "a loss with tied blocks".into(), value: mean })
-        }
+        Ok(total / tokens as f64)
     }
 
     /// What was decided, with these depths tied too.
@@ -77,7 +73,8 @@ impl<'a> Trials<'a> {
         Ok(self.tied.of_blocks(blocks))
     }
 
-    /// By how much the loss rises when these depths are tied.
+    /// By how much the loss rises when these depths are tied, with nothing that makes up for it; a loss that is not finite
+    /// is an infinite one.
     fn cost(&self, depths: &[usize], donor: Option<usize>) -> Result<f64> {
         let decoder = self.with_tie(depths, donor)?;
         let from = depths.first().copied().unwrap_or_default();
@@ -85,7 +82,8 @@ impl<'a> Trials<'a> {
         let finals = self.states.get(from).into_iter().flatten().map(|x| {
             (from..decoder.depth()).try_fold(x.clone(), |x, depth| decoder.run_block(depth, &x, &pass))
         });
-        Ok(self.mean_loss(&decoder, finals)? - self.loss)
+        let loss = self.mean_loss(&decoder, finals)?;
+        Ok(if loss.is_finite() { loss - self.loss } else { f64::INFINITY })
     }
 
     /// What each donor that `asked` allows would cost, the cheapest first; of equals the mean, then the first block.
@@ -102,38 +100,42 @@ impl<'a> Trials<'a> {
     }
 }
 
-/// A group of depths as a group of blocks of the original model.
+/// A group of depths as a group of blocks of the original model; donors of infinite cost are none.
 fn group(kept: &[usize], depths: &[usize], donors: &[(Option<usize>, f64)]) -> Result<Group> {
     let block =
         |depth: usize| kept.get(depth).copied().ok_or(Error::NoSuchBlock { index: depth, depth: kept.len() });
     let matrices =
         |donor: Option<usize>| donor.map_or(Ok(Matrices::Mean), |depth| block(depth).map(Matrices::Block));
-    let tried =
-        donors.iter().map(|(donor, cost)| Ok((matrices(*donor)?, *cost))).collect::<Result<Vec<_>>>()?;
+    let blocks = depths.iter().map(|&depth| block(depth)).collect::<Result<Vec<_>>>()?;
+    let finite = donors.iter().filter(|(_, cost)| cost.is_finite());
+    let tried = finite.map(|(donor, cost)| Ok((matrices(*donor)?, *cost))).collect::<Result<Vec<_>>>()?;
     let Some(&(donor, cost)) = tried.first() else {
-        return Err(Error::Plan("a group without a donor".into()));
+        let what = format!("the loss with blocks {blocks:?} tied, by whichever donor,");
+        return Err(Error::NotFinite { what, value: f64::INFINITY });
     };
-    let blocks = depths.iter().map(|&depth| block(depth)).collect::<Result<_>>()?;
     Ok(Group { blocks, donor, cost: Some(cost), tried: if tried.len() > 1 { tried } else { Vec::new() } })
 }
 
-/// The groups of these blocks, each with the donor that costs the least, first to last: each is measured with those
-/// before it tied.
-pub(crate) fn best_donors(
+/// The groups of these blocks with what they cost, of the donors that were asked for the one that costs the least, first
+/// to last: each is measured with those before it tied.
+pub(crate) fn measured_groups(
     decoder: &Decoder,
     plan: &Plan,
     blocks: &[Vec<usize>],
-    own_norms: bool,
+    (donor, own_norms): (Donor, bool),
     windows: &Windows,
     observer: &mut dyn Observer,
 ) -> Result<Vec<Group>> {
+    if blocks.is_empty() {
+        return Ok(Vec::new());
+    }
     let kept = plan.kept();
     let mut trials = Trials::new(decoder.without(&plan.units())?, own_norms, windows)?;
     let mut groups = Vec::with_capacity(blocks.len());
     progress::steps("donors", blocks.len(), observer, |place| {
         let Some(blocks) = blocks.get(place) else { return Ok(()) };
         let depths = blocks.iter().map(|&block| plan.depth_of(block)).collect::<Result<Vec<_>>>()?;
-        let donors = trials.donors(&depths, Donor::Best)?;
+        let donors = trials.donors(&depths, donor)?;
         groups.push(group(&kept, &depths, &donors)?);
         if let (Some((donor, _)), Some(&first)) = (donors.first(), depths.iter().min()) {
             let tied = trials.with_tie(&depths, *donor)?;
@@ -202,10 +204,10 @@ impl Ties {
                     let (unit, reason) = (self.budget.unit(), "all neighbours that may be are tied");
                     return Err(Error::Budget { what: "sharing", unit, budget: limit, least: size, reason });
                 };
+                let mut made = group(&kept, &best.depths, &best.donors)?;
                 let Some((donor, _)) = best.donors.first() else { break };
                 let tied = trials.with_tie(&best.depths, *donor)?;
                 trials.settle(tied, best.depths.first().copied().unwrap_or_default())?;
-                let mut made = group(&kept, &best.depths, &best.donors)?;
                 let inside = |depths: &[usize]| depths.iter().any(|depth| best.depths.contains(depth));
                 let grown = groups.iter().filter(|(depths, _)| inside(depths));
                 let before: f64 = grown.filter_map(|(_, group)| group.as_ref()?.cost).sum();

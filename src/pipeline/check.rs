@@ -1,6 +1,5 @@
 //! What can be known to be wrong before any work is done.
 
-use super::inputs::Inputs;
 use super::recipe::{Goal, MixOptions, Recipe, Total};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
@@ -197,7 +196,7 @@ impl Recipe {
             Some(Goal::Blocks(count)) => named("blocks", Target::Blocks(count)),
             Some(Goal::Parameters(most)) => named("parameters", Target::Parameters(most)),
             Some(Goal::Bytes(most)) => {
-                let (freed, bytes) = Inputs::freed_bytes(self, checkpoint);
+                let (freed, bytes) = self.freed_bytes(checkpoint);
                 let found = |least| format!("is {most}, expected at least {least}, with one block left");
                 fewest(&freed, bytes, most).map_err(|least| Error::recipe("target.bytes", found(least)))
             }

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::recipe::Recipe;
+use super::recipe::{Goal, Recipe};
 use super::run::LATENCY;
 use super::stage::Stage;
 use super::work::{Key, Work};
@@ -126,7 +126,9 @@ impl<'a> Inputs<'a> {
             Key::of(Stage::Score.name(), &(self.model(), recipe.dtype, &calibration, recipe.method, options))
         });
         let score = score.transpose()?;
-        let asked = (recipe.target, &recipe.protect, &recipe.share, recipe.mix);
+        // How many bytes a plan leaves depends on the format.
+        let format = matches!(recipe.target, Some(Goal::Bytes(_))).then_some(recipe.format);
+        let asked = (recipe.target, format, &recipe.protect, &recipe.share, recipe.mix);
         let plan = Key::of(Stage::Plan.name(), &(self.model(), &score, asked, &calibration))?;
         let heal = self.healing.as_ref().zip(self.heal()).map(|((train, choosing), heal)| {
             Key::of(Stage::Heal.name(), &(&plan, heal, train.ids_sha256(), choosing.ids_sha256()))

@@ -77,7 +77,7 @@ impl Inputs<'_> {
         };
         let importance = (0..arch.depth()).map(|block| f64::from(u8::from(named.contains(&block))));
         let scores = Scores::new("assumed", &self.calibration, importance.collect())?;
-        let (freed, _) = Self::freed_bytes(self.recipe, &self.checkpoint);
+        let (freed, _) = self.recipe.freed_bytes(&self.checkpoint);
         if self.remove > 0 && freed.first() != freed.last() {
             assumed.push("blocks of the end go, and blocks differ in size".to_string());
         }
@@ -92,26 +92,28 @@ impl Inputs<'_> {
         let plan = bare.builder(target, scores).build(arch)?;
         let mut sizes = self.planned_sizes(&plan)?;
         sizes.parameters += extra;
-        sizes.stored_bytes += (extra * self.checkpoint.stored_types().narrowest().size_in_bytes()) as u64;
+        let more = (extra * self.checkpoint.stored_types().narrowest().size_in_bytes()) as u64;
+        sizes.stored_bytes += more;
         sizes.assumed = assumed;
         if let Some(budget) = budget {
-            self.fit(budget, &plan, &mut sizes)?;
+            let compact = self.checkpoint.stored_bytes(&plan, Format::Compact)? + more;
+            self.fit(budget, compact, &mut sizes);
         }
         Ok(Some(sizes))
     }
 
-    /// Sharing that is measured goes on until the budget is met.
-    fn fit(&self, budget: Budget, plan: &Plan, sizes: &mut Sizes) -> Result<()> {
-        let compact = self.checkpoint.stored_bytes(plan, Format::Compact)?;
+    /// Sharing that is measured goes on until the budget is met; so far the model takes `compact` bytes where what is
+    /// shared is stored once.
+    fn fit(&self, budget: Budget, compact: u64, sizes: &mut Sizes) {
         // Sharing leaves about the same mixture of types.
         let share = match budget {
             Budget::Parameters(most) => most as f64 / sizes.parameters as f64,
             Budget::Bytes(most) => most as f64 / compact as f64,
         };
         if share >= 1.0 {
-            return Ok(());
+            return;
         }
-        let of = |size: u64| (size as f64 * share) as u64;
+        let of = |size: u64| (size as f64 * share).round() as u64;
         sizes.parameters = match budget {
             Budget::Parameters(most) => most,
             Budget::Bytes(_) => of(sizes.parameters as u64) as usize,
@@ -124,14 +126,6 @@ impl Inputs<'_> {
                 sizes.assumed.push("no scale or residual is merged into a matrix".to_string());
             }
         }
-        Ok(())
-    }
-
-    /// What removing blocks frees at least, ascending, in the recipe's format, and the bytes of them all with the rest.
-    pub(super) fn freed_bytes(recipe: &Recipe, checkpoint: &Checkpoint) -> (Vec<u64>, u64) {
-        let types = checkpoint.stored_types();
-        let arch = recipe.format.architecture(checkpoint.architecture());
-        (arch.freed(|param, shape| types.size(param, shape)), types.bytes_of(&arch))
     }
 
     /// The fewest blocks whose removal leaves at most so many bytes, in the recipe's format.
@@ -151,5 +145,14 @@ impl Inputs<'_> {
             least = least.min(bytes);
         }
         Err(Error::recipe("target.bytes", format!("is {most}, expected at least {least}")))
+    }
+}
+
+impl Recipe {
+    /// What removing blocks frees at least, ascending, in the recipe's format, and the bytes of the whole model.
+    pub(super) fn freed_bytes(&self, checkpoint: &Checkpoint) -> (Vec<u64>, u64) {
+        let types = checkpoint.stored_types();
+        let arch = self.format.architecture(checkpoint.architecture());
+        (arch.freed(|param, shape| types.size(param, shape)), types.bytes_of(&arch))
     }
 }

@@ -137,21 +137,24 @@ impl PlanBuilder {
         plan.share(arch, Sharing { groups, ..self.sharing(asked) })
     }
 
-    /// Makes the plan, measuring on calibration windows what has to be measured.
+    /// Makes the plan, measuring on calibration windows what has to be measured, and what every group costs.
     ///
     /// # Errors
-    /// As [`build`](Self::build); a budget that no grouping meets, a loss that is not finite, or a cancelling
-    /// observer.
+    /// As [`build`](Self::build) but for what has to be measured; a budget that no grouping meets, groups whose loss is
+    /// not finite by any donor, or a cancelling observer.
     pub fn measure(self, decoder: &Decoder, windows: &Windows, observer: &mut dyn Observer) -> Result<Plan> {
         let (arch, own) = (decoder.architecture(), self.own);
         let plan = self.removed(arch)?;
         let Some(asked) = self.groups.clone() else { return Ok(plan) };
         let groups = match (asked.decide(&plan.parts(arch)?)?, &asked) {
-            (Some(_), _) if self.donor != Some(Donor::Best) => {
-                let unranked = Self { own: Own { residual: None, ..own }, ..self.clone() };
-                unranked.build(arch)?.sharing().map(|sharing| sharing.groups.clone()).unwrap_or_default()
+            (Some(blocks), _) => {
+                // Refuses groups that cannot be before anything is measured.
+                let unmeasured = |blocks| Group { blocks, donor: Matrices::Mean, cost: None, tried: Vec::new() };
+                let unmeasured = blocks.iter().cloned().map(unmeasured).collect();
+                plan.with_groups(arch, unmeasured, Own::default())?;
+                let asked = (self.donor.unwrap_or_default(), own.norms);
+                fold::measured_groups(decoder, &plan, &blocks, asked, windows, observer)?
             }
-            (Some(blocks), _) => fold::best_donors(decoder, &plan, &blocks, own.norms, windows, observer)?,
             (None, Groups::Budget { budget, largest }) => {
                 let ties = fold::Ties { budget: *budget, largest: *largest, donor: self.donor.unwrap_or_default(), own };
                 ties.choose(decoder, &plan, windows, observer)?

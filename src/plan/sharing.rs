@@ -26,6 +26,10 @@ pub enum Groups {
     /// These blocks, group by group.
     Explicit(Vec<Vec<usize>>),
     /// Neighbours whose tying costs the least loss, one after the other, until the whole model is as small as that.
+    ///
+    /// Costs are those of matrices and norms alone: scales and residuals are fitted afterwards, and groups that were chosen
+    /// with them could be others. Each cost is measured with all earlier ties in place, but measured again after a tie
+    /// only where it is the lowest that is known: a tie that another has made cheaper is overlooked until then.
     Budget {
         /// What the model may take.
         budget: Budget,
@@ -56,7 +60,8 @@ pub enum Donor {
     First,
     /// The mean of all its blocks' matrices.
     Mean,
-    /// Whichever of the mean and its blocks costs the least loss on calibration windows.
+    /// Whichever of the mean and its blocks costs the least loss on calibration windows, before scales and residuals make
+    /// up for what they can: with them another donor could be the best.
     Best,
 }
 
@@ -78,11 +83,12 @@ pub struct Group {
     pub blocks: Vec<usize>,
     /// What they share.
     pub donor: Matrices,
-    /// What tying them costs in nats per token on the calibration windows, with all that was decided before in place;
-    /// of a group that grew, the sum of its steps. Absent where nothing was measured.
+    /// What tying them costs in nats per token on the calibration windows, with all that was decided before in place and
+    /// without scales and residuals; of a group that grew, the sum of its steps. Absent where nothing was measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cost: Option<f64>,
-    /// What every donor that was tried would cost, the cheapest first; of a group that grew, at its last step.
+    /// What every donor that was tried would cost, the cheapest first; of a group that grew, at its last step. Donors with
+    /// which the loss was not finite are left out.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tried: Vec<(Matrices, f64)>,
 }
