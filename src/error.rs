@@ -130,6 +130,17 @@ pub enum Error {
         value: f64,
     },
 
+    /// A matrix could not be taken apart although all of it is finite.
+    #[error("no {factors} of {what}: {reason}")]
+    Decomposition {
+        /// The factors that were wanted.
+        factors: &'static str,
+        /// The matrix, with its block and projection.
+        what: String,
+        /// Why there are none.
+        reason: String,
+    },
+
     /// Something that should be differentiated has no gradient: an operation upstream lost it.
     #[error("no gradient reaches {tensor}")]
     NoGradient {

@@ -73,6 +73,8 @@ pub struct Saved {
     pub directory: PathBuf,
     /// The bytes of all tensors.
     pub tensor_bytes: u64,
+    /// The bytes of the files of weights: those of the tensors, and of the headers that name them.
+    pub file_bytes: u64,
     /// The files of weights.
     pub weight_files: Vec<String>,
 }
@@ -129,9 +131,13 @@ impl Checkpoint {
         self.write_companions(&staging)?;
         let (weight_files, tensor_bytes) = write_weights(&written, &staging, options, observer)?;
         compare(&written, &staging.path, observer)?;
+        let mut file_bytes = 0;
+        for path in weight_files.iter().map(|name| staging.path.join(name)) {
+            file_bytes += std::fs::metadata(&path).map_err(Error::io("read", &path))?.len();
+        }
         staging.commit(directory)?;
         tracing::debug!(path = %directory.display(), files = weight_files.len(), bytes = tensor_bytes, "saved");
-        Ok(Saved { directory: directory.to_path_buf(), tensor_bytes, weight_files })
+        Ok(Saved { directory: directory.to_path_buf(), tensor_bytes, file_bytes, weight_files })
     }
 
     /// A plan is written only beside what it describes.

@@ -132,7 +132,7 @@ pub(crate) fn measured_groups(
     let kept = plan.kept();
     let mut trials = Trials::new(decoder.without(&plan.units())?, own_norms, windows)?;
     let mut groups = Vec::with_capacity(blocks.len());
-    progress::steps("donors", blocks.len(), observer, |place| {
+    progress::steps("groups", blocks.len(), observer, |place| {
         let Some(blocks) = blocks.get(place) else { return Ok(()) };
         let depths = blocks.iter().map(|&block| plan.depth_of(block)).collect::<Result<Vec<_>>>()?;
         let donors = trials.donors(&depths, donor)?;

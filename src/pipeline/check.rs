@@ -123,7 +123,6 @@ impl Recipe {
         let sound = (0.0..1.0).contains(&mix.residual_share);
         let found = format!("is {}, expected from 0 to below 1", mix.residual_share);
         refuse(!sound, "mix.residual_share", &found)?;
-        refuse(!self.protect.is_empty(), "protect", "a mix removes by scores alone, and protects no block")?;
         let halves = self.gates.as_ref().is_some_and(|gates| gates.halves);
         refuse(halves, "gates.halves", "a mix removes whole blocks")?;
         match mix.total {
@@ -190,7 +189,7 @@ impl Recipe {
             target.blocks(arch).map_err(|error| in_field(&format!("target.{name}"), &error))
         };
         match self.target {
-            None if self.mix.is_some() => Ok((arch.depth() + 5) / 10),
+            None if self.mix.is_some() => Ok(((arch.depth() + 5) / 10).min(self.free(arch.depth()))),
             None => Ok(0),
             Some(Goal::Rate(rate)) => named("rate", Target::Rate(rate)),
             Some(Goal::Blocks(count)) => named("blocks", Target::Blocks(count)),

@@ -102,6 +102,7 @@ impl Inputs<'_> {
     ) -> Result<Planned> {
         let mut mix = Mix::new(self.total(options));
         (mix.removed, mix.residual_share, mix.donor) = (self.remove, options.residual_share, options.donor);
+        mix.protected.clone_from(&self.recipe.protect);
         if !options.search {
             let plan = mix.plan(dense, scores, &self.calibration, observer)?;
             return Ok(Planned { plan, mixes: Vec::new() });
