@@ -112,7 +112,11 @@ impl Mix {
     #[must_use]
     pub fn variants(&self, removed: &[usize], residual_shares: &[f64]) -> Vec<Self> {
         let of = |removed: usize| {
-            residual_shares.iter().map(move |&residual_share| Self { removed, residual_share, ..self.clone() })
+            residual_shares.iter().map(move |&residual_share| Self {
+                removed,
+                residual_share,
+                ..self.clone()
+            })
         };
         removed.iter().flat_map(|&removed| of(removed)).collect()
     }

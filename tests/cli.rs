@@ -55,5 +55,8 @@ fn flags_of_sharing_say_what_is_shared() {
     let residual = share.own.residual.unwrap();
     assert_eq!((residual.ranks, residual.start), (Ranks::Uniform(8), ResidualStart::Svd));
     assert!(parse("--remove 0.2").unwrap().sharing.share(|| Ok(1000)).unwrap().is_none());
-    assert_eq!(parse("--budget-params 0.6 --donor first").unwrap().sharing.mix().unwrap().donor, Donor::First);
+    assert_eq!(
+        parse("--budget-params 0.6 --donor first").unwrap().sharing.mix().unwrap().donor,
+        Donor::First
+    );
 }

@@ -3,8 +3,8 @@
 
 mod support;
 
-use foldgpt::plan::{Donor, Groups, Matrices, Ranks, ResidualStart, ScaleStart};
 use foldgpt::model::Unit;
+use foldgpt::plan::{Donor, Groups, Matrices, Ranks, ResidualStart, ScaleStart};
 use foldgpt::{Error, Plan, Scores, Target, Windows, fold};
 use support::load;
 
@@ -101,7 +101,8 @@ fn a_parameter_budget_is_met_by_halves_and_by_blocks_that_share() {
     let arch = pairs.architecture();
     for budget in (0..pairs.parameter_count()).rev().step_by(1000) {
         let Ok(most) = Target::Parameters(budget).blocks(arch) else { break };
-        for first in [[1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0], [1.0, 3.0, 2.0, 4.0], [3.0, 1.0, 4.0, 2.0]] {
+        for first in [[1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0], [1.0, 3.0, 2.0, 4.0], [3.0, 1.0, 4.0, 2.0]]
+        {
             let plan = Plan::new(arch, &scores(&first), Target::Parameters(budget), &[]).unwrap();
             assert!(plan.removed().len() <= most, "{budget}: {:?}, at most {most}", plan.removed());
         }
@@ -230,7 +231,8 @@ fn words_without_effect_are_refused() {
             assert!(error.contains(&format!("`{missing}`")), "{error}");
         }
     }
-    let at_first = Plan::builder().at(Target::Blocks(2)).remove(Target::Blocks(1), &scores(&[0.4, 0.1, 0.3, 0.2]));
+    let at_first =
+        Plan::builder().at(Target::Blocks(2)).remove(Target::Blocks(1), &scores(&[0.4, 0.1, 0.3, 0.2]));
     assert_eq!(at_first.build(arch).unwrap().removed(), [1], "the last word counts");
 }
 

@@ -170,7 +170,8 @@ impl Checkpoint {
             DType::F16 => "float16",
             _ => "float32",
         };
-        let mut config = surgery::cut(&self.config, &written.decoder.origins(), &written.architecture, dtype)?;
+        let mut config =
+            surgery::cut(&self.config, &written.decoder.origins(), &written.architecture, dtype)?;
         if let (Format::Compact, Some(fields)) = (written.format, config.as_object_mut()) {
             fields.insert(compact::SECTION.into(), compact::to_section(&written.architecture)?);
         }
@@ -201,7 +202,8 @@ impl Checkpoint {
     }
 
     /// The bytes of all tensors that [`save`](Self::save) writes of what `plan` makes of this checkpoint's decoder. Vectors
-    /// that healing has moved may take more afterwards.
+    /// that the type of their place cannot hold take more: those that healing has moved, and norms of a donor that are
+    /// stored in a wider type.
     ///
     /// # Errors
     /// A plan for another model.

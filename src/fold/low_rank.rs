@@ -81,8 +81,9 @@ fn whitening(moment: &Tensor, place: &str) -> Result<Mat<f64>> {
 
 /// The matrix, if all of it is finite.
 fn finite(matrix: Mat<f64>, what: impl FnOnce() -> String) -> Result<Mat<f64>> {
-    let wrong = matrix.col_iter().flat_map(|column| column.iter().copied()).find(|value| !value.is_finite());
-    match wrong {
+    let (view, (height, width)) = (matrix.as_ref(), matrix.shape());
+    let mut values = (0..height).flat_map(|row| (0..width).map(move |column| view[(row, column)]));
+    match values.find(|value| !value.is_finite()) {
         Some(value) => Err(Error::NotFinite { what: what(), value }),
         None => Ok(matrix),
     }

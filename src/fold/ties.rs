@@ -32,7 +32,10 @@ impl<'a> Trials<'a> {
         let mut trials = Self { tied: cut.clone(), cut, windows, own_norms, states, loss: 0.0 };
         trials.settle(trials.cut.clone(), 0)?;
         if !trials.loss.is_finite() {
-            return Err(Error::NotFinite { what: "the loss before anything is tied".into(), value: trials.loss });
+            return Err(Error::NotFinite {
+                what: "the loss before anything is tied".into(),
+                value: trials.loss,
+            });
         }
         Ok(trials)
     }

@@ -40,7 +40,9 @@ impl StoredTypes {
     #[must_use]
     pub fn of(&self, param: Param) -> DType {
         match param {
-            Param::Block(_, BlockParam::Scale(_) | BlockParam::LoraA(_) | BlockParam::LoraB(_)) => self.narrowest,
+            Param::Block(_, BlockParam::Scale(_) | BlockParam::LoraA(_) | BlockParam::LoraB(_)) => {
+                self.narrowest
+            }
             param => self.others.get(&param).copied().unwrap_or(self.narrowest),
         }
     }

@@ -149,14 +149,20 @@ impl PlanBuilder {
         let groups = match (asked.decide(&plan.parts(arch)?)?, &asked) {
             (Some(blocks), _) => {
                 // Refuses groups that cannot be before anything is measured.
-                let unmeasured = |blocks| Group { blocks, donor: Matrices::Mean, cost: None, tried: Vec::new() };
+                let unmeasured =
+                    |blocks| Group { blocks, donor: Matrices::Mean, cost: None, tried: Vec::new() };
                 let unmeasured = blocks.iter().cloned().map(unmeasured).collect();
                 plan.with_groups(arch, unmeasured, Own::default())?;
                 let asked = (self.donor.unwrap_or_default(), own.norms);
                 fold::measured_groups(decoder, &plan, &blocks, asked, windows, observer)?
             }
             (None, Groups::Budget { budget, largest }) => {
-                let ties = fold::Ties { budget: *budget, largest: *largest, donor: self.donor.unwrap_or_default(), own };
+                let ties = fold::Ties {
+                    budget: *budget,
+                    largest: *largest,
+                    donor: self.donor.unwrap_or_default(),
+                    own,
+                };
                 ties.choose(decoder, &plan, windows, observer)?
             }
             (None, _) => Vec::new(),
@@ -297,8 +303,11 @@ impl Plan {
         let projections = |block: usize| -> Result<BTreeMap<Projection, usize>> {
             let part = self.part(arch, block)?;
             let there = Projection::ALL.into_iter().filter(|at| part == Part::Whole || part == at.half());
-            let shapes = there.filter_map(|projection| Some((projection, arch.projection_shape(projection)?)));
-            Ok(shapes.map(|(projection, (output, input))| (projection, rank.min(output).min(input))).collect())
+            let shapes =
+                there.filter_map(|projection| Some((projection, arch.projection_shape(projection)?)));
+            Ok(shapes
+                .map(|(projection, (output, input))| (projection, rank.min(output).min(input)))
+                .collect())
         };
         let strangers = groups.iter().flat_map(Group::strangers);
         strangers.map(|block| Ok((block, projections(block)?))).collect()

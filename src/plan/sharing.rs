@@ -278,7 +278,8 @@ impl Groups {
                 Err(Error::argument("range of blocks", found, "the first no greater than the last"))
             }
             Self::Consecutive { size, within } => {
-                let inside = |(block, _): &&(usize, Part)| within.is_none_or(|(a, b)| (a..=b).contains(block));
+                let inside =
+                    |(block, _): &&(usize, Part)| within.is_none_or(|(a, b)| (a..=b).contains(block));
                 let blocks: Vec<(usize, Part)> = kept.iter().filter(inside).copied().collect();
                 let runs = blocks.chunk_by(|a, b| a.1 == b.1);
                 let groups = runs.flat_map(|run| run.chunks(*size)).filter(|group| group.len() > 1);
