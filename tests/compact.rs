@@ -289,6 +289,11 @@ fn newer_versions_and_contradictions_are_refused_by_name() {
         "{error}"
     );
     assert!(refused(|section| section["version"] = json!(0)).contains("foldgpt.version"));
+    assert!(refused(|section| section["version"] = json!(1.0)).contains("foldgpt.version"));
+    let nameless = refused(|section| {
+        section["blocks"][2].as_object_mut().unwrap().remove("weights");
+    });
+    assert!(nameless.contains("foldgpt.blocks") && nameless.contains("weights"), "{nameless}");
     assert!(refused(|section| *section = json!({})).contains("foldgpt.version"));
     assert!(refused(|section| *section = json!([])).contains("foldgpt"));
     let cases: [(&str, Value); 8] = [
