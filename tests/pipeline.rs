@@ -10,7 +10,7 @@ use foldgpt::data::json_lines;
 use foldgpt::heal::{Budget, Losses, Teacher, Trainable, hold_out};
 use foldgpt::importance::{BlockInfluence, Method};
 use foldgpt::pipeline::{Goal, MixOptions, Share, Stage, Total};
-use foldgpt::plan::Groups;
+use foldgpt::plan::{Groups, Ranks, ResidualStart};
 use foldgpt::{
     Account, Bos, Checkpoint, Compressor, Error, Format, Heal, Importance, LatencyOptions, Observer, Plan,
     Recipe, SaveOptions, Target, Windows, fold_on, perplexity,
@@ -492,12 +492,57 @@ fn bytes_are_met_by_as_few_blocks_as_it_takes() {
 }
 
 #[test]
+fn bytes_are_met_where_blocks_share_too() {
+    let directory = directory();
+    let path = directory.path();
+    let checkpoint = Checkpoint::open(MODEL).unwrap();
+    let dense = checkpoint.decoder(DType::F32, &Device::Cpu).unwrap();
+    for (name, groups) in [("even", Groups::of(2)), ("odd", Groups::of_within(2, 1..=10))] {
+        let plan = Plan::builder().share(groups).residual(Ranks::Uniform(8), ResidualStart::Svd);
+        let plan = plan.build(dense.architecture()).unwrap();
+        let source = path.join(name);
+        checkpoint
+            .save(
+                &fold_on(&dense, &plan, &Windows::from_ids(vec![vec![1, 2]]).unwrap(), &mut ()).unwrap(),
+                None,
+                &source,
+                &Format::Compact.into(),
+                &mut (),
+            )
+            .unwrap();
+        let source = Checkpoint::open(&source).unwrap();
+        let arch = source.architecture();
+        for format in [Format::Compact, Format::Expanded] {
+            let whole = source.stored_bytes(&Plan::builder().build(arch).unwrap(), format).unwrap();
+            // The bytes of a stranger's own, and more.
+            for most in [whole - 40_000, whole / 4 * 3] {
+                let mut compressor = compressor(path, &format!("{name}-{format:?}-{most}")).format(format);
+                compressor.recipe.model = source.location().to_str().unwrap().into();
+                let compressor = compressor.target(Goal::Bytes(most));
+                let forecast = compressor.dry_run(&mut ()).unwrap().compressed.unwrap();
+                let report = compressor.run(&mut ()).unwrap();
+                let found = format!("{name} {format:?}: {} of {most}", report.saved_bytes);
+                assert!(forecast.stored_bytes <= most, "{found}");
+                assert!(report.saved_bytes <= most, "{found}");
+                assert_eq!(source.stored_bytes(&report.plan, format).unwrap(), report.saved_bytes);
+                let fewer = Target::Blocks(report.plan.removed().len() - 1);
+                let fewer = Plan::new(arch, report.plan.scores().unwrap(), fewer, &[]).unwrap();
+                assert!(source.stored_bytes(&fewer, format).unwrap() > most, "{found}: fewer would do");
+            }
+        }
+    }
+}
+
+#[test]
 fn a_mix_meets_its_total() {
     let directory = directory();
+    let all_but_5 = [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11];
     let mut compressor = compressor(directory.path(), "out").mix(MixOptions::new(Total::Share(0.8)));
+    compressor = compressor.protect(&all_but_5);
     compressor.recipe.windows.calibrate = 1;
     compressor.recipe.format = Format::Compact;
     let report = compressor.run(&mut ()).unwrap();
     assert!(report.compressed.parameters as f64 <= 0.8 * report.dense.parameters as f64);
-    assert!(report.plan.removed().len() <= 2);
+    assert!(report.plan.removed().iter().all(|block| !all_but_5.contains(block)));
+    assert!(report.plan.sharing().is_some(), "one block alone is not enough");
 }

@@ -52,6 +52,16 @@ impl Default for SaveOptions {
     }
 }
 
+impl Format {
+    /// What a decoder of this architecture is in a checkpoint of this form.
+    pub(crate) fn architecture(self, arch: &Architecture) -> Architecture {
+        match self {
+            Self::Expanded => arch.expanded(),
+            Self::Compact => arch.clone(),
+        }
+    }
+}
+
 impl From<Format> for SaveOptions {
     fn from(format: Format) -> Self {
         Self { format, ..Self::default() }
@@ -66,6 +76,8 @@ pub struct Saved {
     pub directory: PathBuf,
     /// The bytes of all tensors.
     pub tensor_bytes: u64,
+    /// The bytes of the files of weights: those of the tensors, and of the headers that name them.
+    pub file_bytes: u64,
     /// The files of weights.
     pub weight_files: Vec<String>,
 }
@@ -129,22 +141,26 @@ impl Checkpoint {
         staging.write(CARD, card.as_bytes())?;
         let (weight_files, tensor_bytes) = write_weights(&written, &staging, options, observer)?;
         compare(&written, &staging.path, observer)?;
+        let mut file_bytes = 0;
+        for path in weight_files.iter().map(|name| staging.path.join(name)) {
+            file_bytes += std::fs::metadata(&path).map_err(Error::io("read", &path))?.len();
+        }
         staging.commit(directory)?;
         tracing::debug!(path = %directory.display(), files = weight_files.len(), bytes = tensor_bytes, "saved");
-        Ok(Saved { directory: directory.to_path_buf(), tensor_bytes, weight_files })
+        Ok(Saved { directory: directory.to_path_buf(), tensor_bytes, file_bytes, weight_files })
     }
 
     /// The bytes of all tensors that saving this decoder writes.
     pub(crate) fn bytes_to_save(&self, decoder: &Decoder, format: Format) -> Result<u64> {
         let written = Written::new(self, decoder, format)?;
         let sizes = written.tensors.iter().zip(&written.types);
-        Ok(sizes.map(|(stored, dtype)| stored.bytes(*dtype) as u64).sum())
+        Ok(sizes.map(|(stored, dtype)| stored.bytes(*dtype)).sum())
     }
 
     /// A plan is written only beside what it describes.
     fn check_plan(&self, plan: &Plan, decoder: &Decoder, observer: &mut dyn Observer) -> Result<()> {
         plan.check_model(&self.architecture)?;
-        let kept: Vec<usize> = decoder.blocks().iter().map(|block| block.own.origin).collect();
+        let kept = decoder.origins();
         if kept != plan.kept() {
             return Err(Error::Plan(format!("keeps blocks {:?}, the decoder has {kept:?}", plan.kept())));
         }
@@ -161,7 +177,6 @@ impl Checkpoint {
     }
 
     fn config_of(&self, written: &Written<'_>) -> Result<Value> {
-        let kept: Vec<usize> = written.decoder.blocks().iter().map(|block| block.own.origin).collect();
         let embedding = self.tensors.first().map_or(DType::BF16, |stored| self.stored_dtype(&stored.name));
         // Where merging made tensors wider, readers that follow this field should not narrow them again.
         let widened = written.types.iter().any(|dtype| dtype.size_in_bytes() > embedding.size_in_bytes());
@@ -172,7 +187,8 @@ impl Checkpoint {
             DType::F16 => "float16",
             _ => "float32",
         };
-        let mut config = surgery::cut(&self.config, &kept, &written.architecture, dtype)?;
+        let mut config =
+            surgery::cut(&self.config, &written.decoder.origins(), &written.architecture, dtype)?;
         if let (Format::Compact, Some(fields)) = (written.format, config.as_object_mut()) {
             fields.insert(compact::SECTION.into(), compact::to_section(&written.architecture)?);
         }
@@ -202,30 +218,58 @@ impl Checkpoint {
         }
     }
 
-    /// The type that a tensor of a folded decoder has in this checkpoint; what is new has the narrowest.
-    fn type_of(&self, decoder: &Decoder, stored: &Stored) -> Result<DType> {
-        let foreign = || Error::Plan("the decoder was not made from this checkpoint".into());
-        let source = match stored.params.first().map(|(param, _)| *param).ok_or_else(foreign)? {
-            Param::Block(_, BlockParam::Scale(_) | BlockParam::LoraA(_) | BlockParam::LoraB(_)) => {
-                return Ok(self.narrowest_dtype());
-            }
-            Param::Block(depth, part) => {
-                let origin = decoder.blocks().get(depth).ok_or_else(foreign)?.own.origin;
-                // What this checkpoint shares is stored under the first block that uses it.
-                let holder = self.architecture.fold.block(origin).weights;
-                let held =
-                    |block| self.holder_of(Param::Block(block, part)).map(|_| Param::Block(block, part));
-                held(origin).or_else(|| held(holder)).ok_or_else(foreign)?
-            }
-            other => other,
-        };
-        Ok(self.stored_dtype(&self.holder_of(source).ok_or_else(foreign)?.name))
+    /// The bytes of all tensors that [`save`](Self::save) writes of what `plan` makes of this checkpoint's decoder. Vectors
+    /// that the type of their place cannot hold take more: those that healing has moved, and norms of a donor that are
+    /// stored in a wider type.
+    ///
+    /// # Errors
+    /// A plan for another model.
+    pub fn stored_bytes(&self, plan: &Plan, format: Format) -> Result<u64> {
+        let arch = plan.architecture(&self.architecture)?;
+        let tensors = self.written_tensors(&arch, &plan.kept(), format);
+        Ok(tensors.iter().map(|(stored, dtype)| stored.bytes(*dtype)).sum())
     }
 
-    /// The stored tensor that holds a parameter.
-    fn holder_of(&self, param: Param) -> Option<&Stored> {
-        self.tensors.iter().find(|stored| stored.params.iter().any(|(part, _)| *part == param))
+    /// What is written of a decoder of this architecture, whose depths are `origins` of this checkpoint's blocks, each
+    /// tensor with its type.
+    fn written_tensors(
+        &self,
+        arch: &Architecture,
+        origins: &[usize],
+        format: Format,
+    ) -> Vec<(Stored, DType)> {
+        let types = self.stored_types().of_blocks(origins);
+        let tensors = stored_tensors(&format.architecture(arch)).into_iter().map(|stored| {
+            let dtype = stored.dtype(&types);
+            let merged = format == Format::Expanded && stored.is_adapted(arch);
+            let wide = merged && self.dtype.is_none() && dtype != DType::F64;
+            (stored, if wide { DType::F32 } else { dtype })
+        });
+        tensors.collect()
     }
+
+    /// Refuses what no folding makes of this checkpoint.
+    fn check_origin(&self, decoder: &Decoder) -> Result<()> {
+        let depth = self.architecture.depth();
+        let unfolded = |arch: &Architecture| Architecture { blocks: Vec::new(), ..arch.expanded() };
+        let alike = unfolded(decoder.architecture()) == unfolded(&self.architecture);
+        if alike && decoder.origins().iter().all(|&origin| origin < depth) {
+            return Ok(());
+        }
+        Err(Error::Plan("the decoder was not made from this checkpoint".into()))
+    }
+}
+
+/// The bytes of a decoder's tensors in a compact checkpoint.
+pub(crate) fn compact_bytes(decoder: &Decoder) -> Result<u64> {
+    let types = decoder.stored_types();
+    let params: HashMap<Param, &Tensor> = decoder.params().collect();
+    let bytes = |stored: &Stored| -> Result<u64> {
+        let dtype = stored.dtype(&types);
+        let wide = stored.is_vector_beyond(&params, dtype)?;
+        Ok(stored.bytes(if wide { DType::F32 } else { dtype }))
+    };
+    stored_tensors(decoder.architecture()).iter().map(bytes).sum()
 }
 
 /// What is written of a decoder: which tensors, in which types, and what they hold.
@@ -244,53 +288,18 @@ struct Written<'a> {
 
 impl<'a> Written<'a> {
     fn new(checkpoint: &Checkpoint, decoder: &'a Decoder, format: Format) -> Result<Self> {
-        let architecture = match format {
-            Format::Expanded => decoder.architecture().expanded(),
-            Format::Compact => decoder.architecture().clone(),
-        };
-        let tensors = stored_tensors(&architecture);
-        let mut written = Self {
-            decoder,
-            format,
-            types: Vec::new(),
-            params: decoder.params().collect(),
-            shapes: architecture.params().into_iter().collect(),
-            merges: false,
-            architecture,
-            tensors,
-        };
-        let merged: Vec<bool> = written.tensors.iter().map(|stored| written.is_merged(stored)).collect();
-        written.merges = merged.contains(&true);
-        let types = written.tensors.iter().zip(merged).map(|(stored, merged)| {
-            let dtype = checkpoint.type_of(decoder, stored)?;
-            let wide = merged && checkpoint.dtype.is_none() && dtype != DType::F64;
-            Ok(if wide || written.is_vector_beyond(stored, dtype)? { DType::F32 } else { dtype })
-        });
-        written.types = types.collect::<Result<_>>()?;
-        Ok(written)
-    }
-
-    /// Whether a tensor holds a matrix that the decoder has in parts.
-    fn is_merged(&self, stored: &Stored) -> bool {
-        self.format == Format::Expanded
-            && stored.params.iter().any(|(param, _)| match param {
-                Param::Block(depth, BlockParam::Weight(projection)) => {
-                    let block = self.decoder.blocks().get(*depth);
-                    block.is_some_and(|block| !block.own.adapters[*projection].is_empty())
-                }
-                _ => false,
-            })
-    }
-
-    /// Whether a tensor is a vector that `dtype` cannot hold: small changes of norms and scales, as healing makes, are
-    /// not to be lost, and vectors take little room.
-    fn is_vector_beyond(&self, stored: &Stored, dtype: DType) -> Result<bool> {
-        let vectors = stored.params.iter().filter(|(param, _)| !param.is_matrix());
-        let mut values = vectors.filter_map(|(param, _)| self.params.get(param));
-        values.try_fold(false, |beyond, value| {
-            let narrow = value.to_dtype(dtype)?.to_dtype(value.dtype())?;
-            Ok(beyond || narrow.ne(*value)?.to_dtype(DType::F32)?.max_all()?.to_scalar::<f32>()? > 0.0)
-        })
+        checkpoint.check_origin(decoder)?;
+        let arch = decoder.architecture();
+        let architecture = format.architecture(arch);
+        let params: HashMap<Param, &Tensor> = decoder.params().collect();
+        let (mut tensors, mut types) = (Vec::new(), Vec::new());
+        for (stored, dtype) in checkpoint.written_tensors(arch, &decoder.origins(), format) {
+            types.push(if stored.is_vector_beyond(&params, dtype)? { DType::F32 } else { dtype });
+            tensors.push(stored);
+        }
+        let merges = format == Format::Expanded && tensors.iter().any(|stored| stored.is_adapted(arch));
+        let shapes = architecture.params().into_iter().collect();
+        Ok(Self { decoder, format, architecture, tensors, types, params, shapes, merges })
     }
 
     /// A tensor as it is stored.
@@ -328,7 +337,7 @@ fn write_weights(
     });
     let views: Vec<TensorView<'_>> = views.collect();
     let shards = shards(&views, options.max_shard_bytes);
-    let total: u64 = views.iter().map(|view| view.bytes as u64).sum();
+    let total: u64 = views.iter().map(|view| view.bytes).sum();
     let stem = if written.format == Format::Compact { COMPACT } else { STANDARD };
     let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
     let (mut names, mut weight_map) = (Vec::new(), serde_json::Map::new());
@@ -378,7 +387,7 @@ fn compare(written: &Written<'_>, directory: &Path, observer: &mut dyn Observer)
 struct TensorView<'a> {
     stored: &'a Stored,
     dtype: DType,
-    bytes: usize,
+    bytes: u64,
     written: &'a Written<'a>,
     /// Why the tensor could not be put together: the writer's interface has no place for an error.
     failure: RefCell<Option<Error>>,
@@ -397,12 +406,12 @@ impl ::safetensors::View for &TensorView<'_> {
         let bytes = self.written.tensor(self.stored, self.dtype).and_then(|tensor| bytes_of(&tensor));
         Cow::Owned(bytes.unwrap_or_else(|error| {
             *self.failure.borrow_mut() = Some(error);
-            vec![0; self.bytes]
+            vec![0; self.data_len()]
         }))
     }
 
     fn data_len(&self) -> usize {
-        self.bytes
+        self.bytes as usize
     }
 }
 
@@ -417,7 +426,7 @@ fn shards<'a, 'b>(views: &'b [TensorView<'a>], limit: u64) -> Vec<Vec<&'b Tensor
     let mut shards: Vec<Vec<&TensorView<'_>>> = Vec::new();
     let mut filled = 0u64;
     for view in views {
-        let bytes = view.bytes as u64;
+        let bytes = view.bytes;
         match shards.last_mut().filter(|_| filled + bytes <= limit) {
             Some(shard) => shard.push(view),
             None => {

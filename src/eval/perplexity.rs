@@ -65,10 +65,8 @@ pub fn perplexity(decoder: &Decoder, windows: &Windows, observer: &mut dyn Obser
 fn window_nll(decoder: &Decoder, windows: &Windows, index: usize) -> Result<f64> {
     let window = windows.window(index)?;
     check_vocabulary(decoder, window)?;
-    let hidden = decoder.hidden(&windows.tensor(index, decoder.device())?)?; // (1, seq, hidden)
-    let targets = window.get(1..).unwrap_or_default();
-    let losses = decoder.nll(&hidden.squeeze(0)?.narrow(0, 0, targets.len())?, targets)?;
-    Ok(losses.to_vec1::<f32>()?.into_iter().map(f64::from).sum())
+    let states = decoder.hidden(&windows.tensor(index, decoder.device())?)?;
+    decoder.window_nll(&states, window.get(1..).unwrap_or_default())
 }
 
 fn check_vocabulary(decoder: &Decoder, ids: &[u32]) -> Result<()> {

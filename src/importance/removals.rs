@@ -122,11 +122,7 @@ impl<'a> Removals<'a> {
         let decoder = self.shared.decoder;
         self.values(
             sets,
-            &|_, targets, state| {
-                let rows = state.squeeze(0)?.narrow(0, 0, targets.len())?;
-                let losses = decoder.nll(&rows, targets)?.to_vec1::<f32>()?;
-                Ok(losses.into_iter().map(f64::from).sum::<f64>() / targets.len() as f64)
-            },
+            &|_, targets, state| Ok(decoder.window_nll(state, targets)? / targets.len() as f64),
             report,
         )
     }

@@ -32,6 +32,13 @@ impl Decoder {
         Ok(self.kernels.head_loss(normalised, self.head()?, targets, soft, weights, wants_weight)?)
     }
 
+    /// The summed loss of one window in nats, from its states after the last block, `(1, seq, hidden)`; `targets` are its
+    /// tokens but the first.
+    pub(crate) fn window_nll(&self, states: &Tensor, targets: &[u32]) -> Result<f64> {
+        let losses = self.nll(&states.squeeze(0)?.narrow(0, 0, targets.len())?, targets)?;
+        Ok(losses.to_vec1::<f32>()?.into_iter().map(f64::from).sum())
+    }
+
     /// The likeliest next tokens for normalised states, `(rows, hidden)`.
     pub(crate) fn top_tokens(
         &self,

@@ -14,6 +14,7 @@ mod quantize;
 mod residual;
 mod rope;
 mod share;
+mod stored_types;
 mod structure;
 mod unit;
 
@@ -28,4 +29,5 @@ pub use cache::KvCache;
 pub use decoder::{Decoder, Pass};
 pub use fold_map::{FoldMap, FoldedBlock};
 pub use params::{BlockParam, NormPart, NormSite, Param, PerNormSite, PerProjection, Projection};
+pub use stored_types::StoredTypes;
 pub use unit::{Part, Unit};

@@ -302,8 +302,8 @@ impl<'a> Memory<'a> {
     }
 
     fn weights(&self, resident: DType) -> u64 {
-        let held = Held { stored: resident, resident, context: 1 };
-        Account::planned(self.arch, held).resident_bytes
+        let held = Held { stored: resident.into(), resident, context: 1 };
+        Account::planned(self.arch, &held).resident_bytes
     }
 
     /// One hidden state of a window.

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::recipe::Recipe;
+use super::recipe::{Goal, Recipe};
 use super::run::LATENCY;
 use super::stage::Stage;
 use super::work::{Key, Work};
@@ -64,7 +64,7 @@ impl<'a> Inputs<'a> {
         recipe.check()?;
         let checkpoint = Checkpoint::open_observed(&recipe.model, observer)?;
         let arch = checkpoint.architecture();
-        let remove = recipe.most_removed(arch, &checkpoint.block_bytes(), checkpoint.tensor_bytes())?;
+        let remove = recipe.most_removed(&checkpoint)?;
         recipe.check_model(arch, remove)?;
         let tasks = recipe.tasks.iter().map(|path| Task::read(path, recipe.task_items));
         let tasks = tasks.collect::<Result<Vec<_>>>()?;
@@ -141,7 +141,9 @@ impl<'a> Inputs<'a> {
             Key::of(Stage::Score.name(), &(self.model(), recipe.dtype, &calibration, recipe.method, options))
         });
         let score = score.transpose()?;
-        let asked = (recipe.target, &recipe.protect, &recipe.share, recipe.mix);
+        // How many bytes a plan leaves depends on the format.
+        let format = matches!(recipe.target, Some(Goal::Bytes(_))).then_some(recipe.format);
+        let asked = (recipe.target, format, &recipe.protect, &recipe.share, recipe.mix);
         let plan = Key::of(Stage::Plan.name(), &(self.model(), &score, asked, &calibration))?;
         let heal = self.healing.as_ref().zip(self.heal()).map(|((train, choosing), heal)| {
             Key::of(Stage::Heal.name(), &(&plan, heal.deciding(), train.ids_sha256(), choosing.ids_sha256()))

@@ -182,7 +182,7 @@ pub enum Goal {
     Blocks(usize),
     /// As few blocks as leave at most this many parameters.
     Parameters(usize),
-    /// As few blocks as leave at most this many bytes of tensors as they are stored now.
+    /// As few blocks as leave at most this many bytes of tensors in the recipe's format, before anything is shared.
     Bytes(u64),
     /// As many blocks as can go, in the order of their scores, with a loss that is at most this much higher on the
     /// calibration windows, in nats per token, before any healing. Where the recipe sets no quality gate, this is the
