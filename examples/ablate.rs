@@ -17,12 +17,12 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use clap::Parser;
-use cli::heal::{Distill, Train};
+use cli::heal::Distill;
 use cli::work::Work;
 use foldgpt::candle::DType;
 use foldgpt::eval::{Task, accuracy};
 use foldgpt::heal::{HealReport, Teacher, hold_out};
-use foldgpt::{Checkpoint, Decoder, Tokenizer, Windows, perplexity};
+use foldgpt::{Checkpoint, Decoder, Heal, Tokenizer, Windows, perplexity};
 use serde::{Deserialize, Serialize};
 
 #[global_allocator]
@@ -37,9 +37,12 @@ struct Args {
     /// Cut or folded models made from it
     #[arg(long, value_delimiter = ',', required = true)]
     models: Vec<String>,
-    /// Text: its first 80 % train, its last 20 % evaluate
+    /// Text, or JSON Lines (*.jsonl): its first 80 % train, its last 20 % evaluate
     #[arg(long)]
     text: PathBuf,
+    /// The field of JSON Lines that holds the text
+    #[arg(long, default_value = "text")]
+    field: String,
     /// Tasks as JSON Lines
     #[arg(long, value_delimiter = ',')]
     tasks: Vec<PathBuf>,
@@ -56,11 +59,34 @@ struct Args {
     #[arg(long, value_enum, default_value_t = cli::DtypeArg::F32)]
     dtype: cli::DtypeArg,
     #[command(flatten)]
-    heal: cli::heal::HealArgs,
+    tuning: cli::heal::TuningArgs,
     #[command(flatten)]
     window: cli::WindowArgs,
     #[arg(long, default_value_t = 0)]
     seed: u64,
+}
+
+/// What the rows train: the first of them, the first two, all.
+#[derive(Debug, Clone, Copy)]
+enum Train {
+    Norms,
+    Scales,
+    Lora,
+}
+
+impl Train {
+    const ALL: [Self; 3] = [Self::Norms, Self::Scales, Self::Lora];
+}
+
+impl Args {
+    fn heal(&self, train: &[Train], distill: Distill) -> Option<Heal> {
+        let group = |train: &Train| match train {
+            Train::Norms => self.tuning.norms(),
+            Train::Scales => self.tuning.scales(),
+            Train::Lora => self.tuning.lora(true),
+        };
+        self.tuning.heal(self.seed, distill, train.iter().map(group).collect())
+    }
 }
 
 /// One line of the table.
@@ -90,31 +116,30 @@ struct Setting<'a> {
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     anyhow::ensure!(
-        args.heal.heal(0).is_some(),
+        args.heal(&Train::ALL, Distill::Tail).is_some(),
         "one of --heal-steps, --heal-tokens and --heal-minutes is needed"
     );
     let tasks =
         args.tasks.iter().map(|path| Task::read(path, args.limit)).collect::<foldgpt::Result<Vec<_>>>()?;
     let checkpoint = cli::open(&args.dense, None)?;
     let tokenizer = checkpoint.tokenizer()?;
-    let (first, held_out) =
-        args.window.split(&tokenizer, &cli::read_text(&args.text)?, None, args.eval_windows)?;
+    let text = foldgpt::data::read_documents(&args.text, &args.field)?;
+    let (first, held_out) = args.window.split(&tokenizer, &text, None, args.eval_windows)?;
     let (train, choosing) = hold_out(&first)?;
     let dense = cli::load(&checkpoint, args.dtype.dtype())?;
     let work = open_work(&args, &checkpoint, &tasks, [&train, &choosing, &held_out])?;
     let setting = Setting { args: &args, tokenizer, train, choosing, held_out, tasks, dense, work };
 
     let mut rows = Vec::new();
-    let all = [Train::Norms, Train::Scales, Train::Lora];
     rows.push(setting.row("dense", &setting.dense, &[], Distill::None)?);
-    rows.push(setting.row("dense", &setting.dense, &all, Distill::None)?);
+    rows.push(setting.row("dense", &setting.dense, &Train::ALL, Distill::None)?);
     for model in &args.models {
         let name = Path::new(model).file_name().map_or(model.clone(), |name| name.to_string_lossy().into());
         let checkpoint = cli::open(model, None)?;
         let name = format!("{name} {:.8}", checkpoint.sha256(&mut cli::Bars::default())?);
         let student = cli::load(&checkpoint, args.dtype.dtype())?.sharing(&setting.dense)?;
         rows.push(setting.row(&name, &student, &[], Distill::None)?);
-        for train in [&all[..1], &all[..2], &all[..]] {
+        for train in [&Train::ALL[..1], &Train::ALL[..2], &Train::ALL[..]] {
             for distill in [Distill::None, Distill::Logits, Distill::Tail] {
                 rows.push(setting.row(&name, &student, train, distill)?);
             }
@@ -129,15 +154,14 @@ fn main() -> anyhow::Result<()> {
 impl Setting<'_> {
     /// A row, measured or as it was kept. Without anything to train it is the model as it is.
     fn row(&self, model: &str, decoder: &Decoder, train: &[Train], distill: Distill) -> anyhow::Result<Row> {
-        let mut args = self.args.heal.clone();
-        (args.train, args.distill) = (train.to_vec(), distill);
         let name = format!("{model} {} {}", names(train, " "), lower(&distill));
         let state = self.work.path(&name, "state");
-        (args.heal_state, args.heal_log) = (Some(state.clone()), Some(self.work.path(&name, "jsonl")));
         let row = self.work.kept(&name, || {
             let mut bars = cli::Bars::default();
-            let (healed, report) = match args.heal(self.args.seed).filter(|_| !train.is_empty()) {
-                Some(heal) => {
+            let (healed, report) = match self.args.heal(train, distill).filter(|_| !train.is_empty()) {
+                Some(mut heal) => {
+                    heal.state_file = Some(state.clone());
+                    heal.log_file = Some(self.work.path(&name, "jsonl"));
                     let teacher = heal.losses.need_teacher().then_some(Teacher::Model(&self.dense));
                     let healed = heal.run(decoder, &self.train, Some(&self.choosing), teacher, &mut bars)?;
                     (healed.decoder, Some(healed.report))
@@ -178,7 +202,7 @@ fn open_work(args: &Args, dense: &Checkpoint, tasks: &[Task], texts: [&Windows; 
     let protocol = [
         dense.sha256(&mut cli::Bars::default())?,
         args.dtype.to_string(),
-        serde_json::to_string(&args.heal.heal(args.seed))?,
+        serde_json::to_string(&args.heal(&Train::ALL, Distill::Tail))?,
         format!("{tasks:?}"),
         train,
         choosing,

@@ -33,8 +33,8 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 struct Args {
     /// A recipe, TOML or JSON (*.json), in place of all flags but --work, --report and --dry-run
     #[arg(long, conflicts_with_all = ["model", "dtype", "text", "method", "TargetArgs", "ScoringArgs", "SharingArgs",
-        "format", "protect", "out", "seed", "windows", "eval_windows", "WindowArgs", "HealArgs", "max_nll_increase",
-        "max_memory", "latency", "prompt", "base_model"])]
+        "format", "protect", "out", "seed", "windows", "eval_windows", "WindowArgs", "HealArgs", "TuningArgs",
+        "max_nll_increase", "max_memory", "latency", "field", "prompt", "base_model"])]
     recipe: Option<PathBuf>,
     /// Say what would be done, how long it takes and what comes out, and write nothing
     #[arg(long)]
@@ -48,9 +48,12 @@ struct Args {
     /// What blocks are scored in; bf16 takes, on CPUs with AVX-512 bf16, less time
     #[arg(long, value_enum, default_value = "f32")]
     dtype: cli::DtypeArg,
-    /// Text: its first 80 % calibrate, its last 20 % evaluate
+    /// Text, or JSON Lines (*.jsonl): its first 80 % calibrate, its last 20 % evaluate
     #[arg(long, required_unless_present = "recipe")]
     text: Option<PathBuf>,
+    /// The field of JSON Lines that holds the text (`text` by default)
+    #[arg(long)]
+    field: Option<String>,
     /// How blocks are scored and chosen
     #[arg(long, value_parser = cli::methods(), default_value_t = Method::Coupling)]
     method: Method,
@@ -139,6 +142,7 @@ fn recipe(args: &Args) -> anyhow::Result<Recipe> {
     let mut recipe = Recipe::default();
     recipe.model = args.model.clone().unwrap_or_default();
     recipe.text = args.text.clone().unwrap_or_default();
+    recipe.text_field.clone_from(&args.field);
     recipe.out = args.out.clone().unwrap_or_default();
     recipe.seed = args.seed;
     recipe.dtype = match args.dtype {
@@ -164,11 +168,12 @@ fn recipe(args: &Args) -> anyhow::Result<Recipe> {
     recipe.share =
         args.sharing.share(|| Ok(Checkpoint::open(&recipe.model)?.architecture().parameter_count()))?;
     recipe.mix = args.sharing.mix();
-    recipe.heal = args.heal.heal(args.seed);
+    recipe.heal = args.heal.heal(args.seed)?;
     recipe.max_nll_increase = args.max_nll_increase;
     recipe.max_memory = args.max_memory;
     recipe.latency = args.latency.then(LatencyOptions::default);
     recipe.format = args.format.into();
+    args.heal.check_format(recipe.format)?;
     recipe.samples.prompts.clone_from(&args.prompt);
     recipe.base_model.clone_from(&args.base_model);
     Ok(recipe)

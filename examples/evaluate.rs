@@ -130,7 +130,9 @@ impl Model {
     fn read(&mut self, args: &Args) -> anyhow::Result<()> {
         let windows = match (&args.ids, &args.text) {
             (Some(path), _) => {
-                let mut ids: Vec<Vec<u32>> = serde_json::from_str(&cli::read_text(path)?)
+                let text = std::fs::read_to_string(path)
+                    .with_context(|| format!("cannot read {}", path.display()))?;
+                let mut ids: Vec<Vec<u32>> = serde_json::from_str(&text)
                     .with_context(|| format!("{} is not an array of arrays of token ids", path.display()))?;
                 ids.truncate(args.windows.unwrap_or(usize::MAX));
                 Windows::from_ids(ids)?

@@ -6,7 +6,8 @@
 //!
 //! The first 80 % of the text train, but for a few windows that choose the weights that are kept; the last 20 %
 //! evaluate. Killed and started again with
-//! the same flags and a --heal-state, it goes on where it was.
+//! the same flags and a --heal-state, it goes on where it was. What lies side by side in memory is the student and its
+//! teacher, and with a --teacher-cache only ever one model.
 #![allow(clippy::print_stdout)]
 
 mod cli;
@@ -17,8 +18,8 @@ use std::path::PathBuf;
 use clap::Parser;
 use foldgpt::candle::DType;
 use foldgpt::checkpoint::check_destination;
-use foldgpt::heal::{CacheOptions, Teacher, TeacherCache, hold_out};
-use foldgpt::{Checkpoint, SaveOptions, Windows};
+use foldgpt::heal::{CacheOptions, Losses, Teacher, TeacherCache, hold_out};
+use foldgpt::{Checkpoint, Format, SaveOptions, Windows};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -46,6 +47,9 @@ struct Args {
     /// The directory to write, new or empty
     #[arg(long)]
     out: PathBuf,
+    /// How a model whose blocks share is written; as it was where not given
+    #[arg(long, value_enum)]
+    format: Option<cli::FormatArg>,
     /// Seed of the order of windows and of the adapters
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -61,51 +65,65 @@ struct Args {
 
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
-    let Some(heal) = args.heal.heal(args.seed) else {
+    let Some(heal) = args.heal.heal(args.seed)? else {
         anyhow::bail!("one of --heal-steps, --heal-tokens and --heal-minutes is needed");
     };
     check_destination(&args.out)?;
     let mut bars = cli::Bars::default();
-    let (checkpoint, decoder) = args.model.load()?;
-    let tokenizer = checkpoint.tokenizer()?;
-    let text = cli::read_documents(&args.text, &args.field)?;
-    let (train, held_out) = args.window.split(&tokenizer, &text, args.windows, Some(args.eval_windows))?;
+    let checkpoint = args.model.open()?;
+    let format = args.format(&checkpoint);
+    args.heal.check_format(format)?;
+    let text = foldgpt::data::read_documents(&args.text, &args.field)?;
+    let (train, held_out) =
+        args.window.split(&checkpoint.tokenizer()?, &text, args.windows, Some(args.eval_windows))?;
     let (train, choosing) = hold_out(&train)?;
 
     let needed = heal.losses.need_teacher();
     let name = args.teacher.as_ref().filter(|_| needed);
     anyhow::ensure!(name.is_some() || !needed, "--teacher is needed, or --distill none");
     let original = name.map(|name| cli::open(name, None)).transpose()?;
+    // No two models are in memory together but a student and the teacher that it shares tensors with.
+    let before = measure("before", &checkpoint, &held_out)?;
     let cache = match (&original, &args.teacher_cache) {
-        (Some(original), Some(path)) => Some(cached(&args, original, path, &train)?),
+        (Some(original), Some(path)) => Some(cached(&args, original, path, &train, &heal.losses)?),
         _ => None,
     };
     let dense = match (&original, &cache) {
         (Some(original), None) => Some(cli::load(original, args.model.dtype.dtype())?),
         _ => None,
     };
-    // What is not trained is in memory once.
-    let decoder = dense.as_ref().map_or(Ok(decoder.clone()), |dense| decoder.sharing(dense))?;
+    let mut student = cli::load(&checkpoint, args.model.dtype.dtype())?;
+    if let Some(dense) = &dense {
+        student = student.sharing(dense)?;
+    }
     let teacher = cache.as_ref().map(Teacher::Cache).or(dense.as_ref().map(Teacher::Model));
-    let healed = heal.run(&decoder, &train, Some(&choosing), teacher, &mut bars)?;
+    let healed = heal.run(&student, &train, Some(&choosing), teacher, &mut bars)?;
 
-    let saved = checkpoint.save(&healed.decoder, None, &args.out, &SaveOptions::default(), &mut bars)?;
-    let written = Checkpoint::open(&args.out)?;
-    let rows = [
-        table::Row::measure(
-            "before",
-            &checkpoint,
-            &cli::load(&checkpoint, DType::F32)?,
-            &held_out,
-            &mut bars,
-        )?,
-        table::Row::measure("healed", &written, &cli::load(&written, DType::F32)?, &held_out, &mut bars)?,
-    ];
+    let options = SaveOptions::from(format);
+    let saved = checkpoint.save(&healed.decoder, None, &args.out, &options, &mut bars)?;
+    let report = healed.report;
+    drop((healed.decoder, student, dense));
+    let rows = [before, measure("healed", &Checkpoint::open(&args.out)?, &held_out)?];
     println!("{}", table::table(&rows));
     println!("nll in nats per token, {}", cli::protocol(&held_out));
-    println!("{}", cli::heal::summary(&healed.report));
+    println!("{}", cli::heal::summary(&report));
     println!("saved to {} ({} bytes of tensors)", saved.directory.display(), saved.tensor_bytes);
     Ok(())
+}
+
+impl Args {
+    /// How the healed model is written: what was compact stays so.
+    fn format(&self, source: &Checkpoint) -> Format {
+        let plain = source.architecture().fold.is_plain() && !self.heal.keep_adapters;
+        let same = if plain { Format::Expanded } else { Format::Compact };
+        self.format.map_or(same, Format::from)
+    }
+}
+
+/// What a checkpoint is worth, in f32.
+fn measure(name: &'static str, checkpoint: &Checkpoint, windows: &Windows) -> anyhow::Result<table::Row> {
+    let decoder = cli::load(checkpoint, DType::F32)?;
+    Ok(table::Row::measure(name, checkpoint, &decoder, windows, &mut cli::Bars::default())?)
 }
 
 /// What the teacher has to say, from the file or into it.
@@ -114,6 +132,7 @@ fn cached(
     original: &Checkpoint,
     path: &PathBuf,
     train: &Windows,
+    losses: &Losses,
 ) -> anyhow::Result<TeacherCache> {
     let mut bars = cli::Bars::default();
     let sha256 = original.sha256(&mut bars)?;
@@ -121,7 +140,7 @@ fn cached(
         return Ok(TeacherCache::open(path, &sha256, train)?);
     }
     let mut options = CacheOptions::default();
-    options.tail_blocks = args.heal.tail_blocks;
+    (options.tail_blocks, options.temperature) = (losses.tail_blocks, losses.temperature);
     let dense = cli::load(original, args.model.dtype.dtype())?;
     Ok(TeacherCache::write(path, &dense, &sha256, train, &options, &mut bars)?)
 }

@@ -5,8 +5,9 @@ use std::collections::HashSet;
 use candle_core::{CpuStorage, DType, Storage, Tensor};
 use serde::{Deserialize, Serialize};
 
+use crate::checkpoint::compact_bytes;
 use crate::error::Result;
-use crate::model::{Architecture, Decoder, NormPart, Param, Part, Projection};
+use crate::model::{Architecture, Decoder, NormPart, Param, Part, Projection, StoredTypes};
 use crate::ops::Matrix;
 
 /// What a model takes.
@@ -30,10 +31,10 @@ pub struct Account {
 }
 
 /// The types and the context for which an [`Account`] is made.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Held {
-    /// The type of all tensors on disk.
-    pub stored: DType,
+    /// The types of the tensors on disk: one for all (`DType::BF16.into()`), those of a checkpoint, or of a decoder.
+    pub stored: StoredTypes,
     /// The type of matrices in memory, on the CPU: beside those of half precision vectors, keys and values are f32.
     pub resident: DType,
     /// Tokens that a token sees, itself included.
@@ -44,31 +45,30 @@ impl Account {
     /// What a decoder of this architecture takes, from the architecture alone: for a folded one,
     /// [`Plan::architecture`](crate::Plan::architecture).
     #[must_use]
-    pub fn planned(arch: &Architecture, held: Held) -> Self {
+    pub fn planned(arch: &Architecture, held: &Held) -> Self {
         let params = arch.params();
         let sizes = || params.iter().map(|(param, shape)| (*param, shape.iter().product::<usize>()));
         let resident = |param: Param| param.dtype_on_cpu(held.resident).size_in_bytes();
-        let parameters = arch.parameter_count();
         let head = 2 * arch.vocab_size * arch.hidden_size;
         let blocks: usize = (0..arch.depth()).map(|depth| block_flops(arch, depth, held.context)).sum();
         let attending = (0..arch.depth()).filter(|&depth| arch.fold.block(depth).has(Part::Attention));
         let activations = Param::FinalNorm(NormPart::Gain).dtype_on_cpu(held.resident);
         let kv = 2 * arch.key_width() * activations.size_in_bytes();
         Self {
-            parameters,
-            stored_bytes: (parameters * held.stored.size_in_bytes()) as u64,
+            parameters: arch.parameter_count(),
+            stored_bytes: held.stored.bytes_of(arch),
             resident_bytes: sizes().map(|(param, size)| size * resident(param)).sum::<usize>() as u64,
             flops_per_token: (head + blocks) as u64,
             kv_bytes_per_token: (attending.count() * kv) as u64,
         }
     }
 
-    /// What a decoder in memory takes, counted from its tensors; bytes on disk are those in its stored type.
+    /// What a decoder in memory takes, counted from its tensors; bytes on disk are those that it would take if it were
+    /// saved now.
     ///
     /// # Errors
     /// A failed computation of the one token that fills a cache.
     pub fn counted(decoder: &Decoder, context: usize) -> Result<Self> {
-        let parameters = decoder.parameter_count();
         let arch = decoder.architecture();
         let mut flops = 2 * arch.vocab_size * arch.hidden_size;
         for block in decoder.blocks() {
@@ -88,8 +88,8 @@ impl Account {
         let mut cache = decoder.cache();
         decoder.extend(&Tensor::zeros((1, 1), DType::U32, decoder.device())?, &mut cache)?;
         Ok(Self {
-            parameters,
-            stored_bytes: (parameters * decoder.stored_dtype().size_in_bytes()) as u64,
+            parameters: decoder.parameter_count(),
+            stored_bytes: compact_bytes(decoder)?,
             resident_bytes: resident_bytes(decoder),
             flops_per_token: flops as u64,
             kv_bytes_per_token: cache.bytes_per_token() as u64,

@@ -86,10 +86,12 @@ pub enum Error {
     Plan(String),
 
     /// A budget that nothing left to do can meet.
-    #[error("budget for {what} is {budget}, expected at least {least}: {reason}")]
+    #[error("budget for {what} is {budget} {unit}, expected at least {least}: {reason}")]
     Budget {
         /// What should meet it.
         what: &'static str,
+        /// What it counts: `parameters` or `bytes`.
+        unit: &'static str,
         /// The budget.
         budget: usize,
         /// The least that can be reached.
@@ -146,6 +148,17 @@ pub enum Error {
         what: String,
         /// The value found.
         value: f64,
+    },
+
+    /// A matrix could not be taken apart although all of it is finite.
+    #[error("no {factors} of {what}: {reason}")]
+    Decomposition {
+        /// The factors that were wanted.
+        factors: &'static str,
+        /// The matrix, with its block and projection.
+        what: String,
+        /// Why there are none.
+        reason: String,
     },
 
     /// Something that should be differentiated has no gradient: an operation upstream lost it.

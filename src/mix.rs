@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::eval::perplexity;
 use crate::fold::fold_on;
 use crate::importance::Scores;
-use crate::model::{Decoder, Part};
+use crate::model::Decoder;
 use crate::plan::{Budget, Donor, Groups, Plan, Ranks, Residual, ResidualStart, ScaleStart, Target};
 use crate::progress::Observer;
 
@@ -17,13 +17,16 @@ use crate::progress::Observer;
 /// 2. Where that is not enough, the neighbours whose tying costs the least loss are tied, each block keeping its
 ///    norms and getting scales, until the model is smaller than the budget by the share that is kept for residuals.
 /// 3. What is then left of the budget becomes rank, each unit where it removes the most error (whitened).
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Mix {
     /// The parameters that the whole model may have.
     pub parameters: usize,
     /// At most this many blocks are removed.
     pub removed: usize,
+    /// Blocks that are not removed; they may be tied.
+    #[serde(default)]
+    pub protected: Vec<usize>,
     /// The share of the budget that is kept for residuals where blocks are tied: from 0 to below 1.
     pub residual_share: f64,
     /// Whose matrices tied blocks use.
@@ -48,7 +51,7 @@ impl Mix {
     /// No more than `parameters`, with no block removed, 5 % of the budget for residuals, and means as donors.
     #[must_use]
     pub fn new(parameters: usize) -> Self {
-        Self { parameters, removed: 0, residual_share: 0.05, donor: Donor::Mean }
+        Self { parameters, removed: 0, protected: Vec::new(), residual_share: 0.05, donor: Donor::Mean }
     }
 
     /// The plan of this mix for a decoder whose blocks have these scores.
@@ -66,14 +69,13 @@ impl Mix {
             return Err(Error::argument("share for residuals", self.residual_share, "from 0 to below 1"));
         }
         let arch = decoder.architecture();
-        let total = arch.parameter_count();
-        let block = arch.parameters_of(Part::Whole).max(1);
-        let needed = total.saturating_sub(self.parameters).div_ceil(block);
-        let removal = Target::Blocks(self.removed.min(needed));
-        let builder = Plan::builder().remove(removal, scores);
-        let cut = builder.clone().build(arch)?;
-        if cut.architecture(arch)?.parameter_count() <= self.parameters {
-            return Ok(cut);
+        let mut builder = Plan::builder().protect(&self.protected);
+        for count in 0..=self.removed {
+            builder = builder.remove(Target::Blocks(count), scores);
+            let cut = builder.clone().build(arch)?;
+            if cut.architecture(arch)?.parameter_count() <= self.parameters {
+                return Ok(cut);
+            }
         }
         let without_rank = (self.parameters as f64 * (1.0 - self.residual_share)) as usize;
         let builder = builder
@@ -94,7 +96,7 @@ impl Mix {
     /// # Errors
     /// As [`plan`](Self::plan), and a loss that is not finite.
     pub fn measure(
-        self,
+        &self,
         decoder: &Decoder,
         scores: &Scores,
         windows: &Windows,
@@ -103,14 +105,18 @@ impl Mix {
         let plan = self.plan(decoder, scores, windows, observer)?;
         let folded = fold_on(decoder, &plan, windows, observer)?;
         let loss = perplexity(&folded, windows, observer)?.mean_nll;
-        Ok(Candidate { mix: self, plan, parameters: folded.parameter_count(), loss })
+        Ok(Candidate { mix: self.clone(), plan, parameters: folded.parameter_count(), loss })
     }
 
     /// This mix with every number of removed blocks and every share for residuals of these.
     #[must_use]
-    pub fn variants(self, removed: &[usize], residual_shares: &[f64]) -> Vec<Self> {
+    pub fn variants(&self, removed: &[usize], residual_shares: &[f64]) -> Vec<Self> {
         let of = |removed: usize| {
-            residual_shares.iter().map(move |&residual_share| Self { removed, residual_share, ..self })
+            residual_shares.iter().map(move |&residual_share| Self {
+                removed,
+                residual_share,
+                ..self.clone()
+            })
         };
         removed.iter().flat_map(|&removed| of(removed)).collect()
     }

@@ -6,9 +6,9 @@ mod support;
 use std::sync::Arc;
 
 use foldgpt::candle::{DType, Device, Tensor};
-use foldgpt::model::{Part, Projection, Unit};
-use foldgpt::plan::{Budget, Donor, Groups, Ranks, ResidualStart, ScaleStart};
-use foldgpt::{Account, Decoder, Held, Plan, Scores, Target, Windows, fold, fold_on, output_errors};
+use foldgpt::model::{BlockParam, NormSite, Param, Part, Projection, Unit};
+use foldgpt::plan::{Budget, Donor, Groups, Matrices, Ranks, Residual, ResidualStart, ScaleStart};
+use foldgpt::{Account, Decoder, Error, Held, Plan, Scores, Target, Windows, fold, fold_on, output_errors};
 use support::{FAMILIES, distance, folded, input_ids, kinds, load, windows};
 
 fn resident_bytes(decoder: &Decoder) -> usize {
@@ -24,6 +24,7 @@ fn matrices_of_a_group_exist_once_through_every_conversion() {
                 folded.clone(),
                 folded.to_dtype(DType::BF16).unwrap(),
                 folded.to_dtype(DType::BF16).unwrap().to_dtype(DType::F32).unwrap(),
+                // Where there is no other device this is the identity, and shows only that it shares.
                 folded.to_device(&Device::Cpu).unwrap(),
             ] {
                 let group = &plan.sharing().unwrap().groups[0].blocks;
@@ -83,9 +84,9 @@ fn accounts_from_a_plan_are_those_counted_from_the_model() {
         for (name, arch, decoder) in models {
             for resident in [DType::F32, DType::BF16] {
                 for context in [1, 7, 1000] {
-                    let held = Held { stored: DType::F32, resident, context };
+                    let held = Held { stored: DType::F32.into(), resident, context };
                     let counted = Account::counted(&decoder.to_dtype(resident).unwrap(), context).unwrap();
-                    assert_eq!(Account::planned(&arch, held), counted, "{family} {name} {resident:?}");
+                    assert_eq!(Account::planned(&arch, &held), counted, "{family} {name} {resident:?}");
                 }
             }
         }
@@ -97,8 +98,8 @@ fn sharing_saves_memory_and_no_work() {
     // llama's fixture: the account of the dense model from its shapes alone.
     let decoder = load("llama");
     let arch = decoder.architecture();
-    let held = Held { stored: DType::BF16, resident: DType::F32, context: 10 };
-    let dense = Account::planned(arch, held);
+    let held = Held { stored: DType::BF16.into(), resident: DType::F32, context: 10 };
+    let dense = Account::planned(arch, &held);
     let matrices: usize =
         Projection::ALL.iter().map(|&at| arch.projection_shape(at).unwrap()).map(|(o, i)| o * i).sum();
     let block = matrices + 2 * arch.hidden_size;
@@ -113,7 +114,7 @@ fn sharing_saves_memory_and_no_work() {
     );
     assert_eq!(dense.kv_bytes_per_token as usize, 4 * 2 * 4 * arch.key_width());
     let pairs = Plan::builder().share(Groups::of(2)).build(arch).unwrap().architecture(arch).unwrap();
-    let pairs = Account::planned(&pairs, held);
+    let pairs = Account::planned(&pairs, &held);
     assert_eq!(pairs.parameters, dense.parameters - 2 * matrices);
     assert_eq!(pairs.flops_per_token, dense.flops_per_token);
     assert_eq!(pairs.kv_bytes_per_token, dense.kv_bytes_per_token);
@@ -268,7 +269,14 @@ fn budgeted_groups_meet_their_budget_with_the_cheapest_ties() {
         let matrices =
             arch.block_params().iter().filter(|(_, shape)| shape.len() == 2).cloned().collect::<Vec<_>>();
         let block: usize = matrices.iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
-        for (budget, ties) in [(total, 0), (total - 1, 1), (total - block, 1), (total - block - 1, 2)] {
+        let budgets = [
+            (total, 0),
+            (total - 1, 1),
+            (total - block, 1),
+            (total - block - 1, 2),
+            (total - 2 * block - 1, 3),
+        ];
+        for (budget, ties) in budgets {
             let builder = Plan::builder().share(Groups::until(Budget::Parameters(budget))).donor(donor);
             let plan = builder.measure(&decoder, &windows, &mut ()).unwrap();
             let sharing = plan.sharing().unwrap();
@@ -276,14 +284,18 @@ fn budgeted_groups_meet_their_budget_with_the_cheapest_ties() {
             assert_eq!(found, ties, "{donor:?} {budget}");
             assert!(fold(&decoder, &plan).unwrap().parameter_count() <= budget);
             assert_eq!(Plan::from_json(&plan.to_json().unwrap()).unwrap(), plan);
+            // Each tie was measured with those before it, so that costs add up.
+            let loss = |plan: &Plan| loss(&fold(&decoder, plan).unwrap(), &windows);
+            let dense = self::loss(&decoder, &windows);
+            let cost: f64 = sharing.groups.iter().map(|group| group.cost.unwrap()).sum();
+            assert!((loss(&plan) - dense - cost).abs() < 1e-6, "{donor:?} {budget}");
+            if donor != Donor::Best {
+                let blocks: Vec<Vec<usize>> =
+                    sharing.groups.iter().map(|group| group.blocks.clone()).collect();
+                assert_eq!(blocks, tied_by_hand(&decoder, &windows, donor, ties), "{donor:?} {budget}");
+            }
             if ties == 1 {
                 // The pair that was chosen is the one whose tying costs the least, measured by hand.
-                let loss = |plan: &Plan| {
-                    foldgpt::perplexity(&fold(&decoder, plan).unwrap(), &windows, &mut ()).unwrap().mean_nll
-                };
-                let dense = foldgpt::perplexity(&decoder, &windows, &mut ()).unwrap().mean_nll;
-                let cost = sharing.groups[0].cost.unwrap();
-                assert!((loss(&plan) - dense - cost).abs() < 1e-6);
                 for pair in [[0, 1], [1, 2], [2, 3]] {
                     let other = Plan::builder().share(Groups::Explicit(vec![pair.to_vec()]));
                     let other = other.donor(donor).measure(&decoder, &windows, &mut ()).unwrap();
@@ -293,10 +305,135 @@ fn budgeted_groups_meet_their_budget_with_the_cheapest_ties() {
         }
         let builder = Plan::builder().share(Groups::until(Budget::Parameters(10))).donor(donor);
         let error = builder.measure(&decoder, &windows, &mut ()).unwrap_err().to_string();
-        assert!(error.contains("budget for sharing is 10"), "{error}");
+        assert!(error.contains("budget for sharing is 10 parameters"), "{error}");
         let bytes = Budget::Bytes((4 * total - 4) as u64);
         let plan = Plan::builder().share(Groups::until(bytes)).measure(&decoder, &windows, &mut ()).unwrap();
         assert_eq!(plan.sharing().unwrap().groups.len(), 1);
+        let builder = Plan::builder().share(Groups::until(Budget::Bytes(10))).donor(donor);
+        let error = builder.measure(&decoder, &windows, &mut ()).unwrap_err().to_string();
+        assert!(error.contains("budget for sharing is 10 bytes"), "{error}");
+    }
+}
+
+fn loss(decoder: &Decoder, windows: &Windows) -> f64 {
+    foldgpt::perplexity(decoder, windows, &mut ()).unwrap().mean_nll
+}
+
+/// The groups after so many ties, each of the neighbours whose tying costs the least; what was measured before the last
+/// tie is measured again where it is the least.
+fn tied_by_hand(decoder: &Decoder, windows: &Windows, donor: Donor, ties: usize) -> Vec<Vec<usize>> {
+    let tied = |groups: &[Vec<usize>]| {
+        let groups = groups.iter().filter(|group| group.len() > 1).cloned().collect();
+        let plan = Plan::builder().share(Groups::Explicit(groups)).donor(donor);
+        loss(&fold(decoder, &plan.build(decoder.architecture()).unwrap()).unwrap(), windows)
+    };
+    let mut groups: Vec<Vec<usize>> = (0..decoder.depth()).map(|block| vec![block]).collect();
+    let mut known: Vec<(Vec<usize>, f64, usize)> = Vec::new();
+    for age in 0..ties {
+        let without = |pair: &[usize]| {
+            let mut with: Vec<Vec<usize>> =
+                groups.iter().filter(|group| !pair.contains(&group[0])).cloned().collect();
+            with.push(pair.to_vec());
+            with.sort();
+            with
+        };
+        let cost = |pair: &[usize]| tied(&without(pair)) - tied(&groups);
+        let pairs: Vec<Vec<usize>> = groups.windows(2).map(<[Vec<usize>]>::concat).collect();
+        known.retain(|(pair, ..)| pairs.contains(pair));
+        for pair in &pairs {
+            if !known.iter().any(|(other, ..)| other == pair) {
+                known.push((pair.clone(), cost(pair), age));
+            }
+        }
+        let least = loop {
+            known.sort_by(|a, b| a.1.total_cmp(&b.1));
+            let (pair, _, measured) = known[0].clone();
+            if measured == age {
+                break pair;
+            }
+            known[0] = (pair.clone(), cost(&pair), age);
+        };
+        groups = without(&least);
+    }
+    groups.into_iter().filter(|group| group.len() > 1).collect()
+}
+
+#[test]
+fn groups_that_are_named_have_costs_too() {
+    let (decoder, windows) = (load("qwen3"), windows("qwen3"));
+    for donor in [Donor::First, Donor::Mean, Donor::Best] {
+        let plan = Plan::builder().share(Groups::of(2)).donor(donor).scales(ScaleStart::Ones);
+        let plan = plan.measure(&decoder, &windows, &mut ()).unwrap();
+        let groups = &plan.sharing().unwrap().groups;
+        let costs: Vec<f64> = groups.iter().map(|group| group.cost.unwrap()).collect();
+        assert_eq!(costs.len(), 2, "{donor:?}");
+        let dense = loss(&decoder, &windows);
+        assert!((loss(&fold(&decoder, &plan).unwrap(), &windows) - dense - costs[0] - costs[1]).abs() < 1e-6);
+        let first = Plan::builder().share(Groups::of_within(2, 0..=1)).donor(donor);
+        let first = fold(&decoder, &first.measure(&decoder, &windows, &mut ()).unwrap()).unwrap();
+        assert!((loss(&first, &windows) - dense - costs[0]).abs() < 1e-6, "{donor:?}");
+        // A group that cannot be is refused before anything is measured.
+        let wrong = Plan::builder().share(Groups::Explicit(vec![vec![0, 1], vec![1, 2]])).donor(donor);
+        let error = wrong.measure(&decoder, &windows, &mut ()).unwrap_err().to_string();
+        assert!(error.contains("two groups"), "{error}");
+    }
+}
+
+#[test]
+fn a_donor_that_overflows_is_none() {
+    // Block 2 computes what it did, with matrices that overflow behind the norm of another block.
+    let huge = 1e30;
+    let decoder = load("llama").map(|param, value| match param {
+        Param::Block(2, BlockParam::Norm(NormSite::MlpIn, _)) => Ok((value / huge)?),
+        Param::Block(2, BlockParam::Weight(Projection::Gate | Projection::Up)) => Ok((value * huge)?),
+        _ => Ok(value.clone()),
+    });
+    let (decoder, windows) = (decoder.unwrap(), windows("llama"));
+    assert!((loss(&decoder, &windows) - loss(&load("llama"), &windows)).abs() < 1e-3);
+    let measure = |builder: foldgpt::PlanBuilder| builder.measure(&decoder, &windows, &mut ());
+    let pair = || Plan::builder().share(Groups::Explicit(vec![vec![1, 2]]));
+    let plan = measure(pair().donor(Donor::Best)).unwrap();
+    let group = &plan.sharing().unwrap().groups[0];
+    assert_eq!((group.donor, group.tried.len()), (Matrices::Block(1), 0));
+    assert_eq!(Plan::from_json(&plan.to_json().unwrap()).unwrap(), plan);
+    let error = measure(pair().donor(Donor::Mean)).unwrap_err();
+    assert!(matches!(error, Error::NotFinite { .. }) && error.to_string().contains("[1, 2]"), "{error}");
+    // A search passes over such neighbours for as long as there are others.
+    let total = decoder.parameter_count();
+    let until = |budget| Plan::builder().share(Groups::until(Budget::Parameters(budget))).donor(Donor::Mean);
+    let plan = measure(until(total - 1)).unwrap();
+    assert_eq!(plan.sharing().unwrap().groups[0].blocks, [0, 1]);
+    let error = measure(until(plan.architecture(decoder.architecture()).unwrap().parameter_count() - 1));
+    assert!(matches!(error, Err(Error::NotFinite { .. })), "{error:?}");
+}
+
+#[test]
+fn a_residual_raises_the_budget_that_its_groups_were_for() {
+    let (decoder, windows) = (load("qwen3"), windows("qwen3"));
+    let arch = decoder.architecture();
+    let pair = Plan::builder().share(Groups::Explicit(vec![vec![0, 1]])).build(arch).unwrap();
+    // What one tie leaves, and no room for anything besides.
+    let exact = pair.architecture(arch).unwrap().parameter_count();
+    for budget in [Budget::Parameters(exact), Budget::Bytes(4 * exact as u64)] {
+        let tied = Plan::builder().share(Groups::until(budget)).donor(Donor::Mean);
+        let tied = tied.measure(&decoder, &windows, &mut ()).unwrap();
+        assert_eq!(tied.sharing().unwrap().groups.len(), 1);
+        for ranks in [Ranks::Uniform(2), Ranks::Parameters(700)] {
+            let residual = Residual { ranks, start: ResidualStart::Svd };
+            let plan = tied.with_residual(&decoder, residual, &windows, &mut ()).unwrap();
+            let sharing = plan.sharing().unwrap();
+            assert_eq!(sharing.groups, tied.sharing().unwrap().groups, "{budget:?} {ranks:?}");
+            let size = plan.architecture(arch).unwrap().parameter_count();
+            let limit = match sharing.asked {
+                Groups::Budget { budget: Budget::Parameters(count), .. } => count,
+                Groups::Budget { budget: Budget::Bytes(bytes), .. } => bytes as usize / 4,
+                _ => panic!("{:?}", sharing.asked),
+            };
+            assert!(exact < size && size <= limit, "{budget:?} {ranks:?}: {size} of {limit}");
+            // Asked again, the plan is the same.
+            let again = plan.to_builder().measure(&decoder, &windows, &mut ()).unwrap();
+            assert_eq!(again, plan, "{budget:?} {ranks:?}");
+        }
     }
 }
 
@@ -330,22 +467,92 @@ fn what_needs_windows_says_so() {
 
 #[test]
 fn a_folded_model_can_be_cut_and_folded_again() {
-    let decoder = load("llama");
-    let windows = windows("llama");
-    let first = Plan::builder().share(Groups::of(2)).donor(Donor::Mean);
-    let first = first.residual(Ranks::Uniform(2), ResidualStart::Svd).build(decoder.architecture()).unwrap();
-    let folded = fold(&decoder, &first).unwrap();
-    let scores = Scores::new("test", &windows, vec![0.1, 0.4, 0.3, 0.2]).unwrap();
-    for builder in [
-        Plan::builder().remove(Target::Blocks(1), &scores),
-        Plan::builder().share(Groups::Explicit(vec![vec![1, 2]])),
-        Plan::builder().remove(Target::Blocks(1), &scores).share(Groups::of(3)).donor(Donor::Mean),
-    ] {
-        let plan = builder.build(folded.architecture()).unwrap();
-        let again = fold(&folded, &plan).unwrap();
-        assert_eq!(again.architecture(), &plan.architecture(folded.architecture()).unwrap());
-        let count: usize =
-            again.architecture().params().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
-        assert_eq!(count, again.parameter_count());
+    let pairs = || Plan::builder().share(Groups::of(2));
+    let all = || Plan::builder().share(Groups::of(4));
+    for family in ["llama", "gemma2", "gpt2"] {
+        let (decoder, windows) = (load(family), windows(family));
+        let scores = Scores::new("test", &windows, vec![0.1, 0.4, 0.3, 0.2]).unwrap();
+        // The mlp of block 1 goes first, then the attention of block 3.
+        let halves = vec![9.0, 9.0, 9.0, 0.1, 9.0, 9.0, 0.2, 9.0];
+        let halves = Scores::of_units("test", &windows, &Unit::halves(4), halves).unwrap();
+        let firsts = [
+            ("own norms", pairs().donor(Donor::Mean).residual(Ranks::Uniform(2), ResidualStart::Svd)),
+            ("shared norms", pairs().share_norms()),
+            ("mean norms", pairs().share_norms().donor(Donor::Mean).scales(ScaleStart::Ones)),
+            ("all, shared norms", all().share_norms()),
+            ("lost halves", Plan::builder().remove(Target::Blocks(1), &halves)),
+        ];
+        for (name, first) in firsts {
+            let folded = fold(&decoder, &first.build(decoder.architecture()).unwrap()).unwrap();
+            let again = [
+                Plan::builder().remove(Target::Blocks(1), &scores),
+                Plan::builder().remove(Target::Blocks(1), &halves),
+                Plan::builder().remove(Target::Blocks(1), &scores).share(Groups::of(3)).donor(Donor::Mean),
+                Plan::builder().remove(Target::Blocks(1), &halves).share(Groups::of(2)).share_norms(),
+                Plan::builder().share(Groups::of_within(2, 1..=2)),
+                pairs(),
+                pairs().share_norms(),
+                pairs().donor(Donor::Mean).residual(Ranks::Uniform(1), ResidualStart::Svd),
+                all().donor(Donor::Mean),
+                all(),
+            ];
+            for (place, builder) in again.into_iter().enumerate() {
+                let plan = builder.build(folded.architecture()).unwrap();
+                let made = fold(&folded, &plan).unwrap();
+                let planned = plan.architecture(folded.architecture()).unwrap();
+                assert_eq!(made.architecture(), &planned, "{family}, {name}, {place}");
+                assert_eq!(made.parameter_count(), planned.parameter_count(), "{family}, {name}, {place}");
+            }
+        }
     }
+}
+
+#[test]
+fn a_half_that_went_before_cannot_go_again() {
+    let (dense, windows) = (load("llama"), windows("llama"));
+    let lost = Unit { block: 1, part: Part::Mlp };
+    let cut = dense.without(&[lost]).unwrap();
+    // The least of all is not there any more; with its attention the block goes.
+    let halves = vec![9.0, 9.0, 0.2, 0.1, 9.0, 9.0, 9.0, 9.0];
+    let halves = Scores::of_units("test", &windows, &Unit::halves(4), halves).unwrap();
+    let plan = Plan::new(cut.architecture(), &halves, Target::Blocks(1), &[]).unwrap();
+    assert_eq!(plan.removed(), [1]);
+    assert!(!plan.removed_halves().contains(&lost));
+    let made = fold(&cut, &plan).unwrap();
+    assert_eq!(made.architecture(), &plan.architecture(cut.architecture()).unwrap());
+    // A plan for the whole model is none for this one.
+    let attention = vec![9.0, 9.0, 0.1, 9.0, 9.0, 9.0, 9.0, 9.0];
+    let attention = Scores::of_units("test", &windows, &Unit::halves(4), attention).unwrap();
+    let whole = Plan::new(dense.architecture(), &attention, Target::Blocks(1), &[0, 2, 3]).unwrap();
+    assert_eq!(whole.removed(), [1]);
+    let mut value: serde_json::Value = serde_json::from_str(&whole.to_json().unwrap()).unwrap();
+    (value["removed"], value["removed_halves"]) =
+        (serde_json::json!([]), serde_json::json!([{ "block": 1, "part": "attention" }]));
+    let whole = Plan::from_json(&value.to_string()).unwrap();
+    assert!(fold(&dense, &whole).is_ok());
+    let error = fold(&cut, &whole).unwrap_err().to_string();
+    assert!(error.contains("half 1a should go") && error.contains("only 1a"), "{error}");
+    // Blocks share only with those that have the same halves.
+    let tie = |groups| Plan::builder().share(groups).build(cut.architecture());
+    assert_eq!(tie(Groups::of(2)).unwrap().sharing().unwrap().groups[0].blocks, [2, 3]);
+    let error = tie(Groups::Explicit(vec![vec![0, 1]])).unwrap_err().to_string();
+    assert!(error.contains("same halves"), "{error}");
+}
+
+#[test]
+fn what_two_depths_hold_and_do_not_share_counts_twice() {
+    let decoder = load("llama");
+    let pairs = Plan::builder().share(Groups::of(2)).build(decoder.architecture()).unwrap();
+    let pairs = fold(&decoder, &pairs).unwrap();
+    // Both still use the same attention, and no longer the same block.
+    let parted = pairs.without(&[Unit { block: 1, part: Part::Mlp }]).unwrap();
+    assert_eq!(parted.parameter_count(), parted.architecture().parameter_count());
+    let attention: usize = [Projection::Q, Projection::K, Projection::V, Projection::O]
+        .iter()
+        .map(|&at| parted.blocks()[0].weights.get(at).unwrap().elem_count())
+        .sum();
+    let norm = decoder.architecture().hidden_size;
+    assert_eq!(parted.parameter_count(), pairs.parameter_count() + attention - norm);
+    // In memory it is there once.
+    assert_eq!(resident_bytes(&parted), 4 * (parted.parameter_count() - attention));
 }

@@ -11,8 +11,9 @@ use foldgpt::heal::{
     Budget, CacheOptions, Decay, Heal, Lora, Losses, ParamGroup, Record, Teacher, TeacherCache, Trainable,
 };
 use foldgpt::model::Block;
-use foldgpt::{Checkpoint, Decoder, Error, Observer, SaveOptions, Windows, perplexity};
-use support::{distance, input_ids, load, open};
+use foldgpt::plan::{Groups, Ranks, ResidualStart, ScaleStart};
+use foldgpt::{Checkpoint, Decoder, Error, Observer, Plan, SaveOptions, Windows, perplexity};
+use support::{distance, folded, input_ids, load, open};
 
 /// Windows of a text in which tokens follow each other by a rule.
 fn windows(count: usize, seed: u32, decoder: &Decoder) -> Windows {
@@ -96,6 +97,8 @@ fn micro_batches_change_nothing_but_rounding() {
     let run = |micro_batch| {
         let mut heal = heal(3);
         heal.micro_batch = micro_batch;
+        // Adam makes steps of their length of gradients that are nothing but rounding.
+        heal.groups.iter_mut().for_each(|group| group.learning_rate = 1e-3);
         heal.run(&dense, &train, None, None, &mut ()).unwrap().decoder
     };
     let ids = input_ids("qwen3");
@@ -181,7 +184,11 @@ fn a_loss_that_is_not_finite_stops_with_its_step_and_leaves_a_good_state() {
     let error = heal.run(&dense, &windows(4, 0, &dense), None, None, &mut ()).unwrap_err();
     let Error::NotFinite { what, .. } = &error else { panic!("{error}") };
     assert!(what.contains("of healing step 2"), "{error}");
-    let kept = foldgpt::candle::safetensors::load(&state, &Device::Cpu).unwrap();
+    assert_finite(&state);
+}
+
+fn assert_finite(state: &Path) {
+    let kept = foldgpt::candle::safetensors::load(state, &Device::Cpu).unwrap();
     let finite = |tensor: &Tensor| {
         tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().all(|value| value.is_finite())
     };
@@ -227,7 +234,45 @@ fn options_outside_of_their_range_are_refused() {
     assert!(error.contains("lora rank is 10000"), "{error}");
 }
 
-/// Stops when a number of steps are done.
+#[test]
+fn a_last_update_that_is_not_finite_is_neither_saved_nor_returned() {
+    let dense = load("llama");
+    let directory = tempfile::tempdir().unwrap();
+    let state = directory.path().join("state");
+    let mut heal = heal(1);
+    // Beyond what f32 holds.
+    heal.groups = vec![ParamGroup::new(Trainable::Matrices, 1e39)];
+    heal.state_file = Some(state.clone());
+    let error = heal.run(&dense, &windows(4, 0, &dense), None, None, &mut ()).unwrap_err();
+    let Error::NotFinite { what, value } = &error else { panic!("{error}") };
+    assert!(what.contains("weight after healing step 1") && !value.is_finite(), "{error}");
+    assert_finite(&state);
+}
+
+#[test]
+fn a_held_out_loss_that_is_not_finite_stops_with_its_step() {
+    let dense = load("llama");
+    let train = windows(4, 0, &dense);
+    let mut heal = heal(3);
+    heal.groups = vec![ParamGroup::new(Trainable::Matrices, 1e30)];
+    (heal.evaluate_every, heal.max_grad_norm) = (1, None);
+    let error = heal.run(&dense, &train, Some(&train), None, &mut ()).unwrap_err();
+    let Error::NotFinite { what, value } = &error else { panic!("{error}") };
+    assert!(what == "the held-out loss after healing step 1" && !value.is_finite(), "{error}");
+}
+
+#[test]
+fn a_gradient_that_is_not_finite_stops_with_its_step() {
+    let dense = load("llama");
+    let mut heal = heal(2);
+    // The loss is a number of f64, its gradient one of f32.
+    heal.losses.cross_entropy = 1e41;
+    let error = heal.run(&dense, &windows(4, 0, &dense), None, None, &mut ()).unwrap_err();
+    let Error::NotFinite { what, value } = &error else { panic!("{error}") };
+    assert!(what == "the gradient of healing step 1" && !value.is_finite(), "{error}");
+}
+
+/// Stops when a number of windows are read.
 struct StopAt(u64);
 
 impl Observer for StopAt {
@@ -254,7 +299,8 @@ fn a_cancelled_run_goes_on_to_the_same_weights_and_the_same_log() {
         heal.run(&dense, &train, Some(&held_out), Some(Teacher::Model(&dense)), observer)
     };
     let whole = run("whole", &mut ()).unwrap();
-    for stop in [3, 6, 11] {
+    // After steps, and within one.
+    for stop in [12, 26, 44] {
         let error = run("cut", &mut StopAt(stop)).unwrap_err();
         assert!(matches!(error, Error::Cancelled { stage: "heal" }), "{error}");
     }
@@ -274,6 +320,108 @@ fn a_cancelled_run_goes_on_to_the_same_weights_and_the_same_log() {
     assert_eq!(without_time("whole.jsonl").len(), 13 + 4);
     // A finished run is only read.
     assert!(same(&run("cut", &mut ()).unwrap().decoder, &whole.decoder));
+}
+
+/// What an observer is told of a healing.
+#[derive(Default)]
+struct Told {
+    done: Vec<(u64, u64)>,
+    steps: usize,
+    stop: Option<u64>,
+}
+
+impl Observer for Told {
+    fn advanced(&mut self, stage: &'static str, done: u64, total: u64) -> ControlFlow<()> {
+        if stage == "heal" {
+            self.done.push((done, total));
+        }
+        if self.stop.is_some_and(|stop| done >= stop) {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
+    }
+
+    fn measured(&mut self, _: &'static str, what: &'static str, _: f64) {
+        self.steps += usize::from(what == "loss");
+    }
+}
+
+#[test]
+fn observers_hear_of_every_micro_batch() {
+    let dense = load("llama");
+    let mut told = Told::default();
+    heal(2).run(&dense, &windows(7, 0, &dense), None, None, &mut told).unwrap();
+    assert_eq!(told.done, [(2, 8), (4, 8), (6, 8), (8, 8)]);
+}
+
+#[test]
+fn cancelling_loses_no_step_that_is_done() {
+    let dense = load("llama");
+    let train = windows(7, 0, &dense);
+    let directory = tempfile::tempdir().unwrap();
+    let mut heal = heal(6);
+    let whole = heal.run(&dense, &train, None, None, &mut ()).unwrap();
+    (heal.save_every, heal.state_file) = (100, Some(directory.path().join("state")));
+    let mut told = Told { stop: Some(14), ..Told::default() };
+    let error = heal.run(&dense, &train, None, None, &mut told).unwrap_err();
+    assert!(matches!(error, Error::Cancelled { stage: "heal" }), "{error}");
+    assert_eq!((told.steps, told.done.last()), (3, Some(&(14, 24))));
+    // How often it is saved is another matter than what it does.
+    heal.save_every = 7;
+    let mut told = Told::default();
+    let resumed = heal.run(&dense, &train, None, None, &mut told).unwrap();
+    assert_eq!((told.steps, resumed.report.steps), (3, 6));
+    assert!(same(&whole.decoder, &resumed.decoder));
+}
+
+#[test]
+fn a_tied_student_in_bf16_goes_on_with_a_teacher_in_a_file() {
+    let dense = load("llama").to_dtype(DType::BF16).unwrap();
+    let residual = ResidualStart::Svd;
+    let plan =
+        Plan::builder().share(Groups::of(2)).scales(ScaleStart::Ones).residual(Ranks::Uniform(2), residual);
+    let plan = plan.build(dense.architecture()).unwrap();
+    let tied = folded("llama", &plan).to_dtype(DType::BF16).unwrap();
+    let (train, held_out) = (windows(7, 0, &dense), windows(4, 100, &dense));
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("teacher");
+    TeacherCache::write(&path, &dense, "the model", &train, &CacheOptions::default(), &mut ()).unwrap();
+    let run = |name: &str, observer: &mut dyn Observer| {
+        let cache = TeacherCache::open(&path, "the model", &train).unwrap();
+        let mut heal = heal(9);
+        heal.losses = Losses::tail();
+        heal.groups.push(Trainable::SharedMatrices.into());
+        heal.state_file = Some(directory.path().join(name));
+        heal.run(&tied, &train, Some(&held_out), Some(Teacher::Cache(&cache)), observer)
+    };
+    let whole = run("whole", &mut ()).unwrap();
+    for stop in [6, 20, 32] {
+        let error = run("cut", &mut StopAt(stop)).unwrap_err();
+        assert!(matches!(error, Error::Cancelled { .. }), "{error}");
+    }
+    let resumed = run("cut", &mut ()).unwrap();
+    assert!(same(&whole.decoder, &resumed.decoder) && !same(&whole.decoder, &tied));
+    assert_eq!(whole.report.held_out, resumed.report.held_out);
+}
+
+#[test]
+fn a_log_that_is_none_is_refused_and_stays() {
+    let dense = load("llama");
+    let train = windows(4, 0, &dense);
+    let directory = tempfile::tempdir().unwrap();
+    let mut heal = heal(2);
+    let log = directory.path().join("notes");
+    heal.log_file = Some(log.clone());
+    heal.state_file = Some(directory.path().join("state"));
+    for state in [false, true] {
+        std::fs::write(&log, "what I did today\n").unwrap();
+        let error = heal.run(&dense, &train, None, None, &mut ()).unwrap_err().to_string();
+        assert!(error.contains("is no log of a healing"), "with a state, {state}: {error}");
+        assert_eq!(std::fs::read_to_string(&log).unwrap(), "what I did today\n");
+        std::fs::remove_file(&log).unwrap();
+        heal.run(&dense, &train, None, None, &mut ()).unwrap();
+    }
 }
 
 #[test]
@@ -381,6 +529,32 @@ fn a_teacher_in_a_file_is_refused_for_another_model_or_text_and_where_it_is_dama
     refused("the model", &train, "bytes, expected");
     std::fs::write(&path, b"foldtch1").unwrap();
     refused("the model", &train, "too short");
+}
+
+#[test]
+fn sizes_that_no_machine_can_hold_are_refused_of_a_teacher_in_a_file() {
+    let dense = load("llama");
+    let train = windows(3, 0, &dense);
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("teacher");
+    TeacherCache::write(&path, &dense, "the model", &train, &CacheOptions::default(), &mut ()).unwrap();
+    let bytes = std::fs::read(&path).unwrap();
+    let (length, rest) = bytes[8..].split_at(8);
+    let (json, records) = rest.split_at(u64::from_le_bytes(length.try_into().unwrap()) as usize);
+    for (field, value) in [
+        ("hidden_size", u64::MAX),
+        ("hidden_size", 0),
+        ("positions", u64::MAX / 2),
+        ("windows", u64::MAX / 2),
+    ] {
+        let mut header: serde_json::Value = serde_json::from_slice(json).unwrap();
+        header[field] = value.into();
+        let header = header.to_string();
+        let length = (header.len() as u64).to_le_bytes();
+        std::fs::write(&path, [&bytes[..8], &length, header.as_bytes(), records].concat()).unwrap();
+        let error = TeacherCache::open(&path, "the model", &train).unwrap_err().to_string();
+        assert!(error.contains("is no teacher's cache: its header is of"), "{field}: {error}");
+    }
 }
 
 #[test]

@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use foldgpt::candle::{DType, Device, Tensor};
+use foldgpt::model::{Part, Unit};
 use foldgpt::plan::{Donor, Groups, Ranks, ResidualStart, ScaleStart};
 use foldgpt::{Bos, Checkpoint, Decoder, Plan, SaveOptions, Windows, fold_on};
 use support::{FAMILIES, folded, input_ids, kinds, load, open};
@@ -55,6 +56,10 @@ fn export() {
             let cut = load(family).with_blocks(kept).unwrap();
             write(&format!("{family}-{name}"), &open(family), &cut, &input_ids(family));
         }
+        // Zeros stand for the halves that blocks lost.
+        let halves = [Unit { block: 0, part: Part::Mlp }, Unit { block: 3, part: Part::Attention }];
+        let cut = load(family).without(&halves).unwrap();
+        write(&format!("{family}-halves"), &open(family), &cut, &input_ids(family));
         for (name, plan) in kinds(family) {
             let name = format!("{family}-{}", name.replace([',', ' '], "-"));
             write(&name, &open(family), &folded(family, &plan), &input_ids(family));

@@ -43,6 +43,10 @@ fn removal_comes_first_then_sharing_then_rank() {
     let unit = decoder.architecture().intermediate_size + decoder.architecture().hidden_size;
     assert!(folded <= total - 2 * block - block / 2);
     assert!(folded + unit > total - 2 * block - block / 2, "{folded}");
+    // What is protected stays, and the next one goes.
+    let mut protected = mix(total - block, 3, 0.05);
+    protected.protected = vec![1];
+    assert_eq!(plan(protected).removed(), [3]);
     // Asked again, the plan is the same.
     assert_eq!(tied.to_builder().measure(&decoder, &windows, &mut ()).unwrap(), tied);
     // Nothing kept for residuals, no residuals.

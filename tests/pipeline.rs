@@ -6,10 +6,11 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use foldgpt::candle::{DType, Device};
-use foldgpt::heal::{Budget, Losses, Teacher, hold_out};
+use foldgpt::data::json_lines;
+use foldgpt::heal::{Budget, Losses, Teacher, Trainable, hold_out};
 use foldgpt::importance::{BlockInfluence, Gates, Method};
 use foldgpt::pipeline::{Goal, MixOptions, Report, Share, Stage, Total};
-use foldgpt::plan::Groups;
+use foldgpt::plan::{Groups, Ranks, ResidualStart};
 use foldgpt::{
     Account, Bos, Bytes, Checkpoint, Compressor, Error, Format, Heal, Importance, LatencyOptions, Observer,
     Plan, Recipe, SaveOptions, Target, Windows, fold_on, perplexity,
@@ -133,6 +134,33 @@ fn the_result_is_that_of_the_calls_by_hand() {
     let value: serde_json::Value = serde_json::from_str(&json).unwrap();
     assert_eq!(value["recipe"]["target"]["blocks"], 2);
     assert_eq!(value["saved_sha256"].as_str().unwrap().len(), 64);
+}
+
+#[test]
+fn json_lines_are_read_by_their_field() {
+    let directory = directory();
+    let path = directory.path();
+    let mut lines = String::new();
+    for line in std::fs::read_to_string(path.join("text.txt")).unwrap().lines() {
+        writeln!(lines, "{}", serde_json::json!({ "body": line })).unwrap();
+    }
+    std::fs::write(path.join("text.jsonl"), &lines).unwrap();
+    std::fs::write(path.join("joined.txt"), json_lines(&lines, "body").unwrap()).unwrap();
+    let of = |text: &str, field: Option<&str>| {
+        let mut compressor = compressor(path, "out");
+        compressor.recipe.text = path.join(text);
+        compressor.recipe.text_field = field.map(str::to_owned);
+        compressor.run(&mut ())
+    };
+    of("joined.txt", None).unwrap();
+    // The same windows: nothing is left to do.
+    assert!(of("text.jsonl", Some("body")).unwrap().ran.is_empty());
+    let refused = |text, field, expected: &str| {
+        let error = of(text, field).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}, expected {expected}");
+    };
+    refused("text.jsonl", None, "line 1 has no string in its field `text`");
+    refused("text.txt", Some("body"), "text_field");
 }
 
 #[test]
@@ -312,6 +340,14 @@ fn recipes_that_cannot_be_are_refused_by_field() {
     refused(
         base().heal({
             let mut heal = heal(1);
+            heal.groups = vec![Trainable::LastBlocks(13).into()];
+            heal
+        }),
+        "heal.groups",
+    );
+    refused(
+        base().heal({
+            let mut heal = heal(1);
             heal.seed = 3;
             heal
         }),
@@ -456,14 +492,59 @@ fn bytes_are_met_by_as_few_blocks_as_it_takes() {
 }
 
 #[test]
+fn bytes_are_met_where_blocks_share_too() {
+    let directory = directory();
+    let path = directory.path();
+    let checkpoint = Checkpoint::open(MODEL).unwrap();
+    let dense = checkpoint.decoder(DType::F32, &Device::Cpu).unwrap();
+    for (name, groups) in [("even", Groups::of(2)), ("odd", Groups::of_within(2, 1..=10))] {
+        let plan = Plan::builder().share(groups).residual(Ranks::Uniform(8), ResidualStart::Svd);
+        let plan = plan.build(dense.architecture()).unwrap();
+        let source = path.join(name);
+        checkpoint
+            .save(
+                &fold_on(&dense, &plan, &Windows::from_ids(vec![vec![1, 2]]).unwrap(), &mut ()).unwrap(),
+                None,
+                &source,
+                &Format::Compact.into(),
+                &mut (),
+            )
+            .unwrap();
+        let source = Checkpoint::open(&source).unwrap();
+        let arch = source.architecture();
+        for format in [Format::Compact, Format::Expanded] {
+            let whole = source.stored_bytes(&Plan::builder().build(arch).unwrap(), format).unwrap();
+            // The bytes of a stranger's own, and more.
+            for most in [whole - 40_000, whole / 4 * 3] {
+                let mut compressor = compressor(path, &format!("{name}-{format:?}-{most}")).format(format);
+                compressor.recipe.model = source.location().to_str().unwrap().into();
+                let compressor = compressor.target(Goal::Bytes(most));
+                let forecast = compressor.dry_run(&mut ()).unwrap().compressed.unwrap();
+                let report = compressor.run(&mut ()).unwrap();
+                let found = format!("{name} {format:?}: {} of {most}", report.saved_bytes);
+                assert!(forecast.stored_bytes <= most, "{found}");
+                assert!(report.saved_bytes <= most, "{found}");
+                assert_eq!(source.stored_bytes(&report.plan, format).unwrap(), report.saved_bytes);
+                let fewer = Target::Blocks(report.plan.removed().len() - 1);
+                let fewer = Plan::new(arch, report.plan.scores().unwrap(), fewer, &[]).unwrap();
+                assert!(source.stored_bytes(&fewer, format).unwrap() > most, "{found}: fewer would do");
+            }
+        }
+    }
+}
+
+#[test]
 fn a_mix_meets_its_total() {
     let directory = directory();
+    let all_but_5 = [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11];
     let mut compressor = compressor(directory.path(), "out").mix(MixOptions::new(Total::Share(0.8)));
+    compressor = compressor.protect(&all_but_5);
     compressor.recipe.windows.calibrate = 1;
     compressor.recipe.format = Format::Compact;
     let report = compressor.run(&mut ()).unwrap();
     assert!(report.compressed.parameters as f64 <= 0.8 * report.dense.parameters as f64);
-    assert!(report.plan.removed().len() <= 2);
+    assert!(report.plan.removed().iter().all(|block| !all_but_5.contains(block)));
+    assert!(report.plan.sharing().is_some(), "one block alone is not enough");
 }
 
 #[test]

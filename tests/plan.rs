@@ -3,8 +3,9 @@
 
 mod support;
 
+use foldgpt::model::Unit;
 use foldgpt::plan::{Donor, Groups, Matrices, Ranks, ResidualStart, ScaleStart};
-use foldgpt::{Plan, Scores, Target, Windows};
+use foldgpt::{Error, Plan, Scores, Target, Windows, fold};
 use support::load;
 
 fn scores(importance: &[f64]) -> Scores {
@@ -43,7 +44,14 @@ fn impossible_targets_are_refused_with_the_value() {
     }
     assert!(plan(4, Target::Rate(0.99)).unwrap_err().to_string().contains("0.99"), "3.96 rounds to all four");
     assert!(plan(4, Target::Blocks(4)).unwrap_err().to_string().contains('4'));
-    assert!(plan(4, Target::Parameters(10)).unwrap_err().to_string().contains("parameter budget"));
+    let error = plan(4, Target::Parameters(10)).unwrap_err();
+    let arch = load("llama").architecture().with_blocks(&[0]).unwrap();
+    let one_block = arch.parameter_count();
+    assert!(
+        matches!(error, Error::Budget { what: "removal", unit: "parameters", budget: 10, least, .. }
+            if least == one_block),
+        "{error}"
+    );
 }
 
 #[test]
@@ -57,7 +65,48 @@ fn a_parameter_budget_removes_as_few_blocks_as_it_takes() {
     {
         let plan = Plan::new(arch, &scores(&[1.0, 2.0, 3.0, 4.0]), Target::Parameters(budget), &[]).unwrap();
         assert_eq!(plan.removed().len(), removed, "budget {budget}");
-        assert!(foldgpt::fold(&decoder, &plan).unwrap().parameter_count() <= budget);
+        assert!(fold(&decoder, &plan).unwrap().parameter_count() <= budget);
+    }
+}
+
+#[test]
+fn a_parameter_budget_is_met_by_halves_and_by_blocks_that_share() {
+    let dense = load("llama");
+    let pairs = Plan::builder().share(Groups::of(2)).scales(ScaleStart::Ones);
+    let pairs = fold(&dense, &pairs.build(dense.architecture()).unwrap()).unwrap();
+    let windows = Windows::from_ids(vec![vec![1, 2]]).unwrap();
+    // The mlps matter least, then one attention after the other.
+    let halves = vec![8.0, 1.0, 7.0, 2.0, 6.0, 3.0, 5.0, 4.0];
+    let halves = Scores::of_units("test", &windows, &Unit::halves(4), halves).unwrap();
+    let blocks = scores(&[1.0, 3.0, 2.0, 4.0]);
+    for (name, decoder) in [("dense", &dense), ("pairs", &pairs)] {
+        let arch = decoder.architecture();
+        let total = decoder.parameter_count();
+        let size = |plan: &Plan| plan.architecture(arch).unwrap().parameter_count();
+        for (kind, scores) in [("halves", &halves), ("blocks", &blocks)] {
+            let (mut kept, mut counts) = (total, 0);
+            for budget in (0..total).rev().step_by(total / 97) {
+                let target = Target::Parameters(budget);
+                let Ok(plan) = Plan::new(arch, scores, target, &[]) else { break };
+                let found = size(&plan);
+                assert!(found <= budget, "{name} {kind}: {found} of {budget}");
+                assert_eq!(fold(decoder, &plan).unwrap().parameter_count(), found, "{name} {kind}");
+                counts += usize::from(found < kept);
+                kept = found;
+            }
+            // Halves may part what blocks share: more of them then leave no less.
+            assert!(counts >= 2, "{name} {kind}: {counts} sizes");
+        }
+    }
+    // A number that is enough whichever they are is never less than a plan takes.
+    let arch = pairs.architecture();
+    for budget in (0..pairs.parameter_count()).rev().step_by(1000) {
+        let Ok(most) = Target::Parameters(budget).blocks(arch) else { break };
+        for first in [[1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0], [1.0, 3.0, 2.0, 4.0], [3.0, 1.0, 4.0, 2.0]]
+        {
+            let plan = Plan::new(arch, &scores(&first), Target::Parameters(budget), &[]).unwrap();
+            assert!(plan.removed().len() <= most, "{budget}: {:?}, at most {most}", plan.removed());
+        }
     }
 }
 
@@ -161,6 +210,31 @@ fn a_plan_is_made_again_at_another_rate_without_scoring() {
     assert_eq!(again.to_builder().at(Target::Blocks(1)).build(&arch).unwrap(), plan);
     let ranks: usize = plan.sharing().unwrap().ranks.values().map(std::collections::BTreeMap::len).sum();
     assert_eq!(ranks, 14, "seven projections of both blocks");
+}
+
+#[test]
+fn words_without_effect_are_refused() {
+    let decoder = load("llama");
+    let arch = decoder.architecture();
+    let windows = support::windows("llama");
+    let plain = || Plan::builder().remove(Target::Blocks(1), &scores(&[0.4, 0.1, 0.3, 0.2]));
+    let idle = [
+        ("remove", Plan::builder().at(Target::Blocks(1))),
+        ("remove", Plan::builder().at(Target::Blocks(1)).share(Groups::of(2))),
+        ("share", plain().donor(Donor::First)),
+        ("share", plain().share_norms()),
+        ("share", plain().scales(ScaleStart::Ones)),
+        ("share", plain().residual(Ranks::Uniform(2), ResidualStart::Svd)),
+    ];
+    for (missing, builder) in idle {
+        let found = [builder.clone().build(arch), builder.measure(&decoder, &windows, &mut ())];
+        for error in found.map(|plan| plan.unwrap_err().to_string()) {
+            assert!(error.contains(&format!("`{missing}`")), "{error}");
+        }
+    }
+    let at_first =
+        Plan::builder().at(Target::Blocks(2)).remove(Target::Blocks(1), &scores(&[0.4, 0.1, 0.3, 0.2]));
+    assert_eq!(at_first.build(arch).unwrap().removed(), [1], "the last word counts");
 }
 
 #[test]

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
-use clap::{Args, ValueEnum};
+use clap::{ArgGroup, Args, ValueEnum};
 use foldgpt::candle::{DType, Device};
 use foldgpt::importance::{Importance, Method, MethodOptions};
 use foldgpt::pipeline::{Goal, MixOptions, Share, Total};
@@ -273,30 +273,32 @@ impl TargetArgs {
     }
 }
 
-// What is shared by the blocks that stay, and what they keep.
+// What is shared by the blocks that stay, and what they keep. Of --budget-params alone the mix decides what they keep.
 #[derive(Debug, Args)]
+#[command(group = ArgGroup::new("tied").args(["group_size", "groups"]))]
+#[command(group = ArgGroup::new("shared").args(["group_size", "budget_params"]))]
 pub struct SharingArgs {
     /// Tie this many consecutive blocks: they use the same matrices
     #[arg(long)]
     pub group_size: Option<usize>,
     /// Tie the neighbours that cost the least, until the total of --budget-params is met
-    #[arg(long, value_enum, conflicts_with = "group_size", requires = "budget_params")]
+    #[arg(long, value_enum, requires = "budget_params")]
     pub groups: Option<GroupsArg>,
     /// Whose matrices tied blocks use
-    #[arg(long, value_enum, default_value_t = DonorArg::Mean)]
+    #[arg(long, value_enum, default_value_t = DonorArg::Mean, requires = "shared")]
     pub donor: DonorArg,
     /// Give tied blocks a factor for each output, fitted by least squares
-    #[arg(long)]
+    #[arg(long, requires = "tied")]
     pub scales: bool,
     /// Give tied blocks residuals of this rank
-    #[arg(long)]
+    #[arg(long, requires = "tied")]
     pub rank: Option<usize>,
     /// How residuals start
-    #[arg(long, value_enum, default_value_t = StartArg::Whitened)]
+    #[arg(long, value_enum, default_value_t = StartArg::Whitened, requires = "rank")]
     pub start: StartArg,
     /// Meet this share of the parameters: by removal first (as far as --remove goes, else a tenth of the blocks), then
     /// by tying the cheapest neighbours, what is left over becoming rank
-    #[arg(long, conflicts_with = "group_size")]
+    #[arg(long)]
     pub budget_params: Option<f64>,
     /// With --budget-params, try several mixes of removal, sharing and rank, and take the best
     #[arg(long, requires = "budget_params", conflicts_with = "groups")]
@@ -392,17 +394,9 @@ impl SharingArgs {
     }
 }
 
+/// A plain text, or the documents of JSON Lines (`*.jsonl`) in their field `text`.
 pub fn read_text(path: &Path) -> Result<String> {
-    std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
-}
-
-/// A plain text, or the documents of JSON Lines (`*.jsonl`).
-pub fn read_documents(path: &Path, field: &str) -> Result<String> {
-    let text = read_text(path)?;
-    if path.extension().is_none_or(|extension| extension != "jsonl") {
-        return Ok(text);
-    }
-    foldgpt::data::json_lines(&text, field).with_context(|| path.display().to_string())
+    Ok(foldgpt::data::read_documents(path, "text")?)
 }
 
 /// What a number depends on, in one line.

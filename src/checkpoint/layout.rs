@@ -1,9 +1,13 @@
 //! How each family stores its parameters: tensor names, fused projections, transposed matrices.
 
+use std::collections::HashMap;
+
 use candle_core::{D, DType, Tensor};
 
 use crate::error::Result;
-use crate::model::{Architecture, BlockParam, NormPart, NormPlacement, NormSite, Param, Projection};
+use crate::model::{
+    Architecture, BlockParam, NormPart, NormPlacement, NormSite, Param, Projection, StoredTypes,
+};
 
 /// One tensor of a checkpoint, and the parameters that it holds.
 #[derive(Debug, Clone, PartialEq)]
@@ -26,14 +30,40 @@ impl Stored {
         self.params.extend(below.params);
     }
 
+    /// The bytes it takes in this type.
+    pub(crate) fn bytes(&self, dtype: DType) -> u64 {
+        (self.shape.iter().product::<usize>() * dtype.size_in_bytes()) as u64
+    }
+
+    /// Its type by that of its parameters, which have all the same: they are of one kind, and of one block.
+    pub(crate) fn dtype(&self, types: &StoredTypes) -> DType {
+        self.params.first().map_or(types.narrowest(), |(param, _)| types.of(*param))
+    }
+
+    /// Whether it holds a matrix to which a depth of this architecture adds something.
+    pub(crate) fn is_adapted(&self, arch: &Architecture) -> bool {
+        self.params.iter().any(|(param, _)| match param {
+            Param::Block(depth, BlockParam::Weight(projection)) => {
+                arch.fold.block(*depth).adapters.contains_key(projection)
+            }
+            _ => false,
+        })
+    }
+
+    /// Whether it is a vector that `dtype` cannot hold: small changes of norms and scales, as healing makes, are not to be
+    /// lost, and vectors take little room.
+    pub(crate) fn is_vector_beyond(&self, params: &HashMap<Param, &Tensor>, dtype: DType) -> Result<bool> {
+        let vectors = self.params.iter().filter(|(param, _)| !param.is_matrix());
+        let mut values = vectors.filter_map(|(param, _)| params.get(param));
+        values.try_fold(false, |beyond, value| {
+            let narrow = value.to_dtype(dtype)?.to_dtype(value.dtype())?;
+            Ok(beyond || narrow.ne(*value)?.to_dtype(DType::F32)?.max_all()?.to_scalar::<f32>()? > 0.0)
+        })
+    }
+
     fn one(name: impl Into<String>, param: Param, shape: Vec<usize>) -> Self {
         let rows = shape.first().copied().unwrap_or_default();
         Self { name: name.into(), shape, params: vec![(param, rows)], transposed: false }
-    }
-
-    /// Its bytes in this type.
-    pub(crate) fn bytes(&self, dtype: DType) -> usize {
-        self.shape.iter().product::<usize>() * dtype.size_in_bytes()
     }
 
     /// The parameters of a tensor as it is stored.

@@ -18,6 +18,7 @@ pub use card::ModelCard;
 pub(crate) use card::{CARD, name_of, tags};
 pub use compact::FORMAT_VERSION;
 pub use hub::HubOptions;
+pub(crate) use save::compact_bytes;
 pub use save::{Format, SaveOptions, Saved};
 pub use staging::check_destination;
 pub use streamed::{StreamOptions, StreamedDecoder};
@@ -32,7 +33,7 @@ use sha2::{Digest, Sha256};
 
 use crate::data::Tokenizer;
 use crate::error::{Error, Result};
-use crate::model::{Architecture, Decoder, Param};
+use crate::model::{Architecture, Decoder, Param, StoredTypes};
 use crate::progress::{self, Observer};
 use gguf::GgufFile;
 use layout::Stored;
@@ -229,11 +230,31 @@ impl Checkpoint {
                 Ok(value)
             })
         })
-        .map(|decoder| decoder.stored_as(self.narrowest_dtype()))
+        .map(|decoder| decoder.stored_as(self.stored_types()))
+    }
+
+    /// The type that each parameter has on disk, or will have; that of what blocks share for each of them.
+    #[must_use]
+    pub fn stored_types(&self) -> StoredTypes {
+        let mut types: HashMap<Param, DType> = HashMap::new();
+        for stored in &self.tensors {
+            let dtype = self.stored_dtype(&stored.name);
+            types.extend(stored.params.iter().map(|(param, _)| (*param, dtype)));
+        }
+        let parts = self.architecture.block_params();
+        for depth in 0..self.architecture.depth() {
+            let holder = self.architecture.fold.block(depth).weights;
+            for (part, _) in &parts {
+                if let Some(&dtype) = types.get(&Param::Block(holder, *part)) {
+                    types.entry(Param::Block(depth, *part)).or_insert(dtype);
+                }
+            }
+        }
+        StoredTypes::new(self.narrowest_dtype(), types)
     }
 
     /// The narrowest type that a matrix has on disk, or will have.
-    pub(crate) fn narrowest_dtype(&self) -> DType {
+    fn narrowest_dtype(&self) -> DType {
         let matrices = self.tensors.iter().filter(|stored| stored.shape.len() > 1);
         let types = matrices.map(|stored| self.stored_dtype(&stored.name));
         types.min_by_key(DType::size_in_bytes).unwrap_or(DType::BF16)
@@ -253,21 +274,7 @@ impl Checkpoint {
     /// The bytes of all tensors as they are stored, or will be.
     #[must_use]
     pub fn tensor_bytes(&self) -> u64 {
-        self.tensors.iter().map(|stored| stored.bytes(self.stored_dtype(&stored.name)) as u64).sum()
-    }
-
-    /// The bytes of each block's tensors as they are stored, or will be.
-    pub(crate) fn block_bytes(&self) -> Vec<u64> {
-        let mut bytes = vec![0; self.architecture.depth()];
-        for stored in &self.tensors {
-            let size = stored.bytes(self.stored_dtype(&stored.name));
-            if let Some((Param::Block(depth, _), _)) = stored.params.first()
-                && let Some(sum) = bytes.get_mut(*depth)
-            {
-                *sum += size as u64;
-            }
-        }
-        bytes
+        self.tensors.iter().map(|stored| stored.bytes(self.stored_dtype(&stored.name))).sum()
     }
 
     /// The SHA-256 of the files of weights, one after the other, in hexadecimal.

@@ -52,6 +52,16 @@ impl Default for SaveOptions {
     }
 }
 
+impl Format {
+    /// What a decoder of this architecture is in a checkpoint of this form.
+    pub(crate) fn architecture(self, arch: &Architecture) -> Architecture {
+        match self {
+            Self::Expanded => arch.expanded(),
+            Self::Compact => arch.clone(),
+        }
+    }
+}
+
 impl From<Format> for SaveOptions {
     fn from(format: Format) -> Self {
         Self { format, ..Self::default() }
@@ -66,6 +76,8 @@ pub struct Saved {
     pub directory: PathBuf,
     /// The bytes of all tensors.
     pub tensor_bytes: u64,
+    /// The bytes of the files of weights: those of the tensors, and of the headers that name them.
+    pub file_bytes: u64,
     /// The files of weights.
     pub weight_files: Vec<String>,
 }
@@ -138,9 +150,13 @@ impl Checkpoint {
         staging.write(CARD, card.to_markdown(options.format).as_bytes())?;
         let (weight_files, tensor_bytes) = write_weights(written, &staging, options, observer)?;
         compare(written, &staging.path, observer)?;
+        let mut file_bytes = 0;
+        for path in weight_files.iter().map(|name| staging.path.join(name)) {
+            file_bytes += std::fs::metadata(&path).map_err(Error::io("read", &path))?.len();
+        }
         staging.commit(directory)?;
         tracing::debug!(path = %directory.display(), files = weight_files.len(), bytes = tensor_bytes, "saved");
-        Ok(Saved { directory: directory.to_path_buf(), tensor_bytes, weight_files })
+        Ok(Saved { directory: directory.to_path_buf(), tensor_bytes, file_bytes, weight_files })
     }
 
     /// The bytes of all tensors that saving this decoder writes.
@@ -213,30 +229,58 @@ impl Checkpoint {
         }
     }
 
-    /// The type that a tensor of a folded decoder has in this checkpoint; what is new has the narrowest.
-    fn type_of(&self, decoder: &Decoder, stored: &Stored) -> Result<DType> {
-        let foreign = || Error::Plan("the decoder was not made from this checkpoint".into());
-        let source = match stored.params.first().map(|(param, _)| *param).ok_or_else(foreign)? {
-            Param::Block(_, BlockParam::Scale(_) | BlockParam::LoraA(_) | BlockParam::LoraB(_)) => {
-                return Ok(self.narrowest_dtype());
-            }
-            Param::Block(depth, part) => {
-                let origin = decoder.blocks().get(depth).ok_or_else(foreign)?.own.origin;
-                // What this checkpoint shares is stored under the first block that uses it.
-                let holder = self.architecture.fold.block(origin).weights;
-                let held =
-                    |block| self.holder_of(Param::Block(block, part)).map(|_| Param::Block(block, part));
-                held(origin).or_else(|| held(holder)).ok_or_else(foreign)?
-            }
-            other => other,
-        };
-        Ok(self.stored_dtype(&self.holder_of(source).ok_or_else(foreign)?.name))
+    /// The bytes of all tensors that [`save`](Self::save) writes of what `plan` makes of this checkpoint's decoder. Vectors
+    /// that the type of their place cannot hold take more: those that healing has moved, and norms of a donor that are
+    /// stored in a wider type.
+    ///
+    /// # Errors
+    /// A plan for another model.
+    pub fn stored_bytes(&self, plan: &Plan, format: Format) -> Result<u64> {
+        let arch = plan.architecture(&self.architecture)?;
+        let tensors = self.written_tensors(&arch, &plan.kept(), format);
+        Ok(tensors.iter().map(|(stored, dtype)| stored.bytes(*dtype)).sum())
     }
 
-    /// The stored tensor that holds a parameter.
-    fn holder_of(&self, param: Param) -> Option<&Stored> {
-        self.tensors.iter().find(|stored| stored.params.iter().any(|(part, _)| *part == param))
+    /// What is written of a decoder of this architecture, whose depths are `origins` of this checkpoint's blocks, each
+    /// tensor with its type.
+    fn written_tensors(
+        &self,
+        arch: &Architecture,
+        origins: &[usize],
+        format: Format,
+    ) -> Vec<(Stored, DType)> {
+        let types = self.stored_types().of_blocks(origins);
+        let tensors = stored_tensors(&format.architecture(arch)).into_iter().map(|stored| {
+            let dtype = stored.dtype(&types);
+            let merged = format == Format::Expanded && stored.is_adapted(arch);
+            let wide = merged && self.dtype.is_none() && dtype != DType::F64;
+            (stored, if wide { DType::F32 } else { dtype })
+        });
+        tensors.collect()
     }
+
+    /// Refuses what no folding makes of this checkpoint.
+    fn check_origin(&self, decoder: &Decoder) -> Result<()> {
+        let depth = self.architecture.depth();
+        let unfolded = |arch: &Architecture| Architecture { blocks: Vec::new(), ..arch.expanded() };
+        let alike = unfolded(decoder.architecture()) == unfolded(&self.architecture);
+        if alike && decoder.origins().iter().all(|&origin| origin < depth) {
+            return Ok(());
+        }
+        Err(Error::Plan("the decoder was not made from this checkpoint".into()))
+    }
+}
+
+/// The bytes of a decoder's tensors in a compact checkpoint.
+pub(crate) fn compact_bytes(decoder: &Decoder) -> Result<u64> {
+    let types = decoder.stored_types();
+    let params: HashMap<Param, &Tensor> = decoder.params().collect();
+    let bytes = |stored: &Stored| -> Result<u64> {
+        let dtype = stored.dtype(&types);
+        let wide = stored.is_vector_beyond(&params, dtype)?;
+        Ok(stored.bytes(if wide { DType::F32 } else { dtype }))
+    };
+    stored_tensors(decoder.architecture()).iter().map(bytes).sum()
 }
 
 /// A checkpoint in the making: which tensors, in which types, and what they hold.
@@ -258,8 +302,7 @@ pub(super) struct Written<'a> {
 impl Written<'_> {
     /// The bytes of all tensors.
     pub(super) fn bytes(&self) -> u64 {
-        let sizes = self.tensors.iter().zip(&self.types);
-        sizes.map(|(stored, dtype)| stored.bytes(*dtype) as u64).sum()
+        self.tensors.iter().zip(&self.types).map(|(stored, dtype)| stored.bytes(*dtype)).sum()
     }
 }
 
@@ -275,28 +318,18 @@ pub(super) trait Content {
 impl Checkpoint {
     /// What is written of a decoder.
     fn of_decoder<'a>(&self, decoder: &'a Decoder, format: Format) -> Result<Written<'a>> {
-        let model = decoder.architecture().clone();
-        let architecture = match format {
-            Format::Expanded => model.expanded(),
-            Format::Compact => model.clone(),
-        };
-        let tensors = stored_tensors(&architecture);
-        let content = InMemory {
-            decoder,
-            format,
-            params: decoder.params().collect(),
-            shapes: architecture.params().into_iter().collect(),
-        };
-        let merged: Vec<bool> = tensors.iter().map(|stored| content.is_merged(stored)).collect();
-        let merges = merged.contains(&true);
-        let types = tensors.iter().zip(merged).map(|(stored, merged)| {
-            let dtype = self.type_of(decoder, stored)?;
-            let wide = merged && self.dtype.is_none() && dtype != DType::F64;
-            Ok(if wide || content.is_vector_beyond(stored, dtype)? { DType::F32 } else { dtype })
-        });
-        let types = types.collect::<Result<Vec<DType>>>()?;
-        let kept = decoder.blocks().iter().map(|block| block.own.origin).collect();
-        let content = Box::new(content);
+        self.check_origin(decoder)?;
+        let (model, kept) = (decoder.architecture().clone(), decoder.origins());
+        let architecture = format.architecture(&model);
+        let params: HashMap<Param, &Tensor> = decoder.params().collect();
+        let (mut tensors, mut types) = (Vec::new(), Vec::new());
+        for (stored, dtype) in self.written_tensors(&model, &kept, format) {
+            types.push(if stored.is_vector_beyond(&params, dtype)? { DType::F32 } else { dtype });
+            tensors.push(stored);
+        }
+        let merges = format == Format::Expanded && tensors.iter().any(|stored| stored.is_adapted(&model));
+        let shapes = architecture.params().into_iter().collect();
+        let content = Box::new(InMemory { decoder, format, params, shapes });
         Ok(Written { format, model, architecture, kept, tensors, types, merges, content })
     }
 }
@@ -321,29 +354,6 @@ impl Content for InMemory<'_> {
 }
 
 impl InMemory<'_> {
-    /// Whether a tensor holds a matrix that the decoder has in parts.
-    fn is_merged(&self, stored: &Stored) -> bool {
-        self.format == Format::Expanded
-            && stored.params.iter().any(|(param, _)| match param {
-                Param::Block(depth, BlockParam::Weight(projection)) => {
-                    let block = self.decoder.blocks().get(*depth);
-                    block.is_some_and(|block| !block.own.adapters[*projection].is_empty())
-                }
-                _ => false,
-            })
-    }
-
-    /// Whether a tensor is a vector that `dtype` cannot hold: small changes of norms and scales, as healing makes, are
-    /// not to be lost, and vectors take little room.
-    fn is_vector_beyond(&self, stored: &Stored, dtype: DType) -> Result<bool> {
-        let vectors = stored.params.iter().filter(|(param, _)| !param.is_matrix());
-        let mut values = vectors.filter_map(|(param, _)| self.params.get(param));
-        values.try_fold(false, |beyond, value| {
-            let narrow = value.to_dtype(dtype)?.to_dtype(value.dtype())?;
-            Ok(beyond || narrow.ne(*value)?.to_dtype(DType::F32)?.max_all()?.to_scalar::<f32>()? > 0.0)
-        })
-    }
-
     /// A tensor as it is stored.
     fn tensor(&self, stored: &Stored, dtype: DType) -> Result<Tensor> {
         stored.join(|param| self.param(param, dtype))
@@ -439,8 +449,8 @@ struct Course<'o> {
 
 impl Course<'_> {
     /// Tells the observer of so many bytes more.
-    fn advance(&mut self, bytes: usize) -> Result<()> {
-        self.done += bytes as u64;
+    fn advance(&mut self, bytes: u64) -> Result<()> {
+        self.done += bytes;
         crate::progress::advance(STAGE, self.done, self.total, self.observer)
     }
 }
@@ -449,7 +459,7 @@ impl Course<'_> {
 struct TensorView<'a, 'o> {
     stored: &'a Stored,
     dtype: DType,
-    bytes: usize,
+    bytes: u64,
     content: &'a dyn Content,
     course: &'a RefCell<Course<'o>>,
 }
@@ -478,7 +488,7 @@ impl ::safetensors::View for &TensorView<'_, '_> {
     }
 
     fn data_len(&self) -> usize {
-        self.bytes
+        self.bytes as usize
     }
 }
 
@@ -493,7 +503,7 @@ fn shards<'b, 'a, 'o>(views: &'b [TensorView<'a, 'o>], limit: u64) -> Vec<Vec<&'
     let mut shards: Vec<Vec<&TensorView<'_, '_>>> = Vec::new();
     let mut filled = 0u64;
     for view in views {
-        let bytes = view.bytes as u64;
+        let bytes = view.bytes;
         match shards.last_mut().filter(|_| filled + bytes <= limit) {
             Some(shard) => shard.push(view),
             None => {

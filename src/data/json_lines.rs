@@ -5,6 +5,9 @@ use crate::error::{Error, Result};
 /// The documents of JSON Lines as one text: the field `field` of every line, in order, parted by empty lines. Empty
 /// lines are passed over.
 ///
+/// No end-of-text token is put between documents, and [`Windows`](crate::Windows) are cut from the text as a whole: one
+/// may hold the end of a document and the beginning of the next.
+///
 /// ```
 /// let lines = "{\"text\": \"One.\"}\n{\"text\": \"Two.\", \"id\": 7}\n";
 /// assert_eq!(foldgpt::data::json_lines(lines, "text")?, "One.\n\nTwo.");

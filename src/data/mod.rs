@@ -1,10 +1,13 @@
 //! Text to tokens to windows.
 
+mod documents;
 mod json_lines;
 mod split;
 mod tokenizer;
 mod windows;
 
+pub(crate) use documents::holds_json_lines;
+pub use documents::read_documents;
 pub use json_lines::json_lines;
 pub use split::split_text;
 pub use tokenizer::Tokenizer;

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::checkpoint::StreamedDecoder;
 use crate::data::Windows;
 use crate::error::{Error, Result};
-use crate::importance::sweep::{groups, summed_loss, sweep};
+use crate::importance::sweep::{groups, sweep};
 use crate::model::{Architecture, BlockSource, Decoder};
 use crate::progress::{self, Observer};
 
@@ -73,7 +73,7 @@ fn measure(source: &dyn BlockSource, windows: &Windows, observer: &mut dyn Obser
             let back = source.back()?;
             for (slot, index) in group.enumerate() {
                 let targets = windows.window(index)?.get(1..).unwrap_or_default();
-                let nll = summed_loss(&back, targets, &states.take(slot)?)?;
+                let nll = back.window_nll(&states.take(slot)?, targets)?;
                 if !nll.is_finite() {
                     return Err(Error::NotFinite { what: format!("the loss of window {index}"), value: nll });
                 }

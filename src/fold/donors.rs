@@ -74,7 +74,8 @@ fn mean(cut: &Decoder, members: &[&Block]) -> Result<BlockWeights> {
         if matrices.is_empty() {
             return Ok(None);
         }
-        Ok(Some(rounded(cut, BlockParam::Weight(projection), &mean_of(&matrices)?)?.into()))
+        let param = Param::Block(0, BlockParam::Weight(projection));
+        Ok(Some(cut.as_stored(param, &mean_of(&matrices)?)?.into()))
     })
 }
 
@@ -88,7 +89,8 @@ fn mean_norm(cut: &Decoder, members: &[&Block], site: NormSite) -> Result<Option
         if tensors.is_empty() {
             return Ok(None);
         }
-        Ok(Some(rounded(cut, BlockParam::Norm(site, part), &mean_of(&tensors)?)?))
+        let param = Param::Block(0, BlockParam::Norm(site, part));
+        cut.as_stored(param, &mean_of(&tensors)?).map(Some)
     };
     let gains = norms.iter().map(|norm| norm.gain.clone()).collect();
     let biases = norms.iter().filter_map(|norm| norm.bias.clone()).collect();
@@ -107,10 +109,4 @@ fn mean_of(tensors: &[Tensor]) -> Result<Tensor> {
     }
     let empty = || Error::argument("tensors", 0, "at least one to take the mean of");
     Ok((sum.ok_or_else(empty)? / tensors.len() as f64)?)
-}
-
-/// A new tensor as it will be stored, in the type that the decoder holds such tensors in.
-pub(super) fn rounded(decoder: &Decoder, param: BlockParam, value: &Tensor) -> Result<Tensor> {
-    let held = Param::Block(0, param).dtype_in_memory(decoder.dtype(), decoder.device());
-    Ok(value.to_dtype(decoder.stored_dtype())?.to_dtype(held)?.to_device(decoder.device())?)
 }

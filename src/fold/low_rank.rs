@@ -20,15 +20,22 @@ pub(super) struct Decomposition {
 }
 
 impl Decomposition {
-    /// Of `matrix` `(out, in)`; with `moment` `(in, in)` in the sense of its outputs.
-    pub(super) fn of(matrix: &Tensor, moment: Option<&Tensor>) -> Result<Self> {
-        let matrix = to_faer(matrix)?;
-        let whitening = moment.map(whitening).transpose()?;
+    /// Of `matrix` `(out, in)`; with `moment` `(in, in)` in the sense of its outputs. `place` says which projection it is.
+    ///
+    /// # Errors
+    /// A value that is not finite, or factors that do not converge.
+    pub(super) fn of(matrix: &Tensor, moment: Option<&Tensor>, place: &str) -> Result<Self> {
+        let matrix = finite(to_faer(matrix)?, || format!("what {place} lacks"))?;
+        let whitening = moment.map(|moment| whitening(moment, place)).transpose()?;
         let product = match &whitening {
             Some(lower) => &matrix * lower,
             None => matrix,
         };
-        let svd = product.thin_svd().map_err(|_| failed("singular values"))?;
+        let svd = product.thin_svd().map_err(|error| Error::Decomposition {
+            factors: "singular values",
+            what: format!("what {place} lacks"),
+            reason: format!("{error:?}"),
+        })?;
         let singular = (0..svd.S().dim()).map(|k| svd.S()[k]).collect();
         Ok(Self { left: svd.U().to_owned(), singular, right: svd.V().to_owned(), whitening })
     }
@@ -54,8 +61,9 @@ impl Decomposition {
 }
 
 /// The lower Cholesky factor of a moment with a ridge.
-fn whitening(moment: &Tensor) -> Result<Mat<f64>> {
-    let mut moment = to_faer(moment)?;
+fn whitening(moment: &Tensor, place: &str) -> Result<Mat<f64>> {
+    let what = || format!("the second moment of the inputs of {place}");
+    let mut moment = finite(to_faer(moment)?, what)?;
     let size = moment.nrows();
     let trace: f64 = (0..size).map(|k| moment[(k, k)]).sum();
     // Inputs that are all zero have no direction: any will do.
@@ -63,12 +71,22 @@ fn whitening(moment: &Tensor) -> Result<Mat<f64>> {
     for k in 0..size {
         moment[(k, k)] += ridge;
     }
-    let factor = Llt::new(moment.as_ref(), Side::Lower).map_err(|_| failed("the cholesky factor"))?;
+    let factor = Llt::new(moment.as_ref(), Side::Lower).map_err(|error| Error::Decomposition {
+        factors: "cholesky factor",
+        what: what(),
+        reason: format!("{error:?}"),
+    })?;
     Ok(factor.L().to_owned())
 }
 
-fn failed(what: &str) -> Error {
-    Error::NotFinite { what: format!("{what} of a residual"), value: f64::NAN }
+/// The matrix, if all of it is finite.
+fn finite(matrix: Mat<f64>, what: impl FnOnce() -> String) -> Result<Mat<f64>> {
+    let (view, (height, width)) = (matrix.as_ref(), matrix.shape());
+    let mut values = (0..height).flat_map(|row| (0..width).map(move |column| view[(row, column)]));
+    match values.find(|value| !value.is_finite()) {
+        Some(value) => Err(Error::NotFinite { what: what(), value }),
+        None => Ok(matrix),
+    }
 }
 
 fn to_faer(matrix: &Tensor) -> Result<Mat<f64>> {
@@ -96,7 +114,7 @@ mod tests {
 
     /// `‖(D − B A) L‖²`, where `M = L Lᵀ`: the trace of `(D − B A) M (D − B A)ᵀ`.
     fn error(matrix: &Tensor, moment: &Tensor, rank: usize, start: Option<&Tensor>) -> f64 {
-        let (a, b) = Decomposition::of(matrix, start).unwrap().truncated(rank).unwrap();
+        let (a, b) = Decomposition::of(matrix, start, "q_proj").unwrap().truncated(rank).unwrap();
         let rest = (matrix - b.matmul(&a).unwrap()).unwrap();
         super::super::moments::energy(&rest, moment).unwrap()
     }
@@ -116,15 +134,34 @@ mod tests {
             assert!((error(&matrix, &moment, rank, Some(&moment)) - left).abs() < 1e-3);
             assert!((error(&matrix, &moment, rank, None) - plain).abs() < 1e-9);
         }
-        let gains: Vec<f64> = Decomposition::of(&matrix, None).unwrap().gains().collect();
+        let gains: Vec<f64> = Decomposition::of(&matrix, None, "q_proj").unwrap().gains().collect();
         assert!(gains.iter().zip([9.0, 4.0, 1.0]).all(|(found, expected)| (found - expected).abs() < 1e-9));
+    }
+
+    #[test]
+    fn what_cannot_be_taken_apart_is_named_with_its_value() {
+        let sound = tensor(&[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]]);
+        let broken = tensor(&[[1.0, 2.0, 3.0], [4.0, f64::INFINITY, 6.0], [7.0, 8.0, 9.0]]);
+        let negative = tensor(&[[2.0, 0.0, 0.0], [0.0, -1.0, 0.0], [0.0, 0.0, 2.0]]);
+        let error = |matrix: &Tensor, moment: Option<&Tensor>| {
+            Decomposition::of(matrix, moment, "block 3 q_proj").err().unwrap()
+        };
+        let found = error(&broken, None);
+        assert!(matches!(found, Error::NotFinite { value: f64::INFINITY, .. }), "{found}");
+        assert_eq!(found.to_string(), "what block 3 q_proj lacks is not finite (inf)");
+        let found = error(&sound, Some(&broken)).to_string();
+        assert_eq!(found, "the second moment of the inputs of block 3 q_proj is not finite (inf)");
+        // Nothing of it is not a number: that there is no factor is the whole truth.
+        let found = error(&sound, Some(&negative));
+        assert!(matches!(found, Error::Decomposition { factors: "cholesky factor", .. }), "{found}");
+        assert!(found.to_string().contains("block 3 q_proj"), "{found}");
     }
 
     #[test]
     fn inputs_that_are_always_zero_do_no_harm() {
         let matrix = tensor(&[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]);
         for moment in [tensor(&[[0.0; 3]; 3]), tensor(&[[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])] {
-            let (a, b) = Decomposition::of(&matrix, Some(&moment)).unwrap().truncated(2).unwrap();
+            let (a, b) = Decomposition::of(&matrix, Some(&moment), "q_proj").unwrap().truncated(2).unwrap();
             let product: Vec<f64> = b.matmul(&a).unwrap().flatten_all().unwrap().to_vec1().unwrap();
             assert!(product.iter().zip([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).all(|(p, e)| (p - e).abs() < 1e-4));
         }

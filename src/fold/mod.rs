@@ -9,7 +9,7 @@ mod ties;
 
 pub(crate) use ranks::spread_ranks;
 pub use starts::{OutputError, output_errors};
-pub(crate) use ties::{Ties, best_donors};
+pub(crate) use ties::{Ties, measured_groups};
 
 use crate::data::Windows;
 use crate::error::{Error, Result};

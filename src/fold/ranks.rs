@@ -48,7 +48,8 @@ pub(crate) fn spread_ranks(
             let shared = block_of(&tied, depth)?.weights.tensor(projection)?;
             let (Some(target), Some(shared)) = (original.merged(projection)?, shared) else { continue };
             let moment = Some(moments.of(projection)?);
-            let projected = Projected { target: wide(&target)?, shared: wide(shared)?, moment };
+            let place = format!("block {block} {}", projection.name());
+            let projected = Projected { place, target: wide(&target)?, shared: wide(shared)?, moment };
             units.extend(units_of(&projected, (block, projection), plan, start)?);
         }
         Ok(())

@@ -3,12 +3,11 @@
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-use super::donors::rounded;
 use super::low_rank::Decomposition;
 use super::moments::{Moments, energies, energy};
 use crate::data::Windows;
 use crate::error::{Error, Result};
-use crate::model::{Adapter, Block, BlockParam, Decoder, LowRank, Projection};
+use crate::model::{Adapter, Block, BlockParam, Decoder, LowRank, Param, Projection};
 use crate::plan::{ResidualStart, ScaleStart, Sharing};
 use crate::progress::{self, Observer};
 
@@ -39,7 +38,8 @@ pub(super) fn start(
             let shared = block_of(tied, depth)?.weights.tensor(projection)?;
             let (Some(target), Some(shared)) = (original.merged(projection)?, shared) else { continue };
             let moment = moments.as_ref().map(|moments| moments.of(projection)).transpose()?;
-            let projected = Projected { target: wide(&target)?, shared: wide(shared)?, moment };
+            let place = format!("block {block} {}", projection.name());
+            let projected = Projected { place, target: wide(&target)?, shared: wide(shared)?, moment };
             let adapter = projected.adapter(cut, projection, sharing, rank.unwrap_or_default())?;
             folded = folded.with_adapter(depth, projection, adapter)?;
         }
@@ -56,8 +56,9 @@ pub(super) fn wide(tensor: &Tensor) -> Result<Tensor> {
     Ok(tensor.to_device(&Device::Cpu)?.to_dtype(DType::F64)?)
 }
 
-/// One projection: the matrix it had, the one it shares, and the moment of its inputs, all f64.
+/// One projection: its name, the matrix it had, the one it shares, and the moment of its inputs, all f64.
 pub(super) struct Projected {
+    pub place: String,
     pub target: Tensor,
     pub shared: Tensor,
     pub moment: Option<Tensor>,
@@ -71,15 +72,17 @@ impl Projected {
         sharing: &Sharing,
         rank: usize,
     ) -> Result<Adapter> {
+        // Of the kind that a depth has, whichever it is.
+        let rounded = |param: BlockParam, value: &Tensor| decoder.as_stored(Param::Block(0, param), value);
         let scale = self.scale(sharing.own.scales)?;
-        let scale = scale.map(|scale| rounded(decoder, BlockParam::Scale(projection), &scale)).transpose()?;
+        let scale = scale.map(|scale| rounded(BlockParam::Scale(projection), &scale)).transpose()?;
         let Some(residual) = sharing.own.residual.filter(|_| rank > 0) else {
             return Ok(Adapter::new(scale, None));
         };
         let lacking = self.lacking(scale.as_ref())?;
         let (a, b) = self.decomposition(&lacking, residual.start)?.truncated(rank)?;
-        let a = rounded(decoder, BlockParam::LoraA(projection), &a)?;
-        let b = rounded(decoder, BlockParam::LoraB(projection), &b)?;
+        let a = rounded(BlockParam::LoraA(projection), &a)?;
+        let b = rounded(BlockParam::LoraB(projection), &b)?;
         Ok(Adapter::new(scale, Some(LowRank { a, b })))
     }
 
@@ -111,10 +114,8 @@ impl Projected {
     }
 
     pub(super) fn decomposition(&self, lacking: &Tensor, start: ResidualStart) -> Result<Decomposition> {
-        match start {
-            ResidualStart::Svd => Decomposition::of(lacking, None),
-            ResidualStart::Whitened => Decomposition::of(lacking, self.moment.as_ref()),
-        }
+        let moment = self.moment.as_ref().filter(|_| start == ResidualStart::Whitened);
+        Decomposition::of(lacking, moment, &self.place)
     }
 }
 

@@ -8,8 +8,8 @@ use super::donors::tie;
 use super::starts::States;
 use crate::data::Windows;
 use crate::error::{Error, Result};
-use crate::model::{Architecture, Block, Decoder};
-use crate::plan::{Budget, Donor, Group, Matrices, Own, Plan, Ranks};
+use crate::model::{Block, Decoder};
+use crate::plan::{Budget, Donor, Group, Matrices, Own, Plan};
 use crate::progress::{self, Observer};
 
 /// Losses of a decoder whose blocks are tied step by step. The states at every depth of what was decided are kept,
@@ -31,6 +31,12 @@ impl<'a> Trials<'a> {
         let states = vec![States::new(&cut, windows)?.0];
         let mut trials = Self { tied: cut.clone(), cut, windows, own_norms, states, loss: 0.0 };
         trials.settle(trials.cut.clone(), 0)?;
+        if !trials.loss.is_finite() {
+            return Err(Error::NotFinite {
+                what: "the loss before anything is tied".into(),
+                value: trials.loss,
+            });
+        }
         Ok(trials)
     }
 
@@ -52,22 +58,15 @@ impl<'a> Trials<'a> {
         Ok(())
     }
 
-    /// The mean loss in nats per token from the final states of every window.
+    /// The mean loss in nats per token from the final states of every window. What is tied badly may overflow.
     fn mean_loss(&self, decoder: &Decoder, states: impl Iterator<Item = Result<Tensor>>) -> Result<f64> {
         let (mut total, mut tokens) = (0.0, 0);
         for (window, state) in states.enumerate() {
             let targets = self.windows.window(window)?.get(1..).unwrap_or_default();
-            let rows = state?.squeeze(0)?.narrow(0, 0, targets.len())?;
-            let losses = decoder.nll(&rows, targets)?.to_vec1::<f32>()?;
-            total += losses.into_iter().map(f64::from).sum::<f64>();
+            total += decoder.window_nll(&state?, targets)?;
             tokens += targets.len();
         }
-        let mean = total / tokens as f64;
-        if mean.is_finite() {
-            Ok(mean)
-        } else {
-            Err(Error::NotFinite { what: "a loss with tied blocks".into(), value: mean })
-        }
+        Ok(total / tokens as f64)
     }
 
     /// What was decided, with these depths tied too.
@@ -77,7 +76,8 @@ impl<'a> Trials<'a> {
         Ok(self.tied.of_blocks(blocks))
     }
 
-    /// By how much the loss rises when these depths are tied.
+    /// By how much the loss rises when these depths are tied, with nothing that makes up for it; a loss that is not finite
+    /// is an infinite one.
     fn cost(&self, depths: &[usize], donor: Option<usize>) -> Result<f64> {
         let decoder = self.with_tie(depths, donor)?;
         let from = depths.first().copied().unwrap_or_default();
@@ -85,7 +85,8 @@ impl<'a> Trials<'a> {
         let finals = self.states.get(from).into_iter().flatten().map(|x| {
             (from..decoder.depth()).try_fold(x.clone(), |x, depth| decoder.run_block(depth, &x, &pass))
         });
-        Ok(self.mean_loss(&decoder, finals)? - self.loss)
+        let loss = self.mean_loss(&decoder, finals)?;
+        Ok(if loss.is_finite() { loss - self.loss } else { f64::INFINITY })
     }
 
     /// What each donor that `asked` allows would cost, the cheapest first; of equals the mean, then the first block.
@@ -102,38 +103,42 @@ impl<'a> Trials<'a> {
     }
 }
 
-/// A group of depths as a group of blocks of the original model.
+/// A group of depths as a group of blocks of the original model; donors of infinite cost are none.
 fn group(kept: &[usize], depths: &[usize], donors: &[(Option<usize>, f64)]) -> Result<Group> {
     let block =
         |depth: usize| kept.get(depth).copied().ok_or(Error::NoSuchBlock { index: depth, depth: kept.len() });
     let matrices =
         |donor: Option<usize>| donor.map_or(Ok(Matrices::Mean), |depth| block(depth).map(Matrices::Block));
-    let tried =
-        donors.iter().map(|(donor, cost)| Ok((matrices(*donor)?, *cost))).collect::<Result<Vec<_>>>()?;
+    let blocks = depths.iter().map(|&depth| block(depth)).collect::<Result<Vec<_>>>()?;
+    let finite = donors.iter().filter(|(_, cost)| cost.is_finite());
+    let tried = finite.map(|(donor, cost)| Ok((matrices(*donor)?, *cost))).collect::<Result<Vec<_>>>()?;
     let Some(&(donor, cost)) = tried.first() else {
-        return Err(Error::Plan("a group without a donor".into()));
+        let what = format!("the loss with blocks {blocks:?} tied, by whichever donor,");
+        return Err(Error::NotFinite { what, value: f64::INFINITY });
     };
-    let blocks = depths.iter().map(|&depth| block(depth)).collect::<Result<_>>()?;
     Ok(Group { blocks, donor, cost: Some(cost), tried: if tried.len() > 1 { tried } else { Vec::new() } })
 }
 
-/// The groups of these blocks, each with the donor that costs the least, first to last: each is measured with those
-/// before it tied.
-pub(crate) fn best_donors(
+/// The groups of these blocks with what they cost, of the donors that were asked for the one that costs the least, first
+/// to last: each is measured with those before it tied.
+pub(crate) fn measured_groups(
     decoder: &Decoder,
     plan: &Plan,
     blocks: &[Vec<usize>],
-    own_norms: bool,
+    (donor, own_norms): (Donor, bool),
     windows: &Windows,
     observer: &mut dyn Observer,
 ) -> Result<Vec<Group>> {
+    if blocks.is_empty() {
+        return Ok(Vec::new());
+    }
     let kept = plan.kept();
     let mut trials = Trials::new(decoder.without(&plan.units())?, own_norms, windows)?;
     let mut groups = Vec::with_capacity(blocks.len());
-    progress::steps("donors", blocks.len(), observer, |place| {
+    progress::steps("groups", blocks.len(), observer, |place| {
         let Some(blocks) = blocks.get(place) else { return Ok(()) };
         let depths = blocks.iter().map(|&block| plan.depth_of(block)).collect::<Result<Vec<_>>>()?;
-        let donors = trials.donors(&depths, Donor::Best)?;
+        let donors = trials.donors(&depths, donor)?;
         groups.push(group(&kept, &depths, &donors)?);
         if let (Some((donor, _)), Some(&first)) = (donors.first(), depths.iter().min()) {
             let tied = trials.with_tie(&depths, *donor)?;
@@ -183,27 +188,29 @@ impl Ties {
         let mut groups: Vec<(Vec<usize>, Option<Group>)> =
             (0..kept.len()).map(|depth| (vec![depth], None)).collect();
         let mut known: BTreeMap<Vec<usize>, Candidate> = BTreeMap::new();
-        let start = self.size(arch, plan, &[], decoder)?;
-        let total = start.saturating_sub(self.limit()) as u64;
+        let (types, limit) = (decoder.stored_types().of_blocks(&kept), self.budget.limit());
+        let size = |groups: &[Group]| plan.size(arch, self.budget, (groups, self.own), &types);
+        let start = size(&[])?;
+        let total = start.saturating_sub(limit) as u64;
         progress::stage(STAGE, total, observer, |observer| {
             for age in 0.. {
                 let chosen: Vec<Group> = groups.iter().filter_map(|(_, group)| group.clone()).collect();
-                let size = self.size(arch, plan, &chosen, decoder)?;
+                let size = size(&chosen)?;
                 let done = (start.saturating_sub(size) as u64).min(total);
                 progress::advance(STAGE, done, total, observer)?;
-                if size <= self.limit() {
+                if size <= limit {
                     break;
                 }
                 let mut heard = || progress::advance(STAGE, done, total, observer);
                 let best = self.cheapest(&trials, &groups, &mut known, (age, &mut heard))?;
                 let Some(best) = best else {
-                    let (budget, reason) = (self.limit(), "all neighbours that may be are tied");
-                    return Err(Error::Budget { what: "sharing", budget, least: size, reason });
+                    let (unit, reason) = (self.budget.unit(), "all neighbours that may be are tied");
+                    return Err(Error::Budget { what: "sharing", unit, budget: limit, least: size, reason });
                 };
+                let mut made = group(&kept, &best.depths, &best.donors)?;
                 let Some((donor, _)) = best.donors.first() else { break };
                 let tied = trials.with_tie(&best.depths, *donor)?;
                 trials.settle(tied, best.depths.first().copied().unwrap_or_default())?;
-                let mut made = group(&kept, &best.depths, &best.donors)?;
                 let inside = |depths: &[usize]| depths.iter().any(|depth| best.depths.contains(depth));
                 let grown = groups.iter().filter(|(depths, _)| inside(depths));
                 let before: f64 = grown.filter_map(|(_, group)| group.as_ref()?.cost).sum();
@@ -251,27 +258,6 @@ impl Ties {
             known.insert(depths.clone(), Candidate { depths, donors, age });
             heard()?;
         }
-    }
-
-    fn limit(&self) -> usize {
-        match self.budget {
-            Budget::Parameters(count) => count,
-            Budget::Bytes(bytes) => bytes as usize,
-        }
-    }
-
-    /// What the whole model takes with these groups and all that blocks keep for themselves, in the budget's unit.
-    fn size(&self, arch: &Architecture, plan: &Plan, groups: &[Group], decoder: &Decoder) -> Result<usize> {
-        let folded = plan.with_groups(arch, groups.to_vec(), self.own)?.architecture(arch)?;
-        let spread = match self.own.residual.map(|residual| residual.ranks) {
-            Some(Ranks::Parameters(count)) if !groups.is_empty() => count,
-            _ => 0,
-        };
-        let parameters = folded.parameter_count() + spread;
-        Ok(match self.budget {
-            Budget::Parameters(_) => parameters,
-            Budget::Bytes(_) => parameters * decoder.stored_dtype().size_in_bytes(),
-        })
     }
 }
 

@@ -112,9 +112,11 @@ impl Backward<'_> {
             if index >= uses.first {
                 let places = uses.blocks.get(index).map(Vec::as_slice).unwrap_or_default();
                 let wanted = self.variables(places);
-                let (through, found) = student.tracked.block_vjp(index, &x, &upstream, wanted, &pass)?;
+                // Nothing before the first block that is trained asks for a gradient, unless the embedding does.
+                let input = (&x, index > uses.first || !uses.embedding.is_empty());
+                let (through, found) = student.tracked.block_vjp(index, input, &upstream, wanted, &pass)?;
                 gradients.add(places, found)?;
-                upstream = through;
+                upstream = through.unwrap_or(upstream);
             }
             output = x;
         }

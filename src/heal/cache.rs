@@ -53,6 +53,7 @@ impl Default for CacheOptions {
 pub struct TeacherCache {
     path: PathBuf,
     header: Header,
+    sizes: Sizes,
     start: u64,
 }
 
@@ -69,22 +70,28 @@ struct Header {
     options: CacheOptions,
 }
 
-impl Header {
-    fn tail_bytes(&self) -> usize {
-        self.options.tail_blocks * self.positions * self.hidden_size * 2
-    }
+/// Bytes of a record and of its parts.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Sizes {
+    /// One state, and those after all of the last blocks.
+    state: usize,
+    tail: usize,
+    ids: usize,
+    /// All of it, with its checksum.
+    record: usize,
+}
 
-    fn id_bytes(&self) -> usize {
-        self.positions * self.options.top_tokens * 4
-    }
-
-    /// Log-probabilities of the tokens, and of all others together.
-    fn likelihood_bytes(&self) -> usize {
-        self.positions * (self.options.top_tokens + 1) * 2
-    }
-
-    fn record_bytes(&self) -> usize {
-        self.tail_bytes() + self.id_bytes() + self.likelihood_bytes() + CHECKSUM
+impl Sizes {
+    /// Those of a file with this header; none where numbers of a machine cannot hold them.
+    fn of(header: &Header) -> Option<Self> {
+        let CacheOptions { tail_blocks, top_tokens, .. } = header.options;
+        let state = header.positions.checked_mul(header.hidden_size)?.checked_mul(2)?;
+        let tail = state.checked_mul(tail_blocks)?;
+        let ids = header.positions.checked_mul(top_tokens)?.checked_mul(4)?;
+        // Log-probabilities of the tokens, and of all others together.
+        let likelihoods = header.positions.checked_mul(top_tokens.checked_add(1)?)?.checked_mul(2)?;
+        let record = tail.checked_add(ids)?.checked_add(likelihoods)?.checked_add(CHECKSUM)?;
+        Some(Self { state, tail, ids, record })
     }
 }
 
@@ -115,6 +122,8 @@ impl TeacherCache {
             options: *options,
         };
         check_options(&header)?;
+        let too_large = || Error::format(path, "would have records that are too large");
+        let sizes = Sizes::of(&header).ok_or_else(too_large)?;
         let json = serde_json::to_vec(&header).map_err(|error| Error::format(path, error.to_string()))?;
         file::replace(path, |file| {
             let mut put = |bytes: &[u8]| file.write_all(bytes).map_err(Error::io("write", path));
@@ -127,7 +136,7 @@ impl TeacherCache {
                 put(&Sha256::digest(&record))
             })
         })?;
-        Ok(Self { path: path.to_path_buf(), header, start: start(json.len()) })
+        Ok(Self { path: path.to_path_buf(), header, sizes, start: start(json.len()) })
     }
 
     /// Opens what [`write`](Self::write) made of the model with this SHA-256 and of these windows.
@@ -148,7 +157,9 @@ impl TeacherCache {
         let mut json = vec![0u8; length as usize];
         file.read_exact(&mut json).map_err(|_| damaged("its header is cut off"))?;
         let header: Header = serde_json::from_slice(&json).map_err(|error| damaged(&error.to_string()))?;
-        let cache = Self { path: path.to_path_buf(), header, start: start(json.len()) };
+        let sizes = Sizes::of(&header).filter(|sizes| sizes.state > 0);
+        let sizes = sizes.ok_or_else(|| damaged("its header is of no model"))?;
+        let cache = Self { path: path.to_path_buf(), header, sizes, start: start(json.len()) };
         if cache.header.model_sha256 != model_sha256 {
             let found = &cache.header.model_sha256;
             let reason = format!("is of a model with sha256 {found}, expected {model_sha256}");
@@ -157,7 +168,9 @@ impl TeacherCache {
         cache.check_windows(windows)?;
         check_options(&cache.header)?;
         let found = file.metadata().map_err(Error::io("read", path))?.len();
-        let expected = cache.start + (cache.header.windows * cache.header.record_bytes()) as u64;
+        let records = (cache.header.windows as u64).checked_mul(cache.sizes.record as u64);
+        let expected = records.and_then(|records| records.checked_add(cache.start));
+        let expected = expected.ok_or_else(|| damaged("its header is of too many windows"))?;
         if found != expected {
             return Err(Error::format(path, format!("has {found} bytes, expected {expected}")));
         }
@@ -196,7 +209,7 @@ impl TeacherCache {
 
     /// What the teacher had to say of these windows; `ids` are their first tokens.
     pub(super) fn lesson(&self, losses: &Losses, windows: &[usize], ids: &Tensor) -> Result<Lesson<'static>> {
-        let (header, device) = (&self.header, ids.device());
+        let (header, sizes, device) = (&self.header, self.sizes, ids.device());
         let shape = (1, header.positions, header.hidden_size);
         let mut tail: Vec<Vec<Tensor>> = vec![Vec::new(); losses.tail_depth()];
         let count = header.options.top_tokens;
@@ -204,11 +217,9 @@ impl TeacherCache {
         let mut file = File::open(&self.path).map_err(Error::io("read", &self.path))?;
         for &window in windows {
             let record = self.read(&mut file, window)?;
-            let (states, rest) = record.split_at(header.tail_bytes());
-            let (tokens, likelihoods) = rest.split_at(header.id_bytes());
-            for (state, bytes) in
-                tail.iter_mut().zip(states.chunks_exact(header.positions * header.hidden_size * 2))
-            {
+            let (states, rest) = record.split_at(sizes.tail);
+            let (tokens, likelihoods) = rest.split_at(sizes.ids);
+            for (state, bytes) in tail.iter_mut().zip(states.chunks_exact(sizes.state)) {
                 let values: Vec<f32> = halves(bytes).collect();
                 state.push(Tensor::from_vec(values, shape, device)?);
             }
@@ -232,7 +243,7 @@ impl TeacherCache {
 
     /// One record without its checksum, which it has to meet.
     fn read(&self, file: &mut File, window: usize) -> Result<Vec<u8>> {
-        let bytes = self.header.record_bytes();
+        let bytes = self.sizes.record;
         let mut record = vec![0u8; bytes];
         let place = SeekFrom::Start(self.start + (window * bytes) as u64);
         let read = file.seek(place).and_then(|_| file.read_exact(&mut record));

@@ -12,7 +12,7 @@ use super::backward::{Backward, Gradients, Uses};
 use super::losses::{Losses, Terms};
 use super::teacher::Teacher;
 use super::trainable::{Lora, ParamGroup, Student, Trainable};
-use crate::model::Decoder;
+use crate::model::{Adapter, Decoder, Projection};
 use crate::ops::Kernels;
 use crate::{Checkpoint, Error};
 
@@ -165,6 +165,48 @@ fn gradients_of_parts_are_those_of_the_whole_graph() {
 }
 
 #[test]
+fn frozen_scales_are_passed_on_the_way_back() {
+    for family in ["llama", "gpt2"] {
+        let dense = load(family);
+        let width = dense.architecture().hidden_size;
+        let scale = Tensor::from_iter((0..width).map(|i| 0.5 + i as f32 * 0.02), &Device::Cpu).unwrap();
+        let adapter = Adapter::new(Some(scale), None);
+        let scaled = dense.with_adapter(1, Projection::Down, adapter).unwrap();
+        let lora = Trainable::Lora(Lora { rank: 2, ..Lora::default() });
+        let student = Student::new(&scaled, &[ParamGroup::new(lora, 1e-3)], 1).unwrap();
+        move_values(&student);
+        let (_, found) = walked(&student, &dense, &losses()).unwrap();
+        let (_, expected) = whole_graph(&student, &dense, &losses());
+        assert_close(family, &student, &found, &expected);
+    }
+}
+
+#[test]
+fn an_input_that_nobody_asks_for_changes_no_gradient() {
+    let dense = load("llama");
+    let lora = Trainable::Lora(Lora { rank: 2, ..Lora::default() });
+    for params in [lora, Trainable::Norms, Trainable::Matrices] {
+        let student = Student::new(&dense, &[ParamGroup::new(params, 1e-3)], 1).unwrap();
+        let (ids, _) = text(&dense);
+        let pass = student.tracked.pass(0, 12).unwrap();
+        let x = student.plain.embed(&ids, &pass).unwrap();
+        let upstream = (&x * 0.5).unwrap();
+        let vars = || student.trained.iter().map(|trained| trained.var.as_tensor().clone());
+        let vjp = |wants| student.tracked.block_vjp(0, (&x, wants), &upstream, vars(), &pass).unwrap();
+        let ((through, with), (none, without)) = (vjp(true), vjp(false));
+        assert!(through.is_some() && none.is_none());
+        let bits = |gradient: Option<Tensor>| {
+            let values = gradient.map(|gradient| gradient.flatten_all().unwrap().to_vec1::<f32>().unwrap());
+            values.map(|values| values.into_iter().map(f32::to_bits).collect::<Vec<_>>())
+        };
+        assert!(with.iter().any(Option::is_some));
+        for (with, without) in with.into_iter().zip(without) {
+            assert_eq!(bits(with), bits(without));
+        }
+    }
+}
+
+#[test]
 fn what_no_loss_depends_on_is_an_error_that_names_it() {
     let dense = load("llama");
     let only_tail = Losses { cross_entropy: 0.0, divergence: 0.0, ..losses() };
@@ -179,6 +221,14 @@ fn a_group_that_has_nothing_to_train_is_refused() {
     for params in [Trainable::Residuals, Trainable::SharedMatrices, Trainable::LastBlocks(0)] {
         let error = Student::new(&dense, &[ParamGroup::new(params, 1e-3)], 1).unwrap_err().to_string();
         assert!(error.starts_with("trainable is "), "{error}");
+    }
+    for count in [dense.depth() + 1, usize::MAX] {
+        let group = ParamGroup::new(Trainable::LastBlocks(count), 1e-3);
+        let error = Student::new(&dense, &[group], 1).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            format!("last blocks is {count}, expected at most the {} of the model", dense.depth())
+        );
     }
     let twice = [ParamGroup::new(Trainable::Norms, 1e-3), ParamGroup::new(Trainable::Norms, 1e-4)];
     assert!(Student::new(&dense, &twice, 1).is_err());

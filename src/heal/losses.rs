@@ -6,7 +6,8 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::ops::HeadWeights;
 
-/// The terms of the loss and their weights; a term of weight 0 is not computed.
+/// The terms of the loss and their weights. A term of weight 0 has no gradient; the teacher's terms are then not computed,
+/// and the text's is, and logged, beside the divergence.
 ///
 /// `cross_entropy · CE + divergence · τ² · KL(teacher ‖ student) + tail · mean over the last blocks of
 /// ‖h − h_T‖² / ‖h_T‖²`, each a mean over tokens. The hidden states are those after each of the last `tail_blocks`

@@ -4,6 +4,16 @@
 //! model may teach, from memory or from a file ([`Teacher`]). The way back goes block by block, so that memory beyond
 //! the weights is the optimiser's state of what is trained, one input a block, and one block's activations.
 //!
+//! How fast depends on what is trained, since `AdamW` moves every number by about the learning rate a step, whatever its
+//! gradient. These are the highest learning rates of [`ParamGroup::from`], which [`Heal::default`] takes too:
+//!
+//! | trained | learning rate | why |
+//! |---|---:|---|
+//! | norms, scales | 5e-3 | numbers of about 1, which have to move by tenths; IA³ (arXiv 2205.05638) takes 3e-3 |
+//! | LoRA | 1e-3 | starts from nothing |
+//! | residuals | 3e-4 | start from the best residual of their rank |
+//! | matrices, last blocks, head, everything | 1e-4 | start from what was learnt, and move in every direction at once |
+//!
 //! ```
 //! use foldgpt::candle::{DType, Device};
 //! use foldgpt::heal::{Budget, Heal, Losses, Teacher};

@@ -38,12 +38,14 @@ pub struct Heal {
     pub evaluate_every: usize,
     /// Stops after this many measurements without a lowest loss; never where absent.
     pub patience: Option<usize>,
-    /// Steps between states.
+    /// Steps between states; a run that is cancelled saves what is done.
     pub save_every: usize,
-    /// Where the state is kept, and gone on from where it exists and fits.
+    /// Where the state is kept, and gone on from where it exists and fits: options, text, model and teacher have to be
+    /// the same. Of a model, its architecture and the first values of every tensor are compared.
     #[serde(skip)]
     pub state_file: Option<PathBuf>,
-    /// Where every step is logged, as JSON Lines of [`Record`](super::Record).
+    /// Where every step is logged, as JSON Lines of [`Record`](super::Record). A log that is there goes on with the
+    /// state, or is begun anew without one; a file that is no log is refused.
     #[serde(skip)]
     pub log_file: Option<PathBuf>,
 }
@@ -57,8 +59,8 @@ pub enum Budget {
     Steps(usize),
     /// As many steps as read this many predicted tokens, rounded up.
     Tokens(usize),
-    /// As many steps as fit into this many minutes, those of interrupted runs included. The one budget under which a
-    /// result depends on the speed of the machine.
+    /// Steps until this many minutes are over, those of interrupted runs included: the last step, and the measurement
+    /// after it, end beyond them. The one budget under which a result depends on the speed of the machine.
     Minutes(f64),
 }
 
@@ -69,16 +71,16 @@ impl Default for Heal {
             batch: 4,
             micro_batch: 1,
             groups: vec![
-                ParamGroup::new(Trainable::Norms, 1e-3),
-                ParamGroup::new(Trainable::Scales, 1e-3),
-                ParamGroup::new(Trainable::Lora(Lora::default()), 1e-3),
+                Trainable::Norms.into(),
+                Trainable::Scales.into(),
+                Trainable::Lora(Lora::default()).into(),
             ],
             losses: Losses::default(),
             adamw: AdamW::default(),
             schedule: Schedule::default(),
             max_grad_norm: Some(1.0),
             seed: 0,
-            evaluate_every: 50,
+            evaluate_every: 25,
             patience: None,
             save_every: 20,
             state_file: None,
@@ -112,6 +114,11 @@ impl Heal {
         self.groups.iter().try_for_each(ParamGroup::check)?;
         self.adamw.check()?;
         self.schedule.check()
+    }
+
+    /// The options that a result depends on: how often states are saved decides nothing.
+    pub(crate) fn deciding(&self) -> Self {
+        Self { save_every: 1, ..self.clone() }
     }
 
     /// The steps that the budget allows, where it does not depend on time, for windows of `seq_len` tokens.

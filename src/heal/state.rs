@@ -4,13 +4,12 @@
 //! ones are kept, all in f32, and in the metadata the rest as JSON. Which windows come next follows from the seed and
 //! the number of steps; so does everything else that is drawn.
 
-use std::borrow::Cow;
 use std::collections::HashMap;
 use std::io::Write;
 use std::path::Path;
 
 use candle_core::Tensor;
-use safetensors::{Dtype, SafeTensors};
+use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo};
 use serde::{Deserialize, Serialize};
 
 use super::adamw::Moments;
@@ -20,6 +19,10 @@ use crate::file;
 
 const VERSION: u32 = 1;
 const METADATA: &str = "heal";
+/// What is kept of every trained tensor, the last where there is a best.
+const KINDS: [&str; 4] = ["value", "mean", "variance", "best"];
+/// Numbers turned into bytes at once.
+const CHUNK: usize = 1 << 16;
 
 /// Where a healing stands.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -80,24 +83,45 @@ impl State {
         student.trained.iter().zip(best).try_for_each(|(trained, values)| set(trained, values))
     }
 
-    /// Writes it with the student's values: complete, or not at all.
+    /// Writes it with the student's values, tensor by tensor: complete, or not at all.
     pub(super) fn save(&self, path: &Path, student: &Student) -> Result<()> {
-        let unwritten = |reason: String| Error::format(path, reason);
-        let json = serde_json::to_string(&self.position).map_err(|error| unwritten(error.to_string()))?;
-        let mut tensors = Vec::new();
-        for (place, (trained, moments)) in student.trained.iter().zip(&self.moments).enumerate() {
-            let mut add = |kind: &str, values| tensors.push((name(kind, trained), View(trained, values)));
-            add("value", Cow::Owned(values(trained)?));
-            add("mean", Cow::Borrowed(&moments.mean));
-            add("variance", Cow::Borrowed(&moments.variance));
-            if let Some(best) = self.best.as_ref().and_then(|best| best.get(place)) {
-                add("best", Cow::Borrowed(best));
+        let header = self.header(student).map_err(|reason| Error::format(path, reason))?;
+        file::replace(path, |file| {
+            let mut put = |bytes: &[u8]| file.write_all(bytes).map_err(Error::io("write", path));
+            put(&(header.len() as u64).to_le_bytes())?;
+            put(&header)?;
+            for (place, (trained, moments)) in student.trained.iter().zip(&self.moments).enumerate() {
+                let value = values(trained)?;
+                let best = self.best.as_ref().and_then(|best| best.get(place));
+                let tensors = [Some(&value), Some(&moments.mean), Some(&moments.variance), best];
+                for numbers in tensors.into_iter().flatten().flat_map(|tensor| tensor.chunks(CHUNK)) {
+                    put(&numbers.iter().flat_map(|number| number.to_le_bytes()).collect::<Vec<u8>>())?;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// The header of the file: the position, and where the numbers of every tensor are, in the order of writing.
+    fn header(&self, student: &Student) -> Result<Vec<u8>, String> {
+        let json = serde_json::to_string(&self.position).map_err(|error| error.to_string())?;
+        let kinds = if self.best.is_some() { &KINDS[..] } else { &KINDS[..KINDS.len() - 1] };
+        let (mut tensors, mut end) = (Vec::new(), 0);
+        for trained in &student.trained {
+            for kind in kinds {
+                let start = end;
+                end += trained.var.elem_count() * size_of::<f32>();
+                let shape = trained.var.dims().to_vec();
+                let info = TensorInfo { dtype: Dtype::F32, shape, data_offsets: (start, end) };
+                tensors.push((name(kind, trained), info));
             }
         }
         let metadata = HashMap::from([(METADATA.to_string(), json)]);
-        let bytes =
-            safetensors::serialize(tensors, Some(metadata)).map_err(|error| unwritten(error.to_string()))?;
-        file::replace(path, |file| file.write_all(&bytes).map_err(Error::io("write", path)))
+        let metadata = Metadata::new(Some(metadata), tensors).map_err(|error| error.to_string())?;
+        let mut header = serde_json::to_vec(&metadata).map_err(|error| error.to_string())?;
+        // Numbers begin at a multiple of their size.
+        header.resize(header.len().next_multiple_of(8), b' ');
+        Ok(header)
     }
 
     /// The state in a file, which has to be one of this healing; the student gets its values.
@@ -150,25 +174,4 @@ fn read(path: &Path, stored: &SafeTensors<'_>, name: &str, trained: &Trained) ->
     let numbers =
         view.data().chunks_exact(4).filter_map(|bytes| Some(f32::from_le_bytes(bytes.try_into().ok()?)));
     Ok(numbers.collect())
-}
-
-/// Numbers in the shape of a trained tensor, turned into bytes when they are written.
-struct View<'a>(&'a Trained, Cow<'a, [f32]>);
-
-impl safetensors::View for View<'_> {
-    fn dtype(&self) -> Dtype {
-        Dtype::F32
-    }
-
-    fn shape(&self) -> &[usize] {
-        self.0.var.dims()
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        Cow::Owned(self.1.iter().flat_map(|value| value.to_le_bytes()).collect())
-    }
-
-    fn data_len(&self) -> usize {
-        self.1.len() * size_of::<f32>()
-    }
 }

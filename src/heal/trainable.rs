@@ -76,6 +76,14 @@ pub struct ParamGroup {
     pub weight_decay: f64,
 }
 
+impl From<Trainable> for ParamGroup {
+    /// A group at its [usual learning rate](Trainable::learning_rate), without weight decay.
+    fn from(params: Trainable) -> Self {
+        let learning_rate = params.learning_rate();
+        Self::new(params, learning_rate)
+    }
+}
+
 impl ParamGroup {
     /// A group without weight decay.
     #[must_use]
@@ -88,6 +96,16 @@ impl ParamGroup {
     pub fn with_decay(mut self, weight_decay: f64) -> Self {
         self.weight_decay = weight_decay;
         self
+    }
+
+    /// Fails for more last blocks than the `depth` of a model.
+    pub(crate) fn check_depth(&self, depth: usize) -> Result<()> {
+        match self.params {
+            Trainable::LastBlocks(count) if count > depth => {
+                Err(Error::argument("last blocks", count, format!("at most the {depth} of the model")))
+            }
+            _ => Ok(()),
+        }
     }
 
     pub(super) fn check(&self) -> Result<()> {
@@ -117,6 +135,20 @@ impl Lora {
 }
 
 impl Trainable {
+    /// The highest learning rate that suits it in a healing of a few hundred steps, as the table of
+    /// [`heal`](super) has it.
+    #[must_use]
+    pub fn learning_rate(&self) -> f64 {
+        match self {
+            Self::Norms | Self::Scales => 5e-3,
+            Self::Lora(_) => 1e-3,
+            Self::Residuals => 3e-4,
+            Self::SharedMatrices | Self::Matrices | Self::LastBlocks(_) | Self::Head | Self::Everything => {
+                1e-4
+            }
+        }
+    }
+
     fn name(&self) -> &'static str {
         match self {
             Self::Norms => "norms",
@@ -181,6 +213,7 @@ impl Student {
     /// `decoder` with what the groups name as variables in f32, and what they add.
     pub(super) fn new(decoder: &Decoder, groups: &[ParamGroup], seed: u64) -> Result<Self> {
         decoder.check_not_quantized()?;
+        groups.iter().try_for_each(|group| group.check_depth(decoder.depth()))?;
         let (mut grown, mut factors) = (decoder.clone(), HashMap::new());
         let mut rng = StdRng::seed_from_u64(seed);
         for group in groups {

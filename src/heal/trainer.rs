@@ -62,8 +62,9 @@ impl Heal {
     ///
     /// # Errors
     /// Options outside of their range; a teacher that does not fit; [`Error::NoGradient`] for something trained that
-    /// no loss depends on; [`Error::NotFinite`] for a loss or gradient that is not finite, with its step (the state
-    /// file then holds a state whose loss was); a state file of another healing; or a cancelling observer.
+    /// no loss depends on; [`Error::NotFinite`] for a loss, gradient or trained number that is not finite, with its
+    /// step (the state file then holds numbers that are); a state file of another healing; a log file that is no log;
+    /// or a cancelling observer, after what is done was saved.
     pub fn run(
         &self,
         decoder: &Decoder,
@@ -79,10 +80,10 @@ impl Heal {
         }
         let mut run = Run::start(self, decoder, windows, held_out, teacher)?;
         let total = match self.budget {
-            Budget::Minutes(minutes) => (minutes * 60.0).ceil() as usize,
-            Budget::Steps(_) | Budget::Tokens(_) => run.steps,
+            Budget::Minutes(minutes) => (minutes * 60.0).ceil() as u64,
+            Budget::Steps(_) | Budget::Tokens(_) => (run.step_limit as u64).saturating_mul(self.batch as u64),
         };
-        progress::stage(STAGE, total as u64, observer, |observer| run.train(total as u64, observer))?;
+        progress::stage(STAGE, total, observer, |observer| run.train(total, observer))?;
         run.finish()
     }
 }
@@ -99,7 +100,7 @@ struct Run<'a> {
     state: State,
     log: Log,
     /// The steps that the budget allows; without end where it is one of time.
-    steps: usize,
+    step_limit: usize,
     /// When this process began, and what had been spent before.
     clock: (Instant, f64),
 }
@@ -123,7 +124,7 @@ impl<'a> Run<'a> {
         Ok(Self {
             uses: Uses::of(&student),
             order: Order::new(heal.seed, windows.len()),
-            steps: heal.steps(windows.seq_len()).unwrap_or(usize::MAX),
+            step_limit: heal.steps(windows.seq_len()).unwrap_or(usize::MAX),
             clock: (Instant::now(), position.seconds),
             heal,
             windows,
@@ -135,19 +136,41 @@ impl<'a> Run<'a> {
         })
     }
 
+    /// Steps until the budget is spent; what was cancelled is saved as what is done.
     fn train(&mut self, total: u64, observer: &mut dyn Observer) -> Result<()> {
+        let trained = self.steps(total, observer);
+        if matches!(trained, Ok(()) | Err(Error::Cancelled { .. })) {
+            // No further loss tells whether the last update was good.
+            self.check_finite()?;
+            self.save()?;
+        }
+        trained
+    }
+
+    fn steps(&mut self, total: u64, observer: &mut dyn Observer) -> Result<()> {
         let first = self.state.position.step;
         if first > 0 {
             tracing::debug!(step = first, "healing goes on from its state");
         }
         self.evaluate(total, observer)?;
         while !self.state.position.stopped && self.progress(0.0) < 1.0 {
-            self.step(observer)?;
-            progress::advance(STAGE, self.done(total), total, observer)?;
+            self.step(total, observer)?;
+            progress::advance(STAGE, self.done(0.0, total), total, observer)?;
             self.tell_time_left(first, observer);
             self.evaluate(total, observer)?;
         }
-        self.save()
+        Ok(())
+    }
+
+    /// Fails for a trained number that is not finite.
+    fn check_finite(&self) -> Result<()> {
+        for trained in &self.student.trained {
+            if let Some(value) = state::values(trained)?.into_iter().find(|value| !value.is_finite()) {
+                let what = format!("{} after healing step {}", trained.param, self.state.position.step);
+                return Err(Error::NotFinite { what, value: value.into() });
+            }
+        }
+        Ok(())
     }
 
     /// How much of the budget is spent, from 0 on, when this much more of a step is done.
@@ -155,7 +178,7 @@ impl<'a> Run<'a> {
         match self.heal.budget {
             Budget::Minutes(minutes) => self.seconds() / (minutes * 60.0),
             Budget::Steps(_) | Budget::Tokens(_) => {
-                (self.state.position.step as f64 + more) / self.steps as f64
+                (self.state.position.step as f64 + more) / self.step_limit as f64
             }
         }
     }
@@ -164,9 +187,9 @@ impl<'a> Run<'a> {
         self.clock.1 + self.clock.0.elapsed().as_secs_f64()
     }
 
-    /// What of `total` the observer is told to be done: steps, or seconds.
-    fn done(&self, total: u64) -> u64 {
-        (self.progress(0.0).min(1.0) * total as f64).round() as u64
+    /// What of `total` the observer is told to be done, windows or seconds, with this much more of a step.
+    fn done(&self, more: f64, total: u64) -> u64 {
+        (self.progress(more).min(1.0) * total as f64).round() as u64
     }
 
     fn tell_time_left(&self, first: usize, observer: &mut dyn Observer) {
@@ -175,16 +198,16 @@ impl<'a> Run<'a> {
             Budget::Minutes(minutes) => minutes * 60.0 - self.seconds(),
             Budget::Steps(_) | Budget::Tokens(_) => {
                 let a_step = self.clock.0.elapsed().as_secs_f64() / (position.step - first).max(1) as f64;
-                a_step * (self.steps - position.step) as f64
+                a_step * (self.step_limit - position.step) as f64
             }
         };
         observer.measured(STAGE, "seconds left", left.max(0.0));
     }
 
-    fn step(&mut self, observer: &mut dyn Observer) -> Result<()> {
+    fn step(&mut self, total: u64, observer: &mut dyn Observer) -> Result<()> {
         let rate = self.heal.schedule.factor(self.progress(0.5));
         let step = self.state.position.step + 1;
-        let (terms, gradients) = self.gradients()?;
+        let (terms, gradients) = self.gradients(total, observer)?;
         let loss = self.heal.losses.total(terms);
         if !loss.is_finite() {
             return Err(Error::NotFinite { what: format!("the loss of healing step {step}"), value: loss });
@@ -205,16 +228,21 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// The terms of the next step's loss, means over its tokens, and the gradients of what is trained.
-    fn gradients(&mut self) -> Result<(Terms, Vec<Vec<f32>>)> {
+    /// The terms of the next step's loss, means over its tokens, and the gradients of what is trained. The observer is
+    /// told between micro-batches: steps may take long.
+    fn gradients(&mut self, total: u64, observer: &mut dyn Observer) -> Result<(Terms, Vec<Vec<f32>>)> {
         let (batch, first) = (self.heal.batch, self.state.position.step * self.heal.batch);
         let windows = self.order.windows(first..first + batch);
         let tokens = windows.len() * (self.windows.seq_len() - 1);
         let (uses, student) = (&self.uses, &self.student);
         let backward = Backward { student, uses, losses: &self.heal.losses, weight: 1.0 / tokens as f64 };
         let mut gradients = Gradients::none(student.trained.len());
-        let mut terms = Terms::default();
+        let (mut terms, mut read) = (Terms::default(), 0);
         for part in windows.chunks(self.heal.micro_batch) {
+            if read > 0 {
+                progress::advance(STAGE, self.done(read as f64 / batch as f64, total), total, observer)?;
+            }
+            read += part.len();
             let (ids, targets) = inputs(self.windows, part, student.plain.device())?;
             let lesson = match self.teacher {
                 Some(teacher) => teacher.lesson(&self.heal.losses, part, &ids)?,
@@ -222,8 +250,9 @@ impl<'a> Run<'a> {
             };
             terms.add(backward.accumulate((&ids, &targets), &lesson, &mut gradients)?);
         }
-        let gradients = gradients.complete(student)?;
-        let gradients = gradients.iter().map(|gradient| Ok(gradient.flatten_all()?.to_vec1::<f32>()?));
+        // One by one: none is in memory twice but the one that is copied.
+        let gradients = gradients.complete(student)?.into_iter();
+        let gradients = gradients.map(|gradient| Ok(gradient.flatten_all()?.to_vec1::<f32>()?));
         Ok((terms.per(tokens), gradients.collect::<Result<_>>()?))
     }
 
@@ -264,7 +293,7 @@ impl<'a> Run<'a> {
         let due = step.is_multiple_of(self.heal.evaluate_every) || last;
         let Some(held_out) = self.held_out.filter(|_| due && !known) else { return Ok(()) };
         let before = self.state.position.best();
-        let mut within = Within { done: self.done(total), total, observer: &mut *observer };
+        let mut within = Within { done: self.done(0.0, total), total, observer: &mut *observer };
         let loss = perplexity(&self.student.plain, held_out, &mut within).map_err(|error| match error {
             Error::NotFinite { value, .. } => {
                 Error::NotFinite { what: format!("the held-out loss after healing step {step}"), value }
@@ -329,7 +358,7 @@ fn identity(
     };
     let held_out = held_out.map(Windows::ids_sha256);
     let parts = (
-        heal,
+        heal.deciding(),
         decoder.fingerprint()?,
         format!("{:?}", decoder.dtype()),
         windows.ids_sha256(),

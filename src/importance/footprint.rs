@@ -38,8 +38,8 @@ impl<'a> Footprint<'a> {
 
     /// All weights.
     pub(crate) fn weights(&self) -> u64 {
-        let held = Held { stored: self.dtype, resident: self.dtype, context: 1 };
-        Account::planned(self.arch, held).resident_bytes
+        let held = Held { stored: self.dtype.into(), resident: self.dtype, context: 1 };
+        Account::planned(self.arch, &held).resident_bytes
     }
 
     /// One hidden state of a window.

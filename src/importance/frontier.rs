@@ -5,7 +5,6 @@
 //! branches of all windows pass a block before any passes the next, so that each block is read once.
 
 use super::removals::{Removed, Report};
-use super::sweep::mean_loss;
 use crate::data::Windows;
 use crate::error::Result;
 use crate::model::{BlockSource, Part, States};
@@ -100,7 +99,7 @@ impl Frontier<'_> {
             let mut row = vec![0.0; self.sets.len()];
             for branch in &self.branches {
                 let state = self.states.take(self.slot(window, branch))?;
-                let loss = mean_loss(&back, targets, &state)?;
+                let loss = back.window_nll(&state, targets)? / targets.len() as f64;
                 for &index in branch {
                     if let Some(slot) = row.get_mut(index) {
                         *slot = loss;

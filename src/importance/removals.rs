@@ -12,7 +12,6 @@ use rayon::prelude::*;
 
 use super::memo::Memo;
 use super::statistics;
-use super::sweep::mean_loss;
 use crate::data::Windows;
 use crate::error::{Error, Result};
 use crate::model::{Decoder, Part, Pass, Unit};
@@ -121,7 +120,11 @@ impl<'a> Removals<'a> {
     /// The loss of each set on each window: a row a window.
     pub(super) fn losses(&mut self, sets: &[Removed], report: Report<'_>) -> Result<Vec<Vec<f64>>> {
         let decoder = self.shared.decoder;
-        self.values(sets, &|_, targets, state| mean_loss(decoder, targets, state), report)
+        self.values(
+            sets,
+            &|_, targets, state| Ok(decoder.window_nll(state, targets)? / targets.len() as f64),
+            report,
+        )
     }
 
     /// What `leaf` says of each set on each window, a row a window; equal sets are computed once.

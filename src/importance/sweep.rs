@@ -55,14 +55,3 @@ pub(crate) fn sweep(
     })?;
     Ok(states)
 }
-
-/// The mean loss of a window in nats per predicted token, from its final state, `(1, seq, hidden)`.
-pub(crate) fn mean_loss(back: &Decoder, targets: &[u32], state: &Tensor) -> Result<f64> {
-    Ok(summed_loss(back, targets, state)? / targets.len() as f64)
-}
-
-/// The summed loss of a window in nats, likewise.
-pub(crate) fn summed_loss(back: &Decoder, targets: &[u32], state: &Tensor) -> Result<f64> {
-    let losses = back.nll(&state.squeeze(0)?.narrow(0, 0, targets.len())?, targets)?;
-    Ok(losses.to_vec1::<f32>()?.into_iter().map(f64::from).sum())
-}

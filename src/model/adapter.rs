@@ -47,12 +47,6 @@ impl AdapterShape {
     pub fn is_empty(self) -> bool {
         self == Self::default()
     }
-
-    /// The parameters it takes at a projection of this `(out, in)`.
-    #[must_use]
-    pub fn parameters(self, (output, input): (usize, usize)) -> usize {
-        if self.scale { output + self.rank * (output + input) } else { self.rank * (output + input) }
-    }
 }
 
 impl Adapter {

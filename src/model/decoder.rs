@@ -9,6 +9,7 @@ use super::architecture::{Architecture, NormKind, Positions, RopeSpec};
 use super::block::{Block, Norm};
 use super::cache::{KvCache, Slot};
 use super::params::{BlockParam, NormPart, Param};
+use super::stored_types::StoredTypes;
 use super::unit::Unit;
 use crate::error::{Error, Result};
 use crate::ops::{Kernels, Matrix};
@@ -25,7 +26,7 @@ pub struct Decoder {
     pub(super) final_norm: Norm,
     pub(super) head: Option<Matrix>,
     pub(super) kernels: Kernels,
-    pub(super) stored: Option<DType>,
+    pub(super) stored: Option<StoredTypes>,
 }
 
 /// What all blocks of one forward pass have in common: where the tokens stand.
@@ -179,11 +180,27 @@ impl Decoder {
     /// the narrowest one that matrices have on disk, or the one they have in memory where there is no checkpoint.
     #[must_use]
     pub fn stored_dtype(&self) -> DType {
-        self.stored.unwrap_or_else(|| self.dtype())
+        self.stored.as_ref().map_or_else(|| self.dtype(), StoredTypes::narrowest)
     }
 
-    pub(crate) fn stored_as(mut self, dtype: DType) -> Self {
-        self.stored = Some(dtype);
+    /// The type that each parameter of this decoder has on disk; where there is no checkpoint, the one that matrices have
+    /// in memory.
+    #[must_use]
+    pub fn stored_types(&self) -> StoredTypes {
+        match &self.stored {
+            Some(types) => types.of_blocks(&self.origins()),
+            None => self.dtype().into(),
+        }
+    }
+
+    /// The index that each depth has in the original model.
+    pub(crate) fn origins(&self) -> Vec<usize> {
+        self.blocks.iter().map(|block| block.own.origin).collect()
+    }
+
+    /// The same decoder with the types that the original model's parameters have on disk.
+    pub(crate) fn stored_as(mut self, types: StoredTypes) -> Self {
+        self.stored = Some(types);
         self
     }
 

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::adapter::AdapterShape;
 use super::architecture::Architecture;
 use super::block::Block;
-use super::params::{BlockParam, Projection};
+use super::params::{BlockParam, Param, Projection};
 use super::unit::Part;
 use crate::error::{Error, Result};
 
@@ -133,6 +133,34 @@ impl FoldMap {
 }
 
 impl Architecture {
+    /// What removing blocks frees, ascending: the first k of these are the least that any k blocks free together, for
+    /// every k. What depths share goes with the last of them. `size` is that of a parameter of this shape.
+    pub(crate) fn freed(&self, size: impl Fn(Param, &[usize]) -> u64) -> Vec<u64> {
+        let mut freed = Vec::with_capacity(self.depth());
+        for holder in (0..self.depth()).filter(|&depth| self.fold.block(depth).weights == depth) {
+            let users = (0..self.depth()).filter(|&depth| self.fold.block(depth).weights == holder);
+            let users: Vec<usize> = users.collect();
+            let lends = users.iter().any(|&depth| !self.fold.block(depth).own_norms);
+            let sum = |depth: usize, shared: bool| -> u64 {
+                let lent = |param: BlockParam| match param {
+                    BlockParam::Weight(_) => true,
+                    BlockParam::Norm(..) => lends && depth == holder,
+                    _ => false,
+                };
+                let params = self.params_at(depth).into_iter().filter(|(param, _)| lent(*param) == shared);
+                params.map(|(param, shape)| size(Param::Block(depth, param), &shape)).sum()
+            };
+            let mut own: Vec<u64> = users.iter().map(|&depth| sum(depth, false)).collect();
+            own.sort_unstable();
+            if let Some(last) = own.last_mut() {
+                *last += sum(holder, true);
+            }
+            freed.extend(own);
+        }
+        freed.sort_unstable();
+        freed
+    }
+
     /// The same architecture with nothing shared, added or missing: what a standard checkpoint holds.
     #[must_use]
     pub fn expanded(&self) -> Self {

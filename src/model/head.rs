@@ -1,5 +1,6 @@
 //! From the last hidden state to the loss, and back to what is trained.
 
+use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
 
 use super::adapter::LowRank;
@@ -31,6 +32,13 @@ impl Decoder {
         Ok(self.kernels.head_loss(normalised, self.head()?, targets, soft, weights, wants_weight)?)
     }
 
+    /// The summed loss of one window in nats, from its states after the last block, `(1, seq, hidden)`; `targets` are its
+    /// tokens but the first.
+    pub(crate) fn window_nll(&self, states: &Tensor, targets: &[u32]) -> Result<f64> {
+        let losses = self.nll(&states.squeeze(0)?.narrow(0, 0, targets.len())?, targets)?;
+        Ok(losses.to_vec1::<f32>()?.into_iter().map(f64::from).sum())
+    }
+
     /// The likeliest next tokens for normalised states, `(rows, hidden)`.
     pub(crate) fn top_tokens(
         &self,
@@ -41,32 +49,37 @@ impl Decoder {
         Ok(self.kernels.top_tokens(normalised, self.head()?, count, temperature)?)
     }
 
-    /// Takes `upstream`, the gradient of a block's output, back through the block: the gradients of its input `x` and
-    /// of all of `wanted` that it uses.
+    /// Takes `upstream`, the gradient of a block's output, back through the block: the gradients of its input `x`,
+    /// where it is wanted, and of all of `wanted` that it uses.
     ///
-    /// Where the block ends with a frozen product that joins the residual stream as it is, that product is never made:
-    /// its part in the gradient is `upstream` taken back through its matrix.
+    /// Where the block ends with a frozen product that joins the residual stream as it is, or by a frozen scale, that
+    /// product is never made: its part in the gradient is `upstream` taken back through its matrix. The gradient of a
+    /// scale needs what it scales.
     pub(crate) fn block_vjp(
         &self,
         index: usize,
-        x: &Tensor,
+        (x, wants_input): (&Tensor, bool),
         upstream: &Tensor,
         wanted: impl IntoIterator<Item = Tensor>,
         pass: &Pass<'_>,
-    ) -> Result<(Tensor, Vec<Option<Tensor>>)> {
+    ) -> Result<(Option<Tensor>, Vec<Option<Tensor>>)> {
         let (block, kernels) = (self.block(index)?, self.kernels);
-        let x = Var::from_tensor(x)?;
+        let x = if wants_input { Var::from_tensor(x)?.into_inner() } else { x.detach() };
         let last = if block.has(Part::Mlp) { Projection::Down } else { Projection::O };
         let mut bare = block.clone();
         let adapter = std::mem::take(&mut bare.own.adapters[last]);
         let frozen = |ending: &Ending| {
             let bias = ending.bias.as_ref().is_some_and(Tensor::track_op);
-            !ending.weight.track_op() && !bias && adapter.scale.is_none()
+            !ending.weight.track_op() && !bias && !adapter.scale.as_ref().is_some_and(Tensor::track_op)
         };
         let total = match bare.plain_ending(Part::Whole).filter(frozen) {
             Some(ending) => {
-                let (state, inside) = bare.before(&ending, Part::Whole, x.as_tensor(), pass)?;
-                let into = kernels.linear_back(upstream, &ending.weight)?;
+                let (state, inside) = bare.before(&ending, Part::Whole, &x, pass)?;
+                let scaled = match &adapter.scale {
+                    Some(scale) => kernels.scale(upstream, scale)?,
+                    None => upstream.clone(),
+                };
+                let into = kernels.linear_back(&scaled, &ending.weight)?;
                 let mut total = (kernels.inner(&state, upstream)? + kernels.inner(&inside, &into)?)?;
                 if let Some(LowRank { a, b }) = &adapter.low_rank {
                     let residual = kernels.linear(&kernels.linear(&inside, a, None)?, b, None)?;
@@ -74,9 +87,11 @@ impl Decoder {
                 }
                 total
             }
-            None => kernels.inner(&block.forward(x.as_tensor(), pass, None)?, upstream)?,
+            None => kernels.inner(&block.forward(&x, pass, None)?, upstream)?,
         };
-        through(&total, &x, wanted)
+        let mut gradients = total.backward()?;
+        let through = wants_input.then(|| of_input(&mut gradients, &x)).transpose()?;
+        Ok((through, of_wanted(&mut gradients, wanted)))
     }
 
     /// As [`block_vjp`](Self::block_vjp), of the final norm: `(rows, hidden)`.
@@ -87,7 +102,8 @@ impl Decoder {
         wanted: impl IntoIterator<Item = Tensor>,
     ) -> Result<(Tensor, Vec<Option<Tensor>>)> {
         let x = Var::from_tensor(x)?;
-        through(&self.kernels.inner(&self.normalised(x.as_tensor())?, upstream)?, &x, wanted)
+        let mut gradients = self.kernels.inner(&self.normalised(x.as_tensor())?, upstream)?.backward()?;
+        Ok((of_input(&mut gradients, x.as_tensor())?, of_wanted(&mut gradients, wanted)))
     }
 
     /// As [`block_vjp`](Self::block_vjp), of the embedding of `(batch, seq)` ids.
@@ -99,18 +115,17 @@ impl Decoder {
     ) -> Result<Vec<Option<Tensor>>> {
         let pass = self.pass(0, ids.dims2()?.1)?;
         let mut gradients = self.kernels.inner(&self.embed(ids, &pass)?, upstream)?.backward()?;
-        Ok(wanted.into_iter().map(|tensor| gradients.remove(&tensor)).collect())
+        Ok(of_wanted(&mut gradients, wanted))
     }
 }
 
-/// The gradients of `total` with respect to `x` and to all of `wanted` that it depends on.
-fn through(
-    total: &Tensor,
-    x: &Var,
-    wanted: impl IntoIterator<Item = Tensor>,
-) -> Result<(Tensor, Vec<Option<Tensor>>)> {
-    let mut gradients = total.backward()?;
+/// The gradient with respect to an input, which has to be there.
+fn of_input(gradients: &mut GradStore, x: &Tensor) -> Result<Tensor> {
     let missing = || Error::NoGradient { tensor: "the input of a block or of the final norm".into() };
-    let through = gradients.remove(x.as_tensor()).ok_or_else(missing)?;
-    Ok((through, wanted.into_iter().map(|tensor| gradients.remove(&tensor)).collect()))
+    gradients.remove(x).ok_or_else(missing)
+}
+
+/// The gradients with respect to all of `wanted` that the result depends on.
+fn of_wanted(gradients: &mut GradStore, wanted: impl IntoIterator<Item = Tensor>) -> Vec<Option<Tensor>> {
+    wanted.into_iter().map(|tensor| gradients.remove(&tensor)).collect()
 }

@@ -74,12 +74,21 @@ impl Decoder {
         Ok((Arc::new(weights), projections))
     }
 
-    /// A new value of a parameter as it will be read back, in the type that this decoder holds it in. Matrices are
-    /// rounded to the stored type; vectors, which are stored in f32 where they have to, are not.
+    /// A trained value of a parameter as it will be read back, in the type that this decoder holds it in. Matrices are
+    /// rounded to the stored type; vectors, of which small changes count, are not: they are stored in f32 where they have
+    /// to be.
     pub(crate) fn rounded(&self, param: Param, value: &Tensor) -> Result<Tensor> {
-        let held = param.dtype_in_memory(self.dtype(), value.device());
-        let stored = if param.is_matrix() { self.stored_dtype() } else { held };
-        Ok(value.detach().to_dtype(stored)?.to_dtype(held)?)
+        if param.is_matrix() {
+            return self.as_stored(param, value);
+        }
+        Ok(value.detach().to_dtype(param.dtype_in_memory(self.dtype(), value.device()))?)
+    }
+
+    /// A value that folding made of a parameter as it will be read back, in the type that this decoder holds it in. Vectors
+    /// are rounded to the stored type too, so that the plan alone says what is stored.
+    pub(crate) fn as_stored(&self, param: Param, value: &Tensor) -> Result<Tensor> {
+        let held = param.dtype_in_memory(self.dtype(), self.device());
+        Ok(value.detach().to_dtype(self.stored_dtype())?.to_dtype(held)?.to_device(self.device())?)
     }
 }
 

@@ -16,6 +16,7 @@ mod rope;
 mod share;
 mod source;
 mod states;
+mod stored_types;
 mod structure;
 mod unit;
 
@@ -30,6 +31,7 @@ pub use cache::KvCache;
 pub use decoder::{Decoder, Pass};
 pub use fold_map::{FoldMap, FoldedBlock};
 pub use params::{BlockParam, NormPart, NormSite, Param, PerNormSite, PerProjection, Projection};
+pub use stored_types::StoredTypes;
 pub use unit::{Part, Unit};
 
 pub(crate) use backward::Gate;

@@ -66,7 +66,7 @@ impl Decoder {
                 Ok(quantized)
             })
         })?;
-        quantized.stored = Some(self.stored_dtype());
+        quantized.stored = Some(self.stored.clone().unwrap_or_else(|| self.dtype().into()));
         Ok(quantized)
     }
 

@@ -156,6 +156,11 @@ impl Decoder {
     /// share it, with the first parameter that it is.
     pub fn matrices(&self) -> impl Iterator<Item = (Param, &Matrix)> {
         let mut seen = HashSet::new();
+        self.held_matrices().filter(move |(_, matrix)| seen.insert(matrix.id()))
+    }
+
+    /// The same, once for every depth that holds it.
+    fn held_matrices(&self) -> impl Iterator<Item = (Param, &Matrix)> {
         let blocks = self.blocks.iter().enumerate().flat_map(|(depth, block)| {
             Projection::ALL.into_iter().filter_map(move |projection| {
                 let param = Param::Block(depth, BlockParam::Weight(projection));
@@ -164,24 +169,28 @@ impl Decoder {
         });
         let embedding = std::iter::once((Param::Embedding, &self.embedding));
         let head = self.head.as_ref().map(|matrix| (Param::Head, matrix));
-        embedding.chain(blocks).chain(head).filter(move |(_, matrix)| seen.insert(matrix.id()))
+        embedding.chain(blocks).chain(head)
     }
 
-    /// Every tensor once, however many depths share it; quantised matrices are none.
+    /// Every tensor once, however many depths hold it; quantised matrices are none.
     pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
         let mut seen = HashSet::new();
         self.params().map(|(_, value)| value).filter(move |value| seen.insert(value.id()))
     }
 
-    /// The number of parameters; a matrix that several depths share counts once.
+    /// The number of parameters; what several depths share counts once, as it is stored once. Depths that hold the same
+    /// tensor and do not share (a half that one of them lost parts them) count it each.
     #[must_use]
     pub fn parameter_count(&self) -> usize {
-        let quantized = self.quantized_matrices().map(|(_, blocks)| blocks.shape().elem_count());
-        self.tensors().map(Tensor::elem_count).chain(quantized).sum()
+        let stored: HashSet<Param> = self.architecture.params().into_iter().map(|(param, _)| param).collect();
+        let tensors = self.params().map(|(param, value)| (param, value.elem_count()));
+        let quantized = self.held_matrices().filter(|(_, matrix)| matrix.as_quantized().is_some());
+        let counts = tensors.chain(quantized.map(|(param, matrix)| (param, matrix.elem_count())));
+        counts.filter(|(param, _)| stored.contains(param)).map(|(_, count)| count).sum()
     }
 
-    /// A hash that tells decoders apart at little cost: of the architecture, and of the type and the first few values of
-    /// every tensor.
+    /// A hash that tells decoders apart at little cost: of the architecture, and of the type and the first 64 values of
+    /// every tensor. Decoders that differ in other values alone have the same one.
     pub(crate) fn fingerprint(&self) -> Result<String> {
         fingerprint(self)
     }

@@ -1,10 +1,12 @@
 //! What can be known to be wrong before any work is done.
 
 use super::recipe::{Goal, MixOptions, Recipe, Total};
+use crate::checkpoint::Checkpoint;
+use crate::data::holds_json_lines;
 use crate::error::{Error, Result};
 use crate::importance::{Gates, Method};
 use crate::model::Architecture;
-use crate::plan::{Budget, Groups, Ranks, Target};
+use crate::plan::{Budget, Groups, Ranks, Target, fewest};
 
 impl Recipe {
     /// Fails for what contradicts itself, whatever the model.
@@ -39,6 +41,8 @@ impl Recipe {
     fn check_places(&self) -> Result<()> {
         refuse(self.model.is_empty(), "model", "is missing")?;
         refuse(self.text.as_os_str().is_empty(), "text", "is missing")?;
+        let idle = self.text_field.is_some() && !holds_json_lines(&self.text);
+        refuse(idle, "text_field", "is for JSON Lines, and the name of `text` does not end in .jsonl")?;
         refuse(self.out.file_name().is_none(), "out", "is missing, or no name for a directory")?;
         let work = self.work_directory();
         refuse(work == self.out, "work", "is the same directory as `out`")?;
@@ -123,7 +127,6 @@ impl Recipe {
         let sound = (0.0..1.0).contains(&mix.residual_share);
         let found = format!("is {}, expected from 0 to below 1", mix.residual_share);
         refuse(!sound, "mix.residual_share", &found)?;
-        refuse(!self.protect.is_empty(), "protect", "a mix removes by scores alone, and protects no block")?;
         let halves = self.gates.as_ref().is_some_and(|gates| gates.halves);
         refuse(halves, "gates.halves", "a mix removes whole blocks")?;
         match mix.total {
@@ -168,6 +171,8 @@ impl Recipe {
             refuse(most >= total, "mix.total.parameters", &found)?;
         }
         if let Some(heal) = &self.heal {
+            let groups = heal.groups.iter().try_for_each(|group| group.check_depth(depth));
+            groups.map_err(|error| in_field("heal.groups", &error))?;
             let teacher = heal.losses.need_teacher().then_some(depth);
             heal.losses.check(depth - remove, teacher).map_err(|error| in_field("heal.losses", &error))?;
         }
@@ -184,39 +189,25 @@ impl Recipe {
     }
 
     /// How many blocks a goal removes at most.
-    pub(super) fn most_removed(&self, arch: &Architecture, block_bytes: &[u64], bytes: u64) -> Result<usize> {
+    pub(super) fn most_removed(&self, checkpoint: &Checkpoint) -> Result<usize> {
+        let arch = checkpoint.architecture();
         let named = |name: &'static str, target: Target| {
             target.blocks(arch).map_err(|error| in_field(&format!("target.{name}"), &error))
         };
         match self.target {
-            None if self.mix.is_some() => Ok((arch.depth() + 5) / 10),
+            None if self.mix.is_some() => Ok(((arch.depth() + 5) / 10).min(self.free(arch.depth()))),
             None => Ok(0),
             Some(Goal::Rate(rate)) => named("rate", Target::Rate(rate)),
             Some(Goal::Blocks(count)) => named("blocks", Target::Blocks(count)),
             Some(Goal::Parameters(most)) => named("parameters", Target::Parameters(most)),
-            Some(Goal::Bytes(most)) => blocks_for_bytes(block_bytes, bytes, most),
+            Some(Goal::Bytes(most)) => {
+                let (freed, bytes) = self.freed_bytes(checkpoint);
+                let found = |least| format!("is {most}, expected at least {least}, with one block left");
+                fewest(&freed, bytes, most).map_err(|least| Error::recipe("target.bytes", found(least)))
+            }
             Some(Goal::NllIncrease(_)) => Ok(self.free(arch.depth())),
         }
     }
-}
-
-/// The number of blocks that leave at most `most` of `bytes`, whichever they are.
-fn blocks_for_bytes(block_bytes: &[u64], bytes: u64, most: u64) -> Result<usize> {
-    let mut smallest_first = block_bytes.to_vec();
-    smallest_first.sort_unstable();
-    // One block has to stay.
-    smallest_first.pop();
-    let (mut left, mut count) = (bytes, 0);
-    for block in smallest_first {
-        if left <= most {
-            break;
-        }
-        left -= block;
-        count += 1;
-    }
-    let found = format!("is {most}, expected at least {left}, with one block left");
-    refuse(left > most, "target.bytes", &found)?;
-    Ok(count)
 }
 
 fn in_field(field: &str, error: &Error) -> Error {

@@ -105,7 +105,9 @@ impl Inputs<'_> {
         match &self.recipe.share {
             Some(share) if matches!(share.groups, Groups::Budget { .. }) => ties(share.donor),
             Some(share) if share.donor == Donor::Best => whole.times(left),
-            _ => Cost::default(),
+            // Every group once, and what was decided once more, at half the depth each.
+            Some(_) => whole.times(left / 2.0),
+            None => Cost::default(),
         }
     }
 

@@ -20,7 +20,6 @@ use crate::data::Windows;
 use crate::error::{Error, Result};
 use crate::eval::{Latency, perplexity};
 use crate::importance::Scores;
-use crate::importance::sweep::mean_loss;
 use crate::model::{BlockSource, Part};
 use crate::progress::Observer;
 
@@ -318,7 +317,7 @@ impl Speed {
         })?;
         let back = model.back()?;
         let start = Instant::now();
-        mean_loss(&back, few.window(0)?.get(1..).unwrap_or_default(), &x)?;
+        back.window_nll(&x, few.window(0)?.get(1..).unwrap_or_default())?;
         let head = start.elapsed().as_secs_f64();
         let windows = inputs.calibration.seq_len() as f64 / tokens as f64;
         let load = read * inputs.depth() as f64;

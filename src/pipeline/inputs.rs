@@ -3,12 +3,12 @@
 use candle_core::{DType, Device};
 use serde::Serialize;
 
-use super::recipe::Recipe;
+use super::recipe::{Goal, Recipe};
 use super::run::LATENCY;
 use super::stage::Stage;
 use super::work::{Key, Work};
 use crate::checkpoint::{Checkpoint, StreamOptions, StreamedDecoder};
-use crate::data::{Tokenizer, Windows};
+use crate::data::{Tokenizer, Windows, read_documents};
 use crate::error::{Error, Result};
 use crate::eval::Task;
 use crate::heal::{Heal, hold_out};
@@ -67,7 +67,7 @@ impl<'a> Inputs<'a> {
         recipe.check()?;
         let checkpoint = Checkpoint::open_observed(&recipe.model, observer)?;
         let arch = checkpoint.architecture();
-        let remove = recipe.most_removed(arch, &checkpoint.block_bytes(), checkpoint.tensor_bytes())?;
+        let remove = recipe.most_removed(&checkpoint)?;
         recipe.check_model(arch, remove)?;
         let tasks = recipe.tasks.iter().map(|path| Task::read(path, recipe.task_items));
         let tasks = tasks.collect::<Result<Vec<_>>>()?;
@@ -78,7 +78,7 @@ impl<'a> Inputs<'a> {
         if let Some((_, task)) = twice {
             return Err(Error::recipe("tasks", format!("two files are called {}", task.name)));
         }
-        let text = std::fs::read_to_string(&recipe.text).map_err(Error::io("read", &recipe.text))?;
+        let text = read_documents(&recipe.text, recipe.text_field.as_deref().unwrap_or("text"))?;
         let (tokenizer, cut) = (checkpoint.tokenizer()?, &recipe.windows);
         let (first, evaluation) =
             Windows::split_from_text(&tokenizer, &text, cut.seq_len, Some(cut.evaluate), cut.bos)?;
@@ -156,10 +156,12 @@ impl<'a> Inputs<'a> {
             Key::of(Stage::Score.name(), &(self.model(), recipe.dtype, &calibration, recipe.method, options))
         });
         let score = score.transpose()?;
-        let asked = (recipe.target, &recipe.protect, &recipe.share, recipe.mix);
+        // How many bytes a plan leaves depends on the format.
+        let format = matches!(recipe.target, Some(Goal::Bytes(_))).then_some(recipe.format);
+        let asked = (recipe.target, format, &recipe.protect, &recipe.share, recipe.mix);
         let plan = Key::of(Stage::Plan.name(), &(self.model(), &score, asked, &calibration))?;
         let heal = self.healing.as_ref().zip(self.heal()).map(|((train, choosing), heal)| {
-            Key::of(Stage::Heal.name(), &(&plan, heal, train.ids_sha256(), choosing.ids_sha256()))
+            Key::of(Stage::Heal.name(), &(&plan, heal.deciding(), train.ids_sha256(), choosing.ids_sha256()))
         });
         let heal = heal.transpose()?;
         let items = self.tasks.iter().map(|task| (&task.name, format!("{:?}", task.items)));

@@ -59,7 +59,7 @@ impl Inputs<'_> {
                 let count = scores.chosen.as_ref().map_or(0, Vec::len);
                 self.recipe.builder(Target::Blocks(count), Some(&scores))
             }
-            (Some(goal), _, scores) => self.recipe.builder(self.target(goal), scores),
+            (Some(goal), _, scores) => self.recipe.builder(self.target(goal, scores)?, scores),
             (None, ..) => self.recipe.builder(Target::Blocks(0), None),
         };
         match dense {
@@ -68,13 +68,14 @@ impl Inputs<'_> {
         }
     }
 
-    /// A goal as a plan knows it.
-    pub(super) fn target(&self, goal: Goal) -> Target {
-        match goal {
+    /// A goal as a plan knows it, where blocks go by these scores.
+    pub(super) fn target(&self, goal: Goal, scores: Option<&Scores>) -> Result<Target> {
+        Ok(match goal {
             Goal::Rate(rate) => Target::Rate(rate),
             Goal::Parameters(most) => Target::Parameters(most),
-            Goal::Blocks(_) | Goal::Bytes(_) | Goal::NllIncrease(_) => Target::Blocks(self.remove),
-        }
+            Goal::Bytes(most) => Target::Blocks(self.fewest_for_bytes(most, scores)?),
+            Goal::Blocks(_) | Goal::NllIncrease(_) => Target::Blocks(self.remove),
+        })
     }
 
     /// The scores with the longest beginning of their order chosen whose removal costs at most `limit`.
@@ -113,6 +114,7 @@ impl Inputs<'_> {
     ) -> Result<Planned> {
         let mut mix = Mix::new(self.total(options));
         (mix.removed, mix.residual_share, mix.donor) = (self.remove, options.residual_share, options.donor);
+        mix.protected.clone_from(&self.recipe.protect);
         if !options.search {
             return Ok(mix.plan(dense, scores, &self.calibration, observer)?.into());
         }

@@ -43,8 +43,11 @@ use crate::plan::{Donor, Groups, Own};
 pub struct Recipe {
     /// A directory in the Hugging Face layout, a GGUF file, or a hub id (`org/name`, feature `hub`).
     pub model: String,
-    /// A plain text: its first 80 % calibrate and heal, its last 20 % evaluate.
+    /// A plain text, or JSON Lines (`*.jsonl`) whose documents are [joined](crate::data::json_lines): its first 80 %
+    /// calibrate and heal, its last 20 % evaluate.
     pub text: PathBuf,
+    /// The field of JSON Lines that holds the text; `text` where absent.
+    pub text_field: Option<String>,
     /// The directory to write, new or empty.
     pub out: PathBuf,
     /// Where every stage keeps its result; beside `out`, with `.work` after its name, where absent.
@@ -186,7 +189,7 @@ pub enum Goal {
     Blocks(usize),
     /// As few blocks as leave at most this many parameters.
     Parameters(usize),
-    /// As few blocks as leave at most this many bytes of tensors as they are stored now.
+    /// As few blocks as leave at most this many bytes of tensors in the recipe's format, before anything is shared.
     Bytes(u64),
     /// As many blocks as can go, in the order of their scores, with a loss that is at most this much higher on the
     /// calibration windows, in nats per token, before any healing. Where the recipe sets no quality gate, this is the

@@ -283,7 +283,7 @@ impl<'a> Run<'a> {
         let Some(key) = &self.keys.heal else { return self.folded(plan, observer) };
         let weights = Checkpoint::open(self.inputs.work.path(HEALED, key, ""))?;
         let healed = weights.decoder_observed(DType::F32, &Device::Cpu, observer)?;
-        let healed = healed.stored_as(self.inputs.checkpoint.narrowest_dtype()).of_origins(&plan.kept())?;
+        let healed = healed.stored_as(self.inputs.checkpoint.stored_types()).of_origins(&plan.kept())?;
         Ok(self.result.insert(healed).clone())
     }
 }

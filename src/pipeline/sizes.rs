@@ -1,15 +1,12 @@
 //! What a compressed model will take, as far as that is known before it is made.
 
-use candle_core::DType;
 use serde::{Deserialize, Serialize};
 
 use super::inputs::Inputs;
-use super::recipe::Goal;
-use crate::account::{Account, Held};
-use crate::checkpoint::Format;
-use crate::error::Result;
+use super::recipe::{Goal, Recipe};
+use crate::checkpoint::{Checkpoint, Format};
+use crate::error::{Error, Result};
 use crate::importance::Scores;
-use crate::model::Architecture;
 use crate::plan::{Budget, Donor, Groups, Own, Plan, Ranks, Target};
 
 /// What a model takes.
@@ -44,7 +41,7 @@ impl Inputs<'_> {
         Ok(Sizes {
             blocks: arch.depth(),
             parameters: arch.parameter_count(),
-            stored_bytes: self.stored_bytes(plan, &arch),
+            stored_bytes: self.checkpoint.stored_bytes(plan, self.recipe.format)?,
             assumed: Vec::new(),
         })
     }
@@ -80,74 +77,82 @@ impl Inputs<'_> {
         };
         let importance = (0..arch.depth()).map(|block| f64::from(u8::from(named.contains(&block))));
         let scores = Scores::new("assumed", &self.calibration, importance.collect())?;
-        if self.remove > 0 && self.unequal() {
+        let (freed, _) = self.recipe.freed_bytes(&self.checkpoint);
+        if self.remove > 0 && freed.first() != freed.last() {
             assumed.push("blocks of the end go, and blocks differ in size".to_string());
         }
         if self.recipe.gates.as_ref().is_some_and(|gates| gates.halves) {
             assumed.push("whole blocks go, and not their halves".to_string());
         }
-        let target = self.recipe.target.map_or(Target::Blocks(self.remove), |goal| self.target(goal));
         let scores = (self.remove > 0).then_some(&scores);
+        let target = match self.recipe.target {
+            Some(goal) => self.target(goal, scores)?,
+            None => Target::Blocks(self.remove),
+        };
         let plan = bare.builder(target, scores).build(arch)?;
         let mut sizes = self.planned_sizes(&plan)?;
         sizes.parameters += extra;
-        sizes.stored_bytes += (extra * self.checkpoint.narrowest_dtype().size_in_bytes()) as u64;
+        let more = (extra * self.checkpoint.stored_types().narrowest().size_in_bytes()) as u64;
+        sizes.stored_bytes += more;
         sizes.assumed = assumed;
         if let Some(budget) = budget {
-            self.fit(budget, &mut sizes);
+            let compact = self.checkpoint.stored_bytes(&plan, Format::Compact)? + more;
+            self.fit(budget, compact, &mut sizes);
         }
         Ok(Some(sizes))
     }
 
-    /// Sharing that is measured goes on until the budget is met.
-    fn fit(&self, budget: Budget, sizes: &mut Sizes) {
-        let (parameters, per) = (sizes.parameters, self.checkpoint.narrowest_dtype().size_in_bytes() as u64);
-        sizes.parameters = match budget {
-            Budget::Parameters(most) => parameters.min(most),
-            Budget::Bytes(most) => parameters.min((most / per) as usize),
+    /// Sharing that is measured goes on until the budget is met; so far the model takes `compact` bytes where what is
+    /// shared is stored once.
+    fn fit(&self, budget: Budget, compact: u64, sizes: &mut Sizes) {
+        // Sharing leaves about the same mixture of types.
+        let share = match budget {
+            Budget::Parameters(most) => most as f64 / sizes.parameters as f64,
+            Budget::Bytes(most) => most as f64 / compact as f64,
         };
-        if sizes.parameters == parameters {
+        if share >= 1.0 {
             return;
         }
+        let of = |size: u64| (size as f64 * share).round() as u64;
+        sizes.parameters = match budget {
+            Budget::Parameters(most) => most,
+            Budget::Bytes(_) => of(sizes.parameters as u64) as usize,
+        };
         sizes.assumed.push("the budget is used up".to_string());
-        match self.recipe.format {
-            Format::Compact => sizes.stored_bytes = sizes.parameters as u64 * per,
-            Format::Expanded => {
+        match (self.recipe.format, budget) {
+            (Format::Compact, Budget::Bytes(most)) => sizes.stored_bytes = most,
+            (Format::Compact, Budget::Parameters(_)) => sizes.stored_bytes = of(compact),
+            (Format::Expanded, _) => {
                 sizes.assumed.push("no scale or residual is merged into a matrix".to_string());
             }
         }
     }
 
-    /// Whether blocks differ in size.
-    fn unequal(&self) -> bool {
-        let bytes = self.checkpoint.block_bytes();
-        bytes.iter().any(|size| Some(size) != bytes.first())
-    }
-
-    /// Bytes of all tensors of what a plan makes, in the recipe's format.
-    fn stored_bytes(&self, plan: &Plan, arch: &Architecture) -> u64 {
-        let narrow = self.checkpoint.narrowest_dtype();
-        if plan.sharing().is_none() && plan.removed_halves().is_empty() {
-            let bytes = self.checkpoint.block_bytes();
-            let removed = plan.removed().iter().filter_map(|&block| bytes.get(block));
-            return self.checkpoint.tensor_bytes() - removed.sum::<u64>();
+    /// The fewest blocks whose removal leaves at most so many bytes, in the recipe's format.
+    pub(super) fn fewest_for_bytes(&self, most: u64, scores: Option<&Scores>) -> Result<usize> {
+        let arch = self.checkpoint.architecture();
+        let mut least = u64::MAX;
+        let counts = if scores.is_some() { self.recipe.free(arch.depth()) } else { 0 };
+        for count in 0..=counts {
+            let mut builder = Plan::builder().protect(&self.recipe.protect);
+            if let Some(scores) = scores {
+                builder = builder.remove(Target::Blocks(count), scores);
+            }
+            let bytes = self.checkpoint.stored_bytes(&builder.build(arch)?, self.recipe.format)?;
+            if bytes <= most {
+                return Ok(count);
+            }
+            least = least.min(bytes);
         }
-        let held = |arch: &Architecture| {
-            let held = Held { stored: narrow, resident: narrow, context: 1 };
-            Account::planned(arch, held).stored_bytes
-        };
-        match self.recipe.format {
-            Format::Compact => held(arch),
-            // What is merged is written in f32.
-            Format::Expanded => held(&arch.expanded()) + widened(arch, narrow),
-        }
+        Err(Error::recipe("target.bytes", format!("is {most}, expected at least {least}")))
     }
 }
 
-/// The bytes that merged matrices take more in f32.
-fn widened(arch: &Architecture, narrow: DType) -> u64 {
-    let more = DType::F32.size_in_bytes().saturating_sub(narrow.size_in_bytes());
-    let merged = (0..arch.depth()).flat_map(|depth| arch.fold.block(depth).adapters.into_keys());
-    let sizes = merged.filter_map(|projection| arch.projection_shape(projection));
-    sizes.map(|(output, input)| (output * input * more) as u64).sum()
+impl Recipe {
+    /// What removing blocks frees at least, ascending, in the recipe's format, and the bytes of the whole model.
+    pub(super) fn freed_bytes(&self, checkpoint: &Checkpoint) -> (Vec<u64>, u64) {
+        let types = checkpoint.stored_types();
+        let arch = self.format.architecture(checkpoint.architecture());
+        (arch.freed(|param, shape| types.size(param, shape)), types.bytes_of(&arch))
+    }
 }

@@ -6,13 +6,13 @@ use super::sharing::{
     Budget, Calibration, Donor, Group, Groups, Matrices, Own, RankTable, Ranks, Residual, ResidualStart,
     ScaleStart, Sharing,
 };
-use super::target::Target;
-use super::{Fields, PLAN_VERSION, Plan, choose};
+use super::target::{Target, unmet};
+use super::{Fields, PLAN_VERSION, Plan, choose, free};
 use crate::data::Windows;
 use crate::error::{Error, Result};
 use crate::fold;
 use crate::importance::Scores;
-use crate::model::{Architecture, Decoder, Projection, Unit};
+use crate::model::{Architecture, Decoder, Part, Projection, StoredTypes};
 use crate::progress::Observer;
 
 /// A plan in the making: what goes, what is shared, what stays each block's own.
@@ -42,10 +42,11 @@ use crate::progress::Observer;
 #[derive(Debug, Clone, Default)]
 #[must_use = "a builder makes a plan when it is built"]
 pub struct PlanBuilder {
-    pub(super) removal: Option<(Target, Scores)>,
+    pub(super) target: Option<Target>,
+    pub(super) scores: Option<Scores>,
     pub(super) protected: Vec<usize>,
     pub(super) groups: Option<Groups>,
-    pub(super) donor: Donor,
+    pub(super) donor: Option<Donor>,
     pub(super) own: Own,
     pub(super) model_sha256: Option<String>,
 }
@@ -55,15 +56,14 @@ impl PlanBuilder {
     /// else the blocks of least importance. Scores of halves remove halves, as many as have, as nearly as they can,
     /// the parameters of that many blocks.
     pub fn remove(mut self, target: Target, scores: &Scores) -> Self {
-        self.removal = Some((target, scores.clone()));
+        (self.target, self.scores) = (Some(target), Some(scores.clone()));
         self
     }
 
-    /// Removes another number of blocks by the scores that there are; nothing is scored again.
+    /// Removes another number of blocks by the scores that there are; nothing is scored again. There is no plan where
+    /// there are no scores.
     pub fn at(mut self, target: Target) -> Self {
-        if let Some((old, _)) = &mut self.removal {
-            *old = target;
-        }
+        self.target = Some(target);
         self
     }
 
@@ -73,7 +73,8 @@ impl PlanBuilder {
         self
     }
 
-    /// Ties blocks: those of a group use the same matrices.
+    /// Ties blocks: those of a group use the same matrices. All that follows is for blocks that are tied: there is no
+    /// plan that has it and not this.
     pub fn share(mut self, groups: Groups) -> Self {
         self.groups = Some(groups);
         self
@@ -81,7 +82,7 @@ impl PlanBuilder {
 
     /// Whose matrices a group uses; those of its first block unless this says otherwise.
     pub fn donor(mut self, donor: Donor) -> Self {
-        self.donor = donor;
+        self.donor = Some(donor);
         self
     }
 
@@ -113,17 +114,17 @@ impl PlanBuilder {
     ///
     /// # Errors
     /// What has to be measured ([`Groups::Budget`], [`Donor::Best`], [`Ranks::Parameters`]); a target that cannot be
-    /// met; scores or blocks of another model.
+    /// met; scores or blocks of another model; words without effect.
     pub fn build(self, arch: &Architecture) -> Result<Plan> {
         let plan = self.removed(arch)?;
         let Some(asked) = self.groups.clone() else { return Ok(plan) };
-        let matrices = |blocks: &[usize]| match self.donor {
+        let matrices = |blocks: &[usize]| match self.donor.unwrap_or_default() {
             Donor::First => blocks.first().copied().map(Matrices::Block),
             Donor::Mean => Some(Matrices::Mean),
             Donor::Best => None,
         };
         let unmeasured = |what| Error::Plan(format!("{what} have to be measured on calibration windows"));
-        let blocks = asked.decide(&plan.kept(), plan.removed_halves())?;
+        let blocks = asked.decide(&plan.parts(arch)?)?;
         let blocks = blocks.ok_or_else(|| unmeasured("groups for a budget"))?;
         let groups = blocks.into_iter().map(|blocks| {
             let donor = matrices(&blocks).ok_or_else(|| unmeasured("best donors"))?;
@@ -136,23 +137,32 @@ impl PlanBuilder {
         plan.share(arch, Sharing { groups, ..self.sharing(asked) })
     }
 
-    /// Makes the plan, measuring on calibration windows what has to be measured.
+    /// Makes the plan, measuring on calibration windows what has to be measured, and what every group costs.
     ///
     /// # Errors
-    /// As [`build`](Self::build); a budget that no grouping meets, a loss that is not finite, or a cancelling
-    /// observer.
+    /// As [`build`](Self::build) but for what has to be measured; a budget that no grouping meets, groups whose loss is
+    /// not finite by any donor, or a cancelling observer.
     pub fn measure(self, decoder: &Decoder, windows: &Windows, observer: &mut dyn Observer) -> Result<Plan> {
         let (arch, own) = (decoder.architecture(), self.own);
         let plan = self.removed(arch)?;
         let Some(asked) = self.groups.clone() else { return Ok(plan) };
-        let groups = match (asked.decide(&plan.kept(), plan.removed_halves())?, &asked) {
-            (Some(_), _) if self.donor != Donor::Best => {
-                let unranked = Self { own: Own { residual: None, ..own }, ..self.clone() };
-                unranked.build(arch)?.sharing().map(|sharing| sharing.groups.clone()).unwrap_or_default()
+        let groups = match (asked.decide(&plan.parts(arch)?)?, &asked) {
+            (Some(blocks), _) => {
+                // Refuses groups that cannot be before anything is measured.
+                let unmeasured =
+                    |blocks| Group { blocks, donor: Matrices::Mean, cost: None, tried: Vec::new() };
+                let unmeasured = blocks.iter().cloned().map(unmeasured).collect();
+                plan.with_groups(arch, unmeasured, Own::default())?;
+                let asked = (self.donor.unwrap_or_default(), own.norms);
+                fold::measured_groups(decoder, &plan, &blocks, asked, windows, observer)?
             }
-            (Some(blocks), _) => fold::best_donors(decoder, &plan, &blocks, own.norms, windows, observer)?,
             (None, Groups::Budget { budget, largest }) => {
-                let ties = fold::Ties { budget: *budget, largest: *largest, donor: self.donor, own };
+                let ties = fold::Ties {
+                    budget: *budget,
+                    largest: *largest,
+                    donor: self.donor.unwrap_or_default(),
+                    own,
+                };
                 ties.choose(decoder, &plan, windows, observer)?
             }
             (None, _) => Vec::new(),
@@ -168,20 +178,39 @@ impl PlanBuilder {
     /// What was asked for, with nothing decided.
     fn sharing(&self, asked: Groups) -> Sharing {
         let (groups, ranks, measured) = (Vec::new(), BTreeMap::new(), None);
-        Sharing { asked, donor: self.donor, own: self.own, groups, ranks, measured }
+        Sharing { asked, donor: self.donor.unwrap_or_default(), own: self.own, groups, ranks, measured }
     }
 
     /// The plan of the removal alone.
     fn removed(&self, arch: &Architecture) -> Result<Plan> {
+        if self.target.is_some() && self.scores.is_none() {
+            return Err(Error::Plan("has a target (`at`), and no scores to remove by (`remove`)".into()));
+        }
+        if self.groups.is_none() && (self.donor.is_some() || self.own != Own::default()) {
+            return Err(Error::Plan("says what tied blocks use or keep, and ties none (`share`)".into()));
+        }
+        let target = self.target.unwrap_or(Target::Blocks(0));
+        let Target::Parameters(budget) = target else { return self.without(arch, target.blocks(arch)?) };
+        // What a number of blocks leaves depends on which they are: halves, or blocks that share.
+        let mut least = arch.parameter_count();
+        for count in 0..=free(arch, &self.protected).min(arch.depth().saturating_sub(1)) {
+            let plan = self.without(arch, count)?;
+            let parameters = plan.architecture(arch)?.parameter_count();
+            if parameters <= budget {
+                return Ok(plan);
+            }
+            least = least.min(parameters);
+        }
+        Err(unmet(budget, least))
+    }
+
+    /// The plan that removes so many blocks, or as many halves as make them up.
+    fn without(&self, arch: &Architecture, count: usize) -> Result<Plan> {
         let mut protected = self.protected.clone();
         protected.sort_unstable();
         protected.dedup();
-        let (target, scores) = match &self.removal {
-            Some((target, scores)) => (*target, Some(scores.clone())),
-            None => (Target::Blocks(0), None),
-        };
-        let (removed, removed_halves) = match &scores {
-            Some(scores) => choose(arch, scores, target.blocks(arch)?, &protected)?,
+        let (removed, removed_halves) = match &self.scores {
+            Some(scores) => choose(arch, scores, count, &protected)?,
             None => (Vec::new(), Vec::new()),
         };
         Plan::try_from(Fields {
@@ -189,25 +218,43 @@ impl PlanBuilder {
             model_type: arch.model_type.clone(),
             depth: arch.depth(),
             model_sha256: self.model_sha256.clone(),
-            target,
+            target: self.target.unwrap_or(Target::Blocks(0)),
             protected,
             removed,
             removed_halves,
-            scores,
+            scores: self.scores.clone(),
             sharing: None,
         })
     }
 }
 
 impl Plan {
+    /// What the whole model takes with these groups and all that their blocks keep for themselves, in a budget's unit;
+    /// `types` are those of the blocks that stay.
+    pub(crate) fn size(
+        &self,
+        arch: &Architecture,
+        budget: Budget,
+        (groups, own): (&[Group], Own),
+        types: &StoredTypes,
+    ) -> Result<usize> {
+        let folded = self.with_groups(arch, groups.to_vec(), own)?.architecture(arch)?;
+        let spread = match own.residual.map(|residual| residual.ranks) {
+            Some(Ranks::Parameters(count)) if !groups.is_empty() => count,
+            _ => 0,
+        };
+        Ok(budget.taken(&folded, spread, types))
+    }
+
     /// The plan with these groups and own parameters in place of those it has; ranks for a budget are left out.
-    pub(crate) fn with_groups(&self, arch: &Architecture, groups: Vec<Group>, own: Own) -> Result<Self> {
+    fn with_groups(&self, arch: &Architecture, groups: Vec<Group>, own: Own) -> Result<Self> {
         let asked = Groups::Explicit(groups.iter().map(|group| group.blocks.clone()).collect());
         let sharing = PlanBuilder { own, ..PlanBuilder::default() }.sharing(asked);
         self.share(arch, Sharing { groups, ..sharing })
     }
 
-    /// The plan with this residual in place of the one it has; groups stay as they were decided.
+    /// The plan with this residual in place of the one it has; groups stay as they were decided, and a budget for which
+    /// they were is raised to what the model takes then.
     ///
     /// # Errors
     /// A plan that shares nothing or is for another model, a failed computation, or a cancelling observer.
@@ -225,38 +272,44 @@ impl Plan {
         sharing.ranks = match residual.ranks {
             Ranks::Uniform(_) => RankTable::new(),
             Ranks::Parameters(count) => {
-                // The budget is that of the whole model: asked again, it gives the same groups.
-                let own = Own { residual: None, ..sharing.own };
-                let bare = self.with_groups(decoder.architecture(), sharing.groups.clone(), own)?;
-                let bare = bare.architecture(decoder.architecture())?.parameter_count();
-                if let Groups::Budget { budget: Budget::Parameters(budget), .. } = &mut sharing.asked {
-                    *budget = (*budget).max(bare + count);
-                }
                 fold::spread_ranks(decoder, self, (count, residual.start), windows, observer)?
             }
         };
-        self.share(decoder.architecture(), sharing)
+        let arch = decoder.architecture();
+        if let Groups::Budget { budget, .. } = &mut sharing.asked {
+            // The budget is that of the whole model: asked again, it gives the same groups.
+            let types = decoder.stored_types().of_blocks(&self.kept());
+            *budget = budget.raised_to(self.size(arch, *budget, (&sharing.groups, sharing.own), &types)?);
+        }
+        self.share(arch, sharing)
     }
 
     /// The plan that shares so, with uniform ranks where these were asked for.
     fn share(&self, arch: &Architecture, mut sharing: Sharing) -> Result<Self> {
         if let Some(Residual { ranks: Ranks::Uniform(rank), .. }) = sharing.own.residual {
-            sharing.ranks = uniform(arch, &sharing.groups, self.removed_halves(), rank)?;
+            sharing.ranks = self.uniform(arch, &sharing.groups, rank)?;
         }
-        Self::try_from(Fields { sharing: Some(sharing), ..self.0.clone() })
+        let plan = Self::try_from(Fields { sharing: Some(sharing), ..self.0.clone() })?;
+        // Refuses groups that this model does not allow.
+        plan.architecture(arch)?;
+        Ok(plan)
     }
-}
 
-/// The same rank for every projection of every block that uses matrices of others, as far as its size allows.
-fn uniform(arch: &Architecture, groups: &[Group], halves: &[Unit], rank: usize) -> Result<RankTable> {
-    if rank == 0 {
-        return Err(Error::argument("rank", rank, "at least 1"));
+    /// The same rank for every projection of every block that uses matrices of others, as far as its size allows.
+    fn uniform(&self, arch: &Architecture, groups: &[Group], rank: usize) -> Result<RankTable> {
+        if rank == 0 {
+            return Err(Error::argument("rank", rank, "at least 1"));
+        }
+        let projections = |block: usize| -> Result<BTreeMap<Projection, usize>> {
+            let part = self.part(arch, block)?;
+            let there = Projection::ALL.into_iter().filter(|at| part == Part::Whole || part == at.half());
+            let shapes =
+                there.filter_map(|projection| Some((projection, arch.projection_shape(projection)?)));
+            Ok(shapes
+                .map(|(projection, (output, input))| (projection, rank.min(output).min(input)))
+                .collect())
+        };
+        let strangers = groups.iter().flat_map(Group::strangers);
+        strangers.map(|block| Ok((block, projections(block)?))).collect()
     }
-    let projections = |block: usize| -> BTreeMap<Projection, usize> {
-        let has = |projection: &Projection| !halves.contains(&Unit { block, part: projection.half() });
-        let shapes = Projection::ALL.into_iter().filter(has);
-        let shapes = shapes.filter_map(|projection| Some((projection, arch.projection_shape(projection)?)));
-        shapes.map(|(projection, (output, input))| (projection, rank.min(output).min(input))).collect()
-    };
-    Ok(groups.iter().flat_map(Group::strangers).map(|block| (block, projections(block))).collect())
 }

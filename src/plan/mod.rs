@@ -12,6 +12,7 @@ pub use sharing::{
     ScaleStart, Sharing,
 };
 pub use target::Target;
+pub(crate) use target::fewest;
 
 use serde::{Deserialize, Serialize};
 
@@ -73,10 +74,11 @@ impl Plan {
     pub fn to_builder(&self) -> PlanBuilder {
         let sharing = self.0.sharing.as_ref();
         PlanBuilder {
-            removal: self.0.scores.clone().map(|scores| (self.0.target, scores)),
+            target: self.0.scores.as_ref().map(|_| self.0.target),
+            scores: self.0.scores.clone(),
             protected: self.0.protected.clone(),
             groups: sharing.map(|sharing| sharing.asked.clone()),
-            donor: sharing.map(|sharing| sharing.donor).unwrap_or_default(),
+            donor: sharing.map(|sharing| sharing.donor),
             own: sharing.map(|sharing| sharing.own).unwrap_or_default(),
             model_sha256: self.0.model_sha256.clone(),
         }
@@ -232,21 +234,32 @@ fn suits(chosen: &[usize], count: usize, protected: &[usize]) -> bool {
 
 /// The units of least importance that have the parameters of `count` blocks.
 fn lowest(arch: &Architecture, scores: &Scores, count: usize, protected: &[usize]) -> Result<Vec<Unit>> {
+    let (depth, free) = (arch.depth(), free(arch, protected));
+    if count > free {
+        return Err(Error::Plan(format!("{count} of {depth} blocks should go, and only {free} may")));
+    }
     let mut left = (count * arch.parameters_of(Part::Whole)) as f64;
     let mut chosen = Vec::new();
     for unit in scores.ascending().into_iter().filter(|unit| !protected.contains(&unit.block)) {
+        let has = arch.fold.block(unit.block).part;
+        // A half that went before cannot go again.
+        if ![unit.part, has].contains(&Part::Whole) && unit.part != has {
+            continue;
+        }
         let cost = arch.parameters_of(unit.part) as f64;
         if left < cost / 2.0 {
-            return Ok(chosen);
+            break;
         }
         left -= cost;
-        chosen.push(unit);
+        // What is left of a block is the block.
+        chosen.push(if unit.part == has { Unit::whole(unit.block) } else { unit });
     }
-    if left <= 0.0 {
-        return Ok(chosen);
-    }
-    let (depth, free) = (arch.depth(), arch.depth() - protected.len().min(arch.depth()));
-    Err(Error::Plan(format!("{count} of {depth} blocks should go, and only {free} may")))
+    Ok(chosen)
+}
+
+/// How many blocks may go.
+fn free(arch: &Architecture, protected: &[usize]) -> usize {
+    (0..arch.depth()).filter(|block| !protected.contains(block)).count()
 }
 
 /// Blocks, and halves of other blocks, both ascending: a block that loses both halves goes.

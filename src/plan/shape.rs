@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use super::Plan;
 use super::sharing::{Matrices, lost};
-use crate::error::Result;
-use crate::model::{AdapterShape, Architecture, FoldMap, FoldedBlock, Part, Projection};
+use crate::error::{Error, Result};
+use crate::model::{AdapterShape, Architecture, FoldMap, FoldedBlock, Part, Projection, Unit};
 
 /// Whose matrices a block uses: depths with the same ones share them.
 #[derive(PartialEq, Clone, Copy)]
@@ -16,54 +16,97 @@ enum Holder {
     Made(usize),
 }
 
+/// Whose norms a block uses.
+#[derive(PartialEq, Clone, Copy)]
+enum Norms {
+    /// Those of this depth of the original model.
+    Kept(usize),
+    /// New ones, made for this group.
+    Made(usize),
+}
+
+/// What becomes of one block that stays; `weights` and `own_norms` are not yet right.
+struct Folded {
+    matrices: Holder,
+    norms: Norms,
+    block: FoldedBlock,
+}
+
 impl Plan {
     /// The architecture of the folded model, from that of the original one.
     ///
     /// # Errors
-    /// A plan for another model.
+    /// A plan for another model, or one that removes a half which that model does not have.
     pub fn architecture(&self, arch: &Architecture) -> Result<Architecture> {
         self.check_model(arch)?;
         let kept = self.kept();
-        let blocks: Vec<(Holder, FoldedBlock)> = kept.iter().map(|&block| self.folded(arch, block)).collect();
-        let first = |holder: Holder| blocks.iter().position(|(other, _)| *other == holder);
-        let map = blocks.iter().enumerate().map(|(depth, (holder, block))| FoldedBlock {
-            weights: first(*holder).unwrap_or(depth),
-            // What holds its matrices holds its norms.
-            own_norms: block.own_norms || first(*holder) == Some(depth),
-            ..block.clone()
+        let blocks = kept.iter().map(|&block| self.folded(arch, block)).collect::<Result<Vec<_>>>()?;
+        let map = blocks.iter().enumerate().map(|(depth, folded)| {
+            let first = blocks.iter().position(|other| other.matrices == folded.matrices).unwrap_or(depth);
+            // What holds its matrices holds its norms, if they are the same.
+            let lends = first < depth && blocks.get(first).is_some_and(|holder| holder.norms == folded.norms);
+            FoldedBlock { weights: first, own_norms: !lends, ..folded.block.clone() }
         });
         let folded = Architecture { fold: FoldMap::new(map.collect()), ..arch.with_blocks(&kept)? };
         folded.fold.check(&folded)?;
         Ok(folded)
     }
 
-    /// What becomes of one block that stays; `weights` is not yet right.
-    fn folded(&self, arch: &Architecture, block: usize) -> (Holder, FoldedBlock) {
-        let mut folded = arch.fold.block(block);
-        folded.part = match lost(block, self.removed_halves()).map(|unit| unit.part) {
-            Some(Part::Attention) => Part::Mlp,
-            Some(Part::Mlp) => Part::Attention,
-            _ => folded.part,
-        };
-        let part = folded.part;
+    /// The blocks that stay, ascending, with the halves that each will have.
+    pub(super) fn parts(&self, arch: &Architecture) -> Result<Vec<(usize, Part)>> {
+        self.kept().into_iter().map(|block| Ok((block, self.part(arch, block)?))).collect()
+    }
+
+    /// The halves that a block that stays will have.
+    pub(super) fn part(&self, arch: &Architecture, block: usize) -> Result<Part> {
+        let has = arch.fold.block(block).part;
+        match (has, lost(block, self.removed_halves())) {
+            (has, None) => Ok(has),
+            (Part::Whole, Some(Unit { part: Part::Attention, .. })) => Ok(Part::Mlp),
+            (Part::Whole, Some(_)) => Ok(Part::Attention),
+            (part, Some(unit)) => {
+                let left = Unit { block, part };
+                Err(Error::Plan(format!("half {unit} should go, and of that block there is only {left}")))
+            }
+        }
+    }
+
+    fn folded(&self, arch: &Architecture, block: usize) -> Result<Folded> {
+        let part = self.part(arch, block)?;
+        let mut folded = FoldedBlock { part, ..arch.fold.block(block) };
         folded.adapters.retain(|projection, _| part == Part::Whole || part == projection.half());
+        let norms = |block: usize| {
+            let source = arch.fold.block(block);
+            Norms::Kept(if source.own_norms { block } else { source.weights })
+        };
         let Some((place, sharing, group)) = self.sharing().and_then(|sharing| {
             let place = sharing.groups.iter().position(|group| group.blocks.contains(&block))?;
             Some((place, sharing, sharing.groups.get(place)?))
         }) else {
-            return (Holder::Kept(folded.weights, part), folded);
+            let matrices = Holder::Kept(folded.weights, part);
+            return Ok(Folded { matrices, norms: norms(block), block: folded });
         };
-        let holder = match group.donor {
-            // A donor that was adapted itself gives matrices into which that is merged.
-            Matrices::Block(donor) if arch.fold.block(donor).adapters.is_empty() => {
-                Holder::Kept(arch.fold.block(donor).weights, part)
+        for &member in &group.blocks {
+            if self.part(arch, member)? != part {
+                let reason = "holds blocks that do not have the same halves";
+                return Err(Error::Plan(format!("group {:?} {reason}", group.blocks)));
             }
-            Matrices::Block(_) | Matrices::Mean => Holder::Made(place),
+        }
+        let (matrices, given) = match group.donor {
+            Matrices::Block(donor) => {
+                let source = arch.fold.block(donor);
+                let bare = |projection: &Projection| part != Part::Whole && part != projection.half();
+                // A donor that was adapted itself gives matrices into which that is merged.
+                let bare = source.adapters.keys().all(bare);
+                let matrices = if bare { Holder::Kept(source.weights, part) } else { Holder::Made(place) };
+                (matrices, norms(donor))
+            }
+            Matrices::Mean => (Holder::Made(place), Norms::Made(place)),
         };
         let adapted = group.strangers().any(|stranger| stranger == block);
-        folded.own_norms = sharing.own.norms;
         folded.adapters = if adapted { self.adapters(arch, block, part) } else { BTreeMap::new() };
-        (holder, folded)
+        let norms = if sharing.own.norms { norms(block) } else { given };
+        Ok(Folded { matrices, norms, block: folded })
     }
 
     /// The adapters of a block that uses matrices of others.

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::Windows;
 use crate::error::{Error, Result};
-use crate::model::{Projection, Unit};
+use crate::model::{Architecture, Part, Projection, StoredTypes, Unit};
 
 /// Which of the blocks that stay share their matrices, as it is asked for. Blocks go by their index in the original
 /// model.
@@ -26,6 +26,10 @@ pub enum Groups {
     /// These blocks, group by group.
     Explicit(Vec<Vec<usize>>),
     /// Neighbours whose tying costs the least loss, one after the other, until the whole model is as small as that.
+    ///
+    /// Costs are those of matrices and norms alone: scales and residuals are fitted afterwards, and groups that were chosen
+    /// with them could be others. Each cost is measured with all earlier ties in place, but measured again after a tie
+    /// only where it is the lowest that is known: a tie that another has made cheaper is overlooked until then.
     Budget {
         /// What the model may take.
         budget: Budget,
@@ -42,7 +46,7 @@ pub enum Groups {
 pub enum Budget {
     /// Parameters, each shared one counted once.
     Parameters(usize),
-    /// Bytes of all tensors, in the type in which they are stored.
+    /// Bytes of all tensors, in the types in which they are stored, each shared one counted once.
     Bytes(u64),
 }
 
@@ -56,7 +60,8 @@ pub enum Donor {
     First,
     /// The mean of all its blocks' matrices.
     Mean,
-    /// Whichever of the mean and its blocks costs the least loss on calibration windows.
+    /// Whichever of the mean and its blocks costs the least loss on calibration windows, before scales and residuals make
+    /// up for what they can: with them another donor could be the best.
     Best,
 }
 
@@ -78,11 +83,12 @@ pub struct Group {
     pub blocks: Vec<usize>,
     /// What they share.
     pub donor: Matrices,
-    /// What tying them costs in nats per token on the calibration windows, with all that was decided before in place;
-    /// of a group that grew, the sum of its steps. Absent where nothing was measured.
+    /// What tying them costs in nats per token on the calibration windows, with all that was decided before in place and
+    /// without scales and residuals; of a group that grew, the sum of its steps. Absent where nothing was measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cost: Option<f64>,
-    /// What every donor that was tried would cost, the cheapest first; of a group that grew, at its last step.
+    /// What every donor that was tried would cost, the cheapest first; of a group that grew, at its last step. Donors with
+    /// which the loss was not finite are left out.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tried: Vec<(Matrices, f64)>,
 }
@@ -201,6 +207,40 @@ impl From<&Windows> for Calibration {
     }
 }
 
+impl Budget {
+    /// The most that a model may take.
+    pub(crate) fn limit(self) -> usize {
+        match self {
+            Self::Parameters(count) => count,
+            Self::Bytes(bytes) => bytes as usize,
+        }
+    }
+
+    /// This budget, or one that is as large.
+    pub(crate) fn raised_to(self, size: usize) -> Self {
+        match self {
+            Self::Parameters(count) => Self::Parameters(count.max(size)),
+            Self::Bytes(bytes) => Self::Bytes(bytes.max(size as u64)),
+        }
+    }
+
+    /// What a model of this architecture takes, stored in these types, with so many parameters more.
+    pub(crate) fn taken(self, arch: &Architecture, more: usize, types: &StoredTypes) -> usize {
+        match self {
+            Self::Parameters(_) => arch.parameter_count() + more,
+            Self::Bytes(_) => types.bytes_of(arch) as usize + more * types.narrowest().size_in_bytes(),
+        }
+    }
+
+    /// What it counts.
+    pub(crate) fn unit(self) -> &'static str {
+        match self {
+            Self::Parameters(_) => "parameters",
+            Self::Bytes(_) => "bytes",
+        }
+    }
+}
+
 impl Groups {
     /// Blocks that follow one another among those that stay, `size` at a time.
     #[must_use]
@@ -220,12 +260,12 @@ impl Groups {
         Self::Budget { budget, largest: None }
     }
 
-    /// The blocks of each group of two or more, or `None` where they have to be measured. Blocks that lost a half
-    /// share only with others that have the same one.
+    /// The blocks of each group of two or more, of those that stay with the halves that each will have; `None` where
+    /// they have to be measured. Blocks that lost a half share only with others that have the same one.
     ///
     /// # Errors
     /// A size of 0, or a range that is empty.
-    pub(super) fn decide(&self, kept: &[usize], halves: &[Unit]) -> Result<Option<Vec<Vec<usize>>>> {
+    pub(super) fn decide(&self, kept: &[(usize, Part)]) -> Result<Option<Vec<Vec<usize>>>> {
         match self {
             Self::Budget { largest: Some(largest), .. } if *largest < 2 => {
                 Err(Error::argument("largest group", largest, "at least 2"))
@@ -238,11 +278,12 @@ impl Groups {
                 Err(Error::argument("range of blocks", found, "the first no greater than the last"))
             }
             Self::Consecutive { size, within } => {
-                let inside = |block: &&usize| within.is_none_or(|(a, b)| (a..=b).contains(block));
-                let blocks: Vec<usize> = kept.iter().filter(inside).copied().collect();
-                let runs = blocks.chunk_by(|&a, &b| lost(a, halves) == lost(b, halves));
+                let inside =
+                    |(block, _): &&(usize, Part)| within.is_none_or(|(a, b)| (a..=b).contains(block));
+                let blocks: Vec<(usize, Part)> = kept.iter().filter(inside).copied().collect();
+                let runs = blocks.chunk_by(|a, b| a.1 == b.1);
                 let groups = runs.flat_map(|run| run.chunks(*size)).filter(|group| group.len() > 1);
-                Ok(Some(groups.map(<[usize]>::to_vec).collect()))
+                Ok(Some(groups.map(|group| group.iter().map(|(block, _)| *block).collect()).collect()))
             }
         }
     }

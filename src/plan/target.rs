@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::model::{Architecture, Part};
+use crate::model::Architecture;
 
 /// How much is to be removed.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -14,12 +14,14 @@ pub enum Target {
     Blocks(usize),
     /// This share of the blocks, from 0 to below 1; the number is rounded to the nearest, halves up.
     Rate(f64),
-    /// As few blocks as leave at most this many parameters in the whole model.
+    /// As few blocks as leave at most this many parameters in the whole model; of scores of halves, as few halves as
+    /// make up whole blocks.
     Parameters(usize),
 }
 
 impl Target {
-    /// The number of blocks that have to go.
+    /// The number of blocks that have to go; of [`Parameters`](Self::Parameters) the number that is enough whichever
+    /// they are: where blocks differ in size, or share, a plan may need fewer.
     ///
     /// # Errors
     /// A target that no number of blocks meets.
@@ -41,19 +43,30 @@ impl Target {
             }
             Self::Rate(rate) => Err(Error::argument("removal rate", rate, "at least 0 and below 1")),
             Self::Parameters(budget) => {
-                let total = arch.parameter_count();
-                let block = arch.parameters_of(Part::Whole);
-                let count = total.saturating_sub(budget).div_ceil(block.max(1));
-                if count < depth {
-                    return Ok(count);
-                }
-                let least = total - (depth - 1) * block;
-                Err(Error::argument(
-                    "parameter budget",
-                    budget,
-                    format!("at least {least}, with one block left"),
-                ))
+                let freed = arch.freed(|_, shape| shape.iter().product::<usize>() as u64);
+                fewest(&freed, arch.parameter_count() as u64, budget as u64)
+                    .map_err(|least| unmet(budget, least as usize))
             }
         }
     }
+}
+
+/// How many of `freed`, first to last, leave at most `most` of `total`. One has to stay: where all others are too few,
+/// what they leave.
+pub(crate) fn fewest(freed: &[u64], total: u64, most: u64) -> std::result::Result<usize, u64> {
+    let (mut left, mut count) = (total, 0);
+    for size in freed.iter().take(freed.len().saturating_sub(1)) {
+        if left <= most {
+            break;
+        }
+        left -= size;
+        count += 1;
+    }
+    if left <= most { Ok(count) } else { Err(left) }
+}
+
+/// A number of parameters that removal cannot meet.
+pub(super) fn unmet(budget: usize, least: usize) -> Error {
+    let reason = "all blocks that may go are gone, and one has to stay";
+    Error::Budget { what: "removal", unit: "parameters", budget, least, reason }
 }

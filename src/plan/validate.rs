@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::sharing::{Group, Matrices, Sharing, lost};
+use super::sharing::{Group, Matrices, Sharing};
 use super::{Fields, check_version};
 use crate::error::{Error, Result};
 use crate::importance::BlockScore;
@@ -83,10 +83,6 @@ impl Fields {
         }
         if let Some(index) = blocks.iter().find(|index| self.removed.contains(index)) {
             return refuse(&format!("holds block {index}, which is removed"));
-        }
-        let part = |block: usize| lost(block, &self.removed_halves).map(|unit| unit.part);
-        if blocks.iter().any(|&block| blocks.first().is_some_and(|&first| part(first) != part(block))) {
-            return refuse("holds blocks that do not have the same halves");
         }
         match group.donor {
             Matrices::Block(donor) if !blocks.contains(&donor) => {
