@@ -538,7 +538,7 @@ fn a_mix_meets_its_total() {
     let directory = directory();
     let all_but_5 = [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11];
     let mut compressor = compressor(directory.path(), "out").mix(MixOptions::new(Total::Share(0.8)));
-    compressor = compressor.protect(&all_but_5);
+    compressor = compressor.target(Goal::Blocks(1)).protect(&all_but_5);
     compressor.recipe.windows.calibrate = 1;
     compressor.recipe.format = Format::Compact;
     let report = compressor.run(&mut ()).unwrap();

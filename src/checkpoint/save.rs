@@ -15,7 +15,7 @@ use super::safetensors::{COMPACT, STANDARD, index, single};
 use super::staging::Staging;
 use super::{Checkpoint, Source, compact, surgery};
 use crate::error::{Error, Result};
-use crate::model::{Architecture, BlockParam, Decoder, Param};
+use crate::model::{Architecture, BlockParam, Decoder, Param, StoredTypes};
 use crate::plan::Plan;
 use crate::progress::Observer;
 
@@ -239,6 +239,19 @@ impl Checkpoint {
         let arch = plan.architecture(&self.architecture)?;
         let tensors = self.written_tensors(&arch, &plan.kept(), format);
         Ok(tensors.iter().map(|(stored, dtype)| stored.bytes(*dtype)).sum())
+    }
+
+    /// What removing blocks frees at least, ascending, in this format, and the bytes of the whole model.
+    pub(crate) fn freed_bytes(&self, format: Format) -> (Vec<u64>, u64) {
+        let all: Vec<usize> = (0..self.architecture.depth()).collect();
+        let written = self.written_tensors(&self.architecture, &all, format);
+        let types = written.iter().flat_map(|(stored, dtype)| {
+            let params = stored.params.iter();
+            params.map(move |(param, _)| (*param, *dtype))
+        });
+        let types = StoredTypes::new(self.narrowest_dtype(), types);
+        let arch = format.architecture(&self.architecture);
+        (arch.freed(|param, shape| types.size(param, shape)), types.bytes_of(&arch))
     }
 
     /// What is written of a decoder of this architecture, whose depths are `origins` of this checkpoint's blocks, each

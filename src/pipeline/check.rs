@@ -201,7 +201,7 @@ impl Recipe {
             Some(Goal::Blocks(count)) => named("blocks", Target::Blocks(count)),
             Some(Goal::Parameters(most)) => named("parameters", Target::Parameters(most)),
             Some(Goal::Bytes(most)) => {
-                let (freed, bytes) = self.freed_bytes(checkpoint);
+                let (freed, bytes) = checkpoint.freed_bytes(self.format);
                 let found = |least| format!("is {most}, expected at least {least}, with one block left");
                 fewest(&freed, bytes, most).map_err(|least| Error::recipe("target.bytes", found(least)))
             }

@@ -3,8 +3,8 @@
 use serde::{Deserialize, Serialize};
 
 use super::inputs::Inputs;
-use super::recipe::{Goal, Recipe};
-use crate::checkpoint::{Checkpoint, Format};
+use super::recipe::Goal;
+use crate::checkpoint::Format;
 use crate::error::{Error, Result};
 use crate::importance::Scores;
 use crate::plan::{Budget, Donor, Groups, Own, Plan, Ranks, Target};
@@ -77,7 +77,7 @@ impl Inputs<'_> {
         };
         let importance = (0..arch.depth()).map(|block| f64::from(u8::from(named.contains(&block))));
         let scores = Scores::new("assumed", &self.calibration, importance.collect())?;
-        let (freed, _) = self.recipe.freed_bytes(&self.checkpoint);
+        let (freed, _) = self.checkpoint.freed_bytes(self.recipe.format);
         if self.remove > 0 && freed.first() != freed.last() {
             assumed.push("blocks of the end go, and blocks differ in size".to_string());
         }
@@ -145,14 +145,5 @@ impl Inputs<'_> {
             least = least.min(bytes);
         }
         Err(Error::recipe("target.bytes", format!("is {most}, expected at least {least}")))
-    }
-}
-
-impl Recipe {
-    /// What removing blocks frees at least, ascending, in the recipe's format, and the bytes of the whole model.
-    pub(super) fn freed_bytes(&self, checkpoint: &Checkpoint) -> (Vec<u64>, u64) {
-        let types = checkpoint.stored_types();
-        let arch = self.format.architecture(checkpoint.architecture());
-        (arch.freed(|param, shape| types.size(param, shape)), types.bytes_of(&arch))
     }
 }
