@@ -10,7 +10,8 @@ use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use super::layout::{Stored, stored_tensors};
-use super::save::{Content, Format, SaveOptions, Saved, Written, bytes_of};
+use super::save::{Format, SaveOptions, Saved};
+use super::written::{Content, Written, bytes_of};
 use super::{Checkpoint, Source};
 use crate::error::{Error, Result};
 use crate::model::{Param, Part};

@@ -13,15 +13,16 @@ mod save;
 mod staging;
 mod streamed;
 mod surgery;
+mod written;
 
 pub use card::ModelCard;
 pub(crate) use card::{CARD, name_of, tags};
 pub use compact::FORMAT_VERSION;
 pub use hub::HubOptions;
-pub(crate) use save::compact_bytes;
 pub use save::{Format, SaveOptions, Saved};
 pub use staging::check_destination;
 pub use streamed::{StreamOptions, StreamedDecoder};
+pub(crate) use written::compact_bytes;
 
 use std::collections::HashMap;
 use std::io::Read;
