@@ -7,13 +7,13 @@ use candle_core::{IndexOp, Tensor};
 use serde::Serialize;
 
 use super::block_influence::{dots, norms};
-use super::sweep::{groups, sweep};
+use super::sweep::sweep_all;
 use super::{Importance, Scores, check_blocks, check_removal};
 use crate::checkpoint::StreamedDecoder;
 use crate::data::Windows;
 use crate::error::{Error, Result};
 use crate::model::{BlockSource, Decoder};
-use crate::progress::{self, Observer};
+use crate::progress::Observer;
 
 /// Angular distance: `arccos cos(x_l, x_{l+n}) / π` at the last token, the mean over windows; the `n` consecutive
 /// blocks across which it is smallest are chosen. A block's own score is its distance for n = 1.
@@ -91,24 +91,15 @@ fn last_tokens(
     stage: &'static str,
     observer: &mut dyn Observer,
 ) -> Result<Vec<Vec<Tensor>>> {
-    let pass = source.pass_over(windows.seq_len())?;
     let mut last: Vec<Vec<Tensor>> = vec![Vec::new(); windows.len()];
     // A copy: otherwise the states of all tokens would be kept alive.
     let of = |x: &Tensor| -> Result<Tensor> { Ok(x.i((.., windows.seq_len() - 1..))?.force_contiguous()?) };
-    let total = (windows.len() * source.architecture().depth()) as u64;
-    progress::counted(stage, total, observer, |report| {
-        let mut done = 0;
-        for group in groups(source, windows) {
-            sweep(source, windows, &group, &pass, &mut |window, x, y| {
-                let Some(row) = last.get_mut(window) else { return Ok(()) };
-                if row.is_empty() {
-                    row.push(of(x)?);
-                }
-                row.push(of(y)?);
-                done += 1;
-                report(done)
-            })?;
+    sweep_all(source, windows, stage, observer, &mut |window, x, y| {
+        let Some(row) = last.get_mut(window) else { return Ok(()) };
+        if row.is_empty() {
+            row.push(of(x)?);
         }
+        row.push(of(y)?);
         Ok(())
     })?;
     Ok(last)

@@ -4,13 +4,13 @@ use std::time::Instant;
 
 use candle_core::{D, DType, Tensor};
 
-use super::sweep::{groups, sweep};
+use super::sweep::sweep_all;
 use super::{Importance, Scores};
 use crate::checkpoint::StreamedDecoder;
 use crate::data::Windows;
 use crate::error::Result;
 use crate::model::{BlockSource, Decoder};
-use crate::progress::{self, Observer};
+use crate::progress::Observer;
 
 /// Block Influence: `1 − E[cos(x, block(x))]`, the mean over all tokens of one forward pass.
 ///
@@ -46,30 +46,22 @@ impl BlockInfluence {
         observer: &mut dyn Observer,
     ) -> Result<Scores> {
         let start = Instant::now();
-        let pass = source.pass_over(windows.seq_len())?;
         let mut by_window: Vec<Vec<f64>> = vec![Vec::new(); windows.len()];
         // The lengths of a block's output are those of the next one's input.
         let mut lengths: Vec<Option<Tensor>> = vec![None; windows.len()];
-        let total = (windows.len() * source.architecture().depth()) as u64;
-        progress::counted(self.method(), total, observer, |report| {
-            let mut done = 0;
-            for group in groups(source, windows) {
-                sweep(source, windows, &group, &pass, &mut |window, x, y| {
-                    let (Some(row), Some(kept)) = (by_window.get_mut(window), lengths.get_mut(window)) else {
-                        return Ok(());
-                    };
-                    let x_norms = kept.take().map_or_else(|| norms(x), Ok)?;
-                    let y_norms = norms(y)?;
-                    let cosines = (dots(x, y)? / (x_norms * &y_norms)?)?;
-                    row.push(1.0 - f64::from(cosines.mean_all()?.to_scalar::<f32>()?));
-                    *kept = Some(y_norms);
-                    done += 1;
-                    report(done)
-                })?;
-            }
+        sweep_all(source, windows, self.method(), observer, &mut |window, x, y| {
+            let (Some(row), Some(kept)) = (by_window.get_mut(window), lengths.get_mut(window)) else {
+                return Ok(());
+            };
+            let x_norms = kept.take().map_or_else(|| norms(x), Ok)?;
+            let y_norms = norms(y)?;
+            let cosines = (dots(x, y)? / (x_norms * &y_norms)?)?;
+            row.push(1.0 - f64::from(cosines.mean_all()?.to_scalar::<f32>()?));
+            *kept = Some(y_norms);
             Ok(())
         })?;
-        Ok(Scores::of_windows(self.method(), windows, &by_window)?.costing(start, total as f64))
+        let runs = (windows.len() * source.architecture().depth()) as f64;
+        Ok(Scores::of_windows(self.method(), windows, &by_window)?.costing(start, runs))
     }
 }
 

@@ -10,6 +10,7 @@ use candle_core::Tensor;
 use crate::data::Windows;
 use crate::error::Result;
 use crate::model::{BlockSource, Decoder, Part, Pass, States};
+use crate::progress::{self, Observer};
 
 /// Hears of every block: the window, the block's input and its output, `(1, seq, hidden)` each.
 pub(crate) type Step<'a> = &'a mut dyn FnMut(usize, &Tensor, &Tensor) -> Result<()>;
@@ -54,4 +55,27 @@ pub(crate) fn sweep(
         Ok(())
     })?;
     Ok(states)
+}
+
+/// Takes all windows through all blocks as a stage, whose steps are blocks and windows.
+pub(super) fn sweep_all(
+    source: &dyn BlockSource,
+    windows: &Windows,
+    stage: &'static str,
+    observer: &mut dyn Observer,
+    step: Step<'_>,
+) -> Result<()> {
+    let pass = source.pass_over(windows.seq_len())?;
+    let total = (windows.len() * source.architecture().depth()) as u64;
+    progress::counted(stage, total, observer, |report| {
+        let mut done = 0;
+        for group in groups(source, windows) {
+            sweep(source, windows, &group, &pass, &mut |window, x, y| {
+                step(window, x, y)?;
+                done += 1;
+                report(done)
+            })?;
+        }
+        Ok(())
+    })
 }

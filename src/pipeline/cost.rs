@@ -67,13 +67,12 @@ impl Inputs<'_> {
                 let pairs = depth * (depth - 1.0) / 2.0;
                 let coupling = Cost::of(pairs * depth / 3.0, pairs).times(searched);
                 let all = singles(depth).times(windows);
+                let known = coupling.and(all);
+                if self.remove == 0 {
+                    return known;
+                }
                 let budget = options.coupling.budget_block_runs;
-                let search = Cost::of(budget, budget / depth);
-                let rounds = (windows / searched).log2().ceil();
-                let finals = (options.coupling.finalists as f64) * searched * rounds;
-                let finals = Cost::of(finals * depth, finals);
-                let search = if self.remove > 0 { search.and(finals) } else { Cost::default() };
-                coupling.and(all).and(gates(&options.coupling.gates)).and(search)
+                known.and(gates(&options.coupling.gates)).and(Cost::of(budget, budget / depth))
             }
         }
     }
