@@ -5,8 +5,8 @@
 //! cargo run --release --example compare -- --model M --text F --blocks 3,6,9,12 --work DIR
 //! ```
 //!
-//! The first 80 % of the text calibrate, the last 20 % evaluate, always in f32. What each method found is kept in DIR: an
-//! interrupted comparison goes on where it was.
+//! The first 80 % of the text calibrate, the last 20 % evaluate. What each method found, and what that is worth, is kept
+//! in DIR: an interrupted comparison goes on where it was.
 #![allow(clippy::print_stdout)]
 
 mod cli;
@@ -15,7 +15,6 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use clap::Parser;
-use foldgpt::candle::DType;
 use foldgpt::importance::{Method, losses_without};
 use foldgpt::{Decoder, Plan, Scores, Target, Windows};
 
@@ -51,6 +50,9 @@ struct Args {
     seed: u64,
 }
 
+/// Sets of removed blocks, and their losses.
+type Evaluated = Vec<(Vec<usize>, f64)>;
+
 /// What a method chose for each number of blocks, and what that took.
 struct Line {
     method: Method,
@@ -64,8 +66,7 @@ struct Line {
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     let checkpoint = args.model.open()?;
-    let dense = cli::load(&checkpoint, DType::F32)?;
-    let scored = dense.to_dtype(args.model.dtype.dtype())?;
+    let decoder = cli::load(&checkpoint, args.model.dtype.dtype())?;
     let (tokenizer, text) = (checkpoint.tokenizer()?, cli::read_text(&args.text)?);
     let (calibration, held_out) =
         args.window.split(&tokenizer, &text, Some(args.windows), args.eval_windows)?;
@@ -74,20 +75,30 @@ fn main() -> anyhow::Result<()> {
     let work = cli::work::Work::open(&args.work, &protocol)?;
 
     let methods = if args.methods.is_empty() { Method::ALL.to_vec() } else { args.methods.clone() };
-    let lines = methods.into_iter().map(|method| run(method, &args, &scored, &calibration, &work));
-    let lines = lines.collect::<anyhow::Result<Vec<Line>>>()?;
-
-    let mut sets: Vec<Vec<usize>> = lines.iter().flat_map(|line| line.chosen.values().cloned()).collect();
-    sets.push(Vec::new());
-    let losses = losses_without(&dense, &held_out, &sets, &mut cli::Bars::default())?;
-    let dense_loss = losses.last().copied().unwrap_or_default();
-    print_table(&args.blocks, &lines, &losses, dense_loss);
+    let held_out_protocol = cli::protocol(&held_out);
+    let evaluate = |name: &str, sets: &[Vec<usize>]| -> anyhow::Result<Vec<f64>> {
+        let name = format!("{name} on {held_out_protocol}");
+        let found: Evaluated = work.kept(&name, || {
+            let losses = losses_without(&decoder, &held_out, sets, &mut cli::Bars::default())?;
+            Ok(sets.iter().cloned().zip(losses).collect())
+        })?;
+        Ok(found.into_iter().map(|(_, loss)| loss).collect())
+    };
+    let dense = evaluate("dense", &[Vec::new()])?;
+    let mut lines = Vec::new();
+    for method in methods {
+        let line = run(method, &args, &decoder, &calibration, &work)?;
+        let (counts, sets): (Vec<usize>, Vec<Vec<usize>>) = line.chosen.clone().into_iter().unzip();
+        let losses = evaluate(&format!("{} without {counts:?}", method.name()), &sets)?;
+        lines.push((line, counts.into_iter().zip(losses).collect()));
+    }
+    print_table(&args.blocks, &lines, dense.first().copied().unwrap_or_default());
     println!(
         "\nstability: Spearman's correlation of the scores of two halves of the text, the lowest of all numbers of \
          blocks; seconds and block runs: of all of them together, each as if it had been alone"
     );
-    println!("\nnll in nats per token, in f32, on {}", cli::protocol(&held_out));
-    println!("scored in {:?} on {}", args.model.dtype.dtype(), cli::protocol(&calibration));
+    println!("\nin {}; nll in nats per token on {held_out_protocol}", args.model.dtype);
+    println!("scored on {}", cli::protocol(&calibration));
     Ok(())
 }
 
@@ -130,7 +141,7 @@ fn first(scores: &Scores, blocks: usize) -> Scores {
     scores
 }
 
-fn print_table(blocks: &[usize], lines: &[Line], losses: &[f64], dense: f64) {
+fn print_table(blocks: &[usize], lines: &[(Line, BTreeMap<usize, f64>)], dense: f64) {
     let heads: Vec<String> = blocks.iter().map(|blocks| format!(" -{blocks} blocks |")).collect();
     let heads = heads.concat();
     println!(
@@ -138,20 +149,16 @@ fn print_table(blocks: &[usize], lines: &[Line], losses: &[f64], dense: f64) {
         "---:|".repeat(3 + blocks.len())
     );
     println!("| dense |{} | | |", format!(" {dense:.4} |").repeat(blocks.len()));
-    let mut losses = losses.iter();
-    for line in lines {
-        // In the order of the sets: lines, and within each the numbers of blocks ascending.
-        let by_count: BTreeMap<usize, f64> =
-            line.chosen.keys().copied().zip(losses.by_ref().copied()).collect();
+    for (line, losses) in lines {
         let cells: String = blocks
             .iter()
-            .map(|blocks| by_count.get(blocks).map_or(" |".into(), |loss| format!(" {loss:.4} |")))
+            .map(|blocks| losses.get(blocks).map_or(" |".into(), |loss| format!(" {loss:.4} |")))
             .collect();
         let stability = line.stability.map(|stability| format!("{stability:.2}")).unwrap_or_default();
         let Line { method, seconds, block_runs, .. } = line;
         println!("| {method} |{cells} {stability} | {seconds:.0} | {block_runs:.0} |");
     }
-    for line in lines {
+    for (line, _) in lines {
         println!("\n{}: {:?}", line.method.name(), line.chosen);
     }
 }

@@ -21,6 +21,9 @@ pub(super) fn best_of(
     bases: &[Basis],
     observer: &mut dyn Observer,
 ) -> Result<Option<Set>> {
+    if sets.len() < 2 {
+        return Ok(sets.pop().map(|(set, _)| set));
+    }
     let all = Basis::of_all(bases);
     let mut seen = bases.first().cloned().unwrap_or_default();
     let most = sets.len();

@@ -181,7 +181,7 @@ impl GatesWithCoupling {
         let starts = self.starts(&known.coupling, gates, free)?;
         let left = gates.len() - self.gates.remove;
         let most = finalists::affordable(self.finalists, &known.parts, left, self.budget_block_runs / 2.0);
-        let budget = self.budget_block_runs - finalists::cost(most, &known.parts, left);
+        let budget = (self.budget_block_runs - finalists::cost(most, &known.parts, left)).max(0.0);
         let mut best = self.search(known, budget, free, &starts, observer)?;
         best.truncate(most);
         let best = finalists::best_of(best, &mut known.parts, &known.bases, observer)?;
@@ -227,7 +227,7 @@ impl GatesWithCoupling {
         let best = progress::stage(STAGE, total, observer, |observer| {
             search.run(starts, |sets, share| {
                 let cost = removals.runs_of(sets);
-                if spent + cost > share * budget {
+                if share.is_finite() && spent + cost > share * budget {
                     return Ok(None);
                 }
                 spent += cost;

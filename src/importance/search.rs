@@ -44,7 +44,9 @@ impl Search<'_> {
         mut measure: impl FnMut(&[Set], f64) -> Result<Option<Vec<f64>>>,
     ) -> Result<Vec<(Set, f64)>> {
         // Whatever the budget, there is a set to return.
-        let unknown: Vec<Set> = starts.iter().filter(|set| !self.knows(set)).cloned().collect();
+        let mut unknown: Vec<Set> = starts.iter().filter(|set| !self.knows(set)).cloned().collect();
+        unknown.sort();
+        unknown.dedup();
         if let Some(losses) = measure(&unknown, f64::INFINITY)? {
             self.add(unknown, losses)?;
         }
