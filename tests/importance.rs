@@ -375,6 +375,10 @@ fn coupling_keeps_protected_blocks_and_stays_within_its_budget() {
         method.budget_block_runs = budget;
         method.score(&decoder, &windows, &mut ()).unwrap().block_runs
     };
+    // Sets that nothing has measured before.
+    let mut large = gates_with_coupling(3);
+    large.budget_block_runs = 0.0;
+    assert_eq!(large.score(&decoder, &windows, &mut ()).unwrap().chosen.map(|chosen| chosen.len()), Some(3));
     let least = runs(0.0);
     for budget in [30.0, 60.0] {
         let more = runs(budget) - least;

@@ -29,8 +29,8 @@ pub struct StreamOptions {
 /// in memory at most, and the embedding and the head while they are needed.
 ///
 /// What is computed with it is what [`Checkpoint::decoder`] gives, bit for bit. Every pass over the blocks reads them
-/// from disk once: one for Block Influence, angular distance and perplexity; two for each step of gates, and one that
-/// tells the model from others.
+/// from disk once: one for Block Influence, angular distance and perplexity; two for each step of gates, and one
+/// more, which tells the model from others, where the gates keep their state in a file.
 ///
 /// ```
 /// use foldgpt::checkpoint::StreamOptions;
@@ -95,6 +95,16 @@ impl Checkpoint {
             }
         }
         (of_blocks as u64, of_ends as u64)
+    }
+
+    /// The most bytes that reading one tensor takes beside all that is held, for a decoder of this type.
+    pub(crate) fn loading_bytes(&self, dtype: DType) -> u64 {
+        let held = dtype.size_in_bytes();
+        let beside = |stored: &Stored| {
+            let count = stored.shape.iter().product::<usize>();
+            count * self.worst_moment(stored, held).saturating_sub(held)
+        };
+        self.tensors.iter().map(beside).max().unwrap_or_default() as u64
     }
 
     /// Bytes for each number of a tensor at the worst moment of reading it, where it will be held in `held` of them.

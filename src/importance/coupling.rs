@@ -5,11 +5,12 @@ use std::fmt::Write;
 use serde::{Deserialize, Serialize};
 
 use super::basis::Basis;
+use super::gate_walk::{Draw, Drawn, walk};
 use super::removals::{Removals, Removed};
 use super::{check_units, statistics};
 use crate::data::Windows;
 use crate::error::{Error, Result};
-use crate::model::{Decoder, Unit, Walk};
+use crate::model::{Decoder, Unit};
 use crate::progress::{self, Observer};
 
 /// Pairwise coupling of units, in nats per token.
@@ -116,22 +117,24 @@ impl Coupling {
         let n = units.len();
         let mut losses = vec![0.0; n + 1];
         let mut gradients = vec![vec![0.0; n]; n + 1];
+        let mut block_runs = 0.0;
         let share = 1.0 / (windows.len() * (windows.seq_len() - 1)) as f64;
         progress::steps(GRADIENTS, windows.len() * (n + 1), observer, |step| {
             let (window, off) = (step / (n + 1), step % (n + 1));
             // The last of each window's passes is the one with all units on.
-            let gates: Vec<f64> = (0..n).map(|place| if place == off { 0.0 } else { 1.0 }).collect();
-            let walk = Walk::forward(decoder, units, &gates, &windows.tensor(window, decoder.device())?)?;
-            let targets = windows.window(window)?.get(1..).unwrap_or_default();
-            let (loss, upstream) = decoder.loss_vjp(walk.output(), targets)?;
-            let found = walk.gate_gradients(&upstream, |_| true)?;
-            if let Some(value) = std::iter::once(&loss).chain(&found).find(|value| !value.is_finite()) {
-                let what = format!("the loss without unit {off} of {n}, or one of its gradients,");
-                return Err(Error::NotFinite { what, value: *value });
-            }
-            if let (Some(sum), Some(row)) = (losses.get_mut(off), gradients.get_mut(off)) {
-                *sum += loss * share;
-                row.iter_mut().zip(found).for_each(|(sum, gradient)| *sum += gradient * share);
+            let gates = (0..n).map(|place| if place == off { 0.0 } else { 1.0 }).collect();
+            let draw = Draw { window, drawn: Drawn { gates, slopes: vec![1.0; n] } };
+            for walked in walk(decoder, windows, units, &[draw], &mut || Ok(()))? {
+                let mut values = std::iter::once(&walked.loss).chain(&walked.gradients);
+                if let Some(&value) = values.find(|value| !value.is_finite()) {
+                    let what = format!("the loss without unit {off} of {n}, or one of its gradients,");
+                    return Err(Error::NotFinite { what, value });
+                }
+                block_runs += walked.block_runs;
+                if let (Some(sum), Some(row)) = (losses.get_mut(off), gradients.get_mut(off)) {
+                    *sum += walked.loss * share;
+                    row.iter_mut().zip(walked.gradients).for_each(|(sum, found)| *sum += found * share);
+                }
             }
             Ok(())
         })?;
@@ -141,9 +144,6 @@ impl Coupling {
             let at = |row: &[f64]| row.get(j).copied().unwrap_or_default();
             at(&base) - gradients.get(i).map_or(0.0, |row| at(row))
         };
-        // Three for every unit that is on; of one that is off only its effect is computed.
-        let runs = windows.len() * (3 * n + n * (3 * n.saturating_sub(1) + 1));
-        let block_runs = runs as f64 * decoder.depth() as f64 / n.max(1) as f64;
         let mut coupling = Self { matrix: vec![vec![0.0; n]; n], dense_loss: dense, block_runs };
         for (place, loss) in losses.iter().enumerate() {
             coupling.set(place, place, loss - dense);

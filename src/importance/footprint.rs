@@ -64,9 +64,11 @@ impl<'a> Footprint<'a> {
         }
     }
 
-    /// Scoring with all weights in memory.
-    pub(crate) fn in_memory(&self, method: Method) -> u64 {
-        self.weights() + self.kept(method) + self.activations() * rayon::current_num_threads() as u64
+    /// All weights in memory, and beside them, whichever takes more: reading them, or computing, where each core has the
+    /// activations of a block and `kept` bytes stay.
+    pub(crate) fn in_memory(&self, checkpoint: &Checkpoint, kept: u64) -> u64 {
+        let computing = kept + self.activations() * rayon::current_num_threads() as u64;
+        self.weights() + computing.max(checkpoint.loading_bytes(self.dtype))
     }
 
     /// Scoring with blocks read from disk one at a time, but for the states between blocks.

@@ -4,10 +4,10 @@
 //! runs once here too. There one branch after the other is followed to its end, which keeps few states alive; here all
 //! branches of all windows pass a block before any passes the next, so that each block is read once.
 
-use super::removals::{Removed, Report};
+use super::removals::{Removed, Report, part};
 use crate::data::Windows;
 use crate::error::Result;
-use crate::model::{BlockSource, Part, States};
+use crate::model::{BlockSource, States};
 
 /// Sets that agree so far, by their index; the first names the branch.
 type Branch = Vec<usize>;
@@ -68,13 +68,13 @@ impl Frontier<'_> {
         let mut place = 0;
         source.visit(&source.all(), &mut |block| {
             let parted: Vec<(Branch, Branch)> =
-                self.branches.drain(..).map(|branch| part(self.sets, place, branch)).collect();
+                self.branches.drain(..).map(|branch| part(self.sets, &branch, place)).collect();
             for window in 0..self.windows.len() {
                 for (without, with) in &parted {
                     let of_both = without.iter().chain(with).min().copied().unwrap_or_default();
                     let x = self.states.take(self.slot(window, &[of_both]))?;
                     if !with.is_empty() {
-                        self.states.put(self.slot(window, with), block.run(Part::Whole, &x, &pass)?)?;
+                        self.states.put(self.slot(window, with), block.run(&x, &pass)?)?;
                         self.runs += 1;
                     }
                     if !without.is_empty() {
@@ -119,11 +119,4 @@ impl Frontier<'_> {
         let all = windows * (self.source.architecture().depth() as u64 + 1);
         report(windows * sets * self.steps / all.max(1))
     }
-}
-
-/// The sets of a branch that remove the block at `place`, and those that run it.
-fn part(sets: &[Removed], place: usize, branch: Branch) -> (Branch, Branch) {
-    let removes =
-        |&index: &usize| sets.get(index).and_then(|set| set.get(place)).copied().unwrap_or_default();
-    branch.into_iter().partition(removes)
 }

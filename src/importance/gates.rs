@@ -185,12 +185,14 @@ impl Gates {
         check_units(units, arch.depth())?;
         self.check(units, starts)?;
         let gated = self.gated(arch, units);
-        let mut state = self.resume(starts, source, windows, &gated)?;
         let total = self.steps as u64;
-        if state.step > 0 {
-            tracing::debug!(step = state.step, "gates go on from their state");
-        }
-        progress::stage(STAGE, total, observer, |observer| {
+        let state = progress::stage(STAGE, total, observer, |observer| {
+            let mut state = self.resume(starts, source, windows, &gated, &mut || {
+                progress::advance(STAGE, 0, total, observer)
+            })?;
+            if state.step > 0 {
+                tracing::debug!(step = state.step, "gates go on from their state");
+            }
             // Each set has had a step, at least.
             while state.step < self.steps && state.quiet < (self.steps / 10).max(2) {
                 let start = Instant::now();
@@ -208,7 +210,7 @@ impl Gates {
             if state.step < self.steps {
                 tracing::debug!(step = state.step, "gates have come to rest");
             }
-            Ok(())
+            Ok(state)
         })?;
         Ok(TrainedGates {
             units: units.to_vec(),
@@ -257,22 +259,22 @@ impl Gates {
         }
     }
 
-    /// The state to go on from: that of the file, or a new one.
+    /// The state to go on from: that of the file, or a new one. Only a file asks which model it is.
     fn resume(
         &self,
         starts: [Option<&[f64]>; 2],
         source: &dyn BlockSource,
         windows: &Windows,
         gated: &Gated<'_>,
+        tick: &mut dyn FnMut() -> Result<()>,
     ) -> Result<State> {
         let units = gated.units;
+        let begin = |identity| State::new(identity, starts.map(|start| self.initial(start, units.len())));
+        let Some(path) = self.state_file.as_deref() else { return Ok(begin(String::new())) };
         let options = Self { state_file: None, ..self.clone() };
-        let parts = (options, starts, units, windows.ids_sha256(), fingerprint(source)?);
+        let parts = (options, starts, units, windows.ids_sha256(), fingerprint(source, tick)?);
         let identity = serde_json::to_string(&parts).map_err(|error| Error::Plan(error.to_string()))?;
-        match self.state_file.as_deref().filter(|path| path.exists()) {
-            Some(path) => State::read(path, &identity, units.len()),
-            None => Ok(State::new(identity, starts.map(|start| self.initial(start, units.len())))),
-        }
+        if path.exists() { State::read(path, &identity, units.len()) } else { Ok(begin(identity)) }
     }
 
     /// Parameters before the first step: ranks of the warm start, spread over two units of log-odds.

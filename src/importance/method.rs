@@ -146,8 +146,6 @@ impl Method {
         let mut relevant = MethodOptions::default();
         if self.depends_on_count() || self.is_greedy() {
             relevant.remove = options.remove;
-        }
-        if self.depends_on_count() || self.is_greedy() {
             relevant.protected.clone_from(&options.protected);
         }
         match self {

@@ -185,8 +185,7 @@ impl<'a> Removals<'a> {
 fn half_runs(units: &[Unit], sets: &[Removed], mut place: usize, group: &[usize]) -> usize {
     let (mut group, mut runs) = (group.to_vec(), 0);
     while let Some(unit) = units.get(place).filter(|_| !group.is_empty()) {
-        let (without, with): (Vec<usize>, Vec<usize>) =
-            group.iter().partition(|&&index| removes(sets, index, place));
+        let (without, with) = part(sets, &group, place);
         place += 1;
         if with.is_empty() {
             continue;
@@ -197,8 +196,11 @@ fn half_runs(units: &[Unit], sets: &[Removed], mut place: usize, group: &[usize]
     runs
 }
 
-fn removes(sets: &[Removed], index: usize, place: usize) -> bool {
-    sets.get(index).and_then(|set| set.get(place)).copied().unwrap_or_default()
+/// Of a group of sets, by their index: those that remove the unit at `place`, and those that run it.
+pub(super) fn part(sets: &[Removed], group: &[usize], place: usize) -> (Vec<usize>, Vec<usize>) {
+    let removes =
+        |index: &&usize| sets.get(**index).and_then(|set| set.get(place)).copied().unwrap_or_default();
+    group.iter().partition(removes)
 }
 
 /// Half blocks in a unit.
@@ -268,8 +270,7 @@ impl Descent<'_, '_> {
     ) -> Result<()> {
         let mut group = group.to_vec();
         while let Some(&unit) = self.shared.units.get(place) {
-            let (without, with): (Vec<usize>, Vec<usize>) =
-                group.iter().partition(|&&index| removes(self.sets, index, place));
+            let (without, with) = part(self.sets, &group, place);
             let base_removes = self.shared.base.get(place).copied().unwrap_or_default();
             if with.is_empty() {
                 on_trunk &= base_removes;

@@ -9,7 +9,7 @@ use candle_core::Tensor;
 
 use crate::data::Windows;
 use crate::error::Result;
-use crate::model::{BlockSource, Decoder, Part, Pass, States};
+use crate::model::{BlockSource, Decoder, Pass, States};
 use crate::progress::{self, Observer};
 
 /// Hears of every block: the window, the block's input and its output, `(1, seq, hidden)` each.
@@ -48,7 +48,7 @@ pub(crate) fn sweep(
     source.visit(&source.all(), &mut |block| {
         for (slot, window) in group.clone().enumerate() {
             let x = states.take(slot)?;
-            let y = block.run(Part::Whole, &x, pass)?;
+            let y = block.run(&x, pass)?;
             step(window, &x, &y)?;
             states.put(slot, y)?;
         }

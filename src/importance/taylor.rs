@@ -7,7 +7,7 @@ use candle_core::{DType, Tensor};
 use super::{Importance, Scores, spearman, whole_blocks};
 use crate::data::Windows;
 use crate::error::Result;
-use crate::model::{Decoder, Unit, Walk};
+use crate::model::{Block, Decoder, Unit, Walk};
 use crate::progress::{self, Observer};
 
 /// Taylor+: Σ over the block's matrices of `|W ⊙ ∂L/∂W|`, `L` the mean loss of all windows. The first four and the
@@ -41,12 +41,15 @@ impl Importance for Taylor {
             add_gradients(decoder, &units, windows, window, if window < half { first } else { second })
         })?;
         let [first, second] = &sums;
-        let both = first.iter().zip(second).map(|(a, b)| if half == 0 { Ok(b.clone()) } else { add(a, b) });
-        let both = both.collect::<Result<Vec<_>>>()?;
-        let mut importance = saliencies(decoder, &both)?;
-        let stability = match half {
-            0 => None,
-            _ => Some(spearman(&saliencies(decoder, first)?, &saliencies(decoder, second)?)),
+        let of_half = |sums: &[BlockGradient]| -> Result<Vec<f64>> {
+            decoder.blocks().iter().zip(sums).map(|(block, sum)| saliency(block, sum)).collect()
+        };
+        let (mut importance, stability) = if half == 0 {
+            (of_half(second)?, None)
+        } else {
+            let pairs = decoder.blocks().iter().zip(first.iter().zip(second));
+            let both = pairs.map(|(block, (a, b))| saliency(block, &add(a, b)?)).collect::<Result<_>>()?;
+            (both, Some(spearman(&of_half(first)?, &of_half(second)?)))
         };
         let highest = importance.iter().fold(0.0f64, |highest, &score| highest.max(score));
         let depth = importance.len();
@@ -94,16 +97,11 @@ fn add(a: &[Tensor], b: &[Tensor]) -> Result<BlockGradient> {
     a.iter().zip(b).map(|(a, b)| Ok((a + b)?)).collect()
 }
 
-/// Σ `|W ⊙ G|` of every block.
-fn saliencies(decoder: &Decoder, gradients: &[BlockGradient]) -> Result<Vec<f64>> {
-    let block = |(block, gradients): (&crate::model::Block, &BlockGradient)| {
-        let products = block.matrices().zip(gradients);
-        products
-            .map(|(weight, gradient)| {
-                let product = (weight.to_dtype(DType::F32)? * gradient)?;
-                Ok(f64::from(product.abs()?.sum_all()?.to_scalar::<f32>()?))
-            })
-            .sum()
-    };
-    decoder.blocks().iter().zip(gradients).map(block).collect()
+/// Σ `|W ⊙ G|` of one block.
+fn saliency(block: &Block, gradients: &[Tensor]) -> Result<f64> {
+    let products = block.matrices().zip(gradients).map(|(weight, gradient)| {
+        let product = (weight.to_dtype(DType::F32)? * gradient)?;
+        Ok(f64::from(product.abs()?.sum_all()?.to_scalar::<f32>()?))
+    });
+    products.sum()
 }

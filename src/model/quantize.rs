@@ -98,11 +98,11 @@ impl Decoder {
         }
     }
 
-    /// The same decoder with what quantised matrices stand for in their place, in f32.
-    pub(super) fn dequantized(&self) -> Result<Self> {
+    /// The same decoder with what quantised matrices stand for in their place, in this type.
+    pub(super) fn dequantized(&self, dtype: DType) -> Result<Self> {
         self.with_matrices(|matrix| match matrix {
             Matrix::Tensor(_) => Ok(matrix.clone()),
-            Matrix::Quantized(_) => Ok(matrix.widened(DType::F32)?.into()),
+            Matrix::Quantized(_) => Ok(matrix.widened(dtype)?.into()),
         })
     }
 

@@ -141,30 +141,34 @@ impl Block {
         })
     }
 
-    /// What the block, or one of its halves, makes of its input: `(batch, seq, hidden)` in and out.
-    pub(crate) fn run(&self, part: Part, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
-        self.forward_part(part, x, pass, None)
+    /// What the block makes of its input: `(batch, seq, hidden)` in and out.
+    pub(crate) fn run(&self, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
+        self.forward_part(Part::Whole, x, pass, None)
     }
 }
 
 /// A hash that tells models apart at little cost: of the architecture, and of the type and the first few values of every
-/// tensor. It is the same wherever the blocks come from.
-pub(crate) fn fingerprint(source: &dyn BlockSource) -> Result<String> {
+/// tensor. It is the same wherever the blocks come from. `tick` is called after every block.
+pub(crate) fn fingerprint(source: &dyn BlockSource, tick: &mut dyn FnMut() -> Result<()>) -> Result<String> {
     let mut hash = Sha256::new();
     hash.update(format!("{:?}", source.architecture()));
     let front = source.front()?;
     add_matrix(&mut hash, &front.embedding)?;
     front.positions.iter().try_for_each(|tensor| add_tensor(&mut hash, tensor))?;
+    let final_norm = front.final_norm.clone();
     drop(front);
     source.visit(&source.all(), &mut |block| {
         block.params().try_for_each(|(_, tensor)| add_tensor(&mut hash, tensor))?;
         let quantized = |at| block.weights.get(at).filter(|matrix| matrix.as_quantized().is_some());
-        Projection::ALL.into_iter().filter_map(quantized).try_for_each(|matrix| add_matrix(&mut hash, matrix))
+        Projection::ALL
+            .into_iter()
+            .filter_map(quantized)
+            .try_for_each(|matrix| add_matrix(&mut hash, matrix))?;
+        tick()
     })?;
-    let back = source.back()?;
-    back.final_norm.params().try_for_each(|(_, tensor)| add_tensor(&mut hash, tensor))?;
+    final_norm.params().try_for_each(|(_, tensor)| add_tensor(&mut hash, tensor))?;
     if !source.architecture().tied {
-        add_matrix(&mut hash, back.head_weight())?;
+        add_matrix(&mut hash, source.back()?.head_weight())?;
     }
     Ok(crate::data::hex(&hash.finalize()))
 }

@@ -20,7 +20,7 @@ use crate::data::Windows;
 use crate::error::{Error, Result};
 use crate::eval::{Latency, perplexity};
 use crate::importance::Scores;
-use crate::model::{BlockSource, Part};
+use crate::model::BlockSource;
 use crate::progress::Observer;
 
 /// What a run would do.
@@ -309,9 +309,9 @@ impl Speed {
         let start = Instant::now();
         model.visit(&[0], &mut |first| {
             read = start.elapsed().as_secs_f64();
-            first.run(Part::Whole, &x, &pass)?;
+            first.run(&x, &pass)?;
             let start = Instant::now();
-            first.run(Part::Whole, &x, &pass)?;
+            first.run(&x, &pass)?;
             block = start.elapsed().as_secs_f64();
             Ok(())
         })?;

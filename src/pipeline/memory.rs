@@ -91,8 +91,7 @@ impl<'a> Memory<'a> {
         if let Some(options) = &self.inputs.streamed {
             return self.streamed(options.state_bytes.unwrap_or(u64::MAX));
         }
-        let counted = self.counted(DType::F32);
-        counted.weights() + counted.activations() * rayon::current_num_threads() as u64
+        self.counted(DType::F32).in_memory(&self.inputs.checkpoint, 0)
     }
 
     pub(super) fn scoring(&self) -> u64 {
