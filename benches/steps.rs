@@ -35,5 +35,7 @@ fn main() {
             println!("| healing lora of rank 8 by {terms}, {name} | {BATCH} x {TOKENS} | {cost:.2} |");
         }
     }
-    println!("\nmedians of interleaved runs; a healing step in forward passes of its student, without a fifth of the blocks");
+    println!(
+        "\nmedians of interleaved runs; a healing step in forward passes of its student, without a fifth of the blocks"
+    );
 }

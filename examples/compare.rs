@@ -14,6 +14,7 @@ mod cli;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use anyhow::ensure;
 use clap::Parser;
 use foldgpt::importance::{Method, losses_without};
 use foldgpt::{Decoder, Plan, Scores, Target, Windows};
@@ -82,6 +83,7 @@ fn main() -> anyhow::Result<()> {
             let losses = losses_without(&decoder, &held_out, sets, &mut cli::Bars::default())?;
             Ok(sets.iter().cloned().zip(losses).collect())
         })?;
+        ensure!(found.iter().map(|(set, _)| set).eq(sets), "{} holds losses of others", args.work.display());
         Ok(found.into_iter().map(|(_, loss)| loss).collect())
     };
     let dense = evaluate("dense", &[Vec::new()])?;
