@@ -548,6 +548,44 @@ fn a_mix_meets_its_total() {
 }
 
 #[test]
+fn a_search_over_mixes_removes_no_more_than_the_target() {
+    let directory = directory();
+    let path = directory.path();
+    let of = |out: &str, share: f64, most: usize, residual_share: f64| {
+        let mut mix = MixOptions::new(Total::Share(share));
+        (mix.search, mix.residual_share) = (true, residual_share);
+        let mut compressor = compressor(path, out).mix(mix).target(Goal::Blocks(most));
+        compressor.recipe.windows.calibrate = 1;
+        compressor
+    };
+    let report = of("none", 0.8, 1, 0.0).run(&mut ()).unwrap();
+    let mut tried: Vec<(usize, f64)> =
+        report.mixes.iter().map(|mix| (mix.removed, mix.residual_share)).collect();
+    tried.sort_by(|a, b| a.partial_cmp(b).unwrap());
+    assert_eq!(tried, [(0, 0.0), (1, 0.0)]);
+    let best = report.mixes.iter().min_by(|a, b| a.loss.total_cmp(&b.loss)).unwrap();
+    assert_eq!(best.removed, report.plan.removed().len());
+    // The share for residuals is one of those that are tried.
+    let some = of("some", 0.8, 1, 0.3).run(&mut ()).unwrap();
+    let shares: Vec<f64> = some.mixes.iter().map(|mix| mix.residual_share).collect();
+    assert!(shares.contains(&0.3) && shares.iter().all(|share| [0.0, 0.3, 3.0 * 0.3].contains(share)));
+}
+
+#[test]
+fn a_mix_whose_removal_is_enough_removes_no_more() {
+    let directory = directory();
+    let path = directory.path();
+    let mut compressor =
+        compressor(path, "out").mix(MixOptions::new(Total::Share(0.8))).target(Goal::Blocks(8));
+    compressor.recipe.windows.calibrate = 1;
+    let forecast = compressor.dry_run(&mut ()).unwrap().compressed.unwrap();
+    let report = compressor.run(&mut ()).unwrap();
+    assert!(report.compressed.blocks > 4, "{}", report.compressed.blocks);
+    assert_eq!(forecast.blocks, report.compressed.blocks);
+    assert_eq!(forecast.parameters, report.compressed.parameters);
+}
+
+#[test]
 fn a_run_in_little_memory_reads_blocks_from_disk_and_gives_the_same_model() {
     let directory = directory();
     let path = directory.path();

@@ -11,9 +11,9 @@ pub fn print(report: &Report) {
         println!("mixes that no other beats, by loss on the calibration windows:");
     }
     for mix in front {
-        let (removed, share) = (mix.removed, mix.residual_share);
+        let (removed, percent) = (mix.removed, 100.0 * mix.residual_share);
         println!(
-            "{:>12} parameters  {:.4}  {removed} blocks removed, {share} for residuals",
+            "{:>12} parameters  {:.4}  {removed} blocks removed, {percent:.1} % for residuals",
             mix.parameters, mix.loss
         );
     }

@@ -93,16 +93,16 @@ impl Inputs<'_> {
         if let Some(Goal::NllIncrease(_)) = self.recipe.target {
             return singles(depth).times(windows);
         }
-        let left = depth - self.remove as f64;
         let candidates = |donor| if donor == Donor::Best { 3.0 } else { 1.0 };
-        let ties = |donor| whole.times(left * left / 4.0 * candidates(donor));
+        let ties = |donor, left: f64| whole.times(left * left / 4.0 * candidates(donor));
         if let Some(mix) = &self.recipe.mix {
-            let (removed, shares) = self.proportions();
-            let tried = if mix.search { (removed.len() * shares.len()) as f64 } else { 1.0 };
-            return ties(mix.donor).and(whole.times(4.0)).times(tried);
+            let (removed, shares) = self.proportions(mix);
+            let of = |gone: &usize| ties(mix.donor, depth - *gone as f64).and(whole.times(4.0));
+            return removed.iter().map(of).fold(Cost::default(), Cost::and).times(shares.len() as f64);
         }
+        let left = depth - self.remove as f64;
         match &self.recipe.share {
-            Some(share) if matches!(share.groups, Groups::Budget { .. }) => ties(share.donor),
+            Some(share) if matches!(share.groups, Groups::Budget { .. }) => ties(share.donor, left),
             Some(share) if share.donor == Donor::Best => whole.times(left),
             // Every group once, and what was decided once more, at half the depth each.
             Some(_) => whole.times(left / 2.0),

@@ -158,7 +158,8 @@ impl<'a> Inputs<'a> {
         let score = score.transpose()?;
         // How many bytes a plan leaves depends on the format.
         let format = matches!(recipe.target, Some(Goal::Bytes(_))).then_some(recipe.format);
-        let asked = (recipe.target, format, &recipe.protect, &recipe.share, recipe.mix);
+        let mix = recipe.mix.map(|mix| (mix, self.proportions(&mix)));
+        let asked = (recipe.target, format, &recipe.protect, &recipe.share, mix);
         let plan = Key::of(Stage::Plan.name(), &(self.model(), &score, asked, &calibration))?;
         let heal = self.healing.as_ref().zip(self.heal()).map(|((train, choosing), heal)| {
             Key::of(Stage::Heal.name(), &(&plan, heal.deciding(), train.ids_sha256(), choosing.ids_sha256()))
