@@ -137,8 +137,8 @@ impl Recipe {
         }
     }
 
-    /// Fails for what this model cannot do; `remove` is the most that will go.
-    pub(super) fn check_model(&self, arch: &Architecture, remove: usize) -> Result<()> {
+    /// Fails for what this model cannot do, of which at most `remove` blocks will go and at most `left` stay.
+    pub(super) fn check_model(&self, arch: &Architecture, remove: usize, left: usize) -> Result<()> {
         let depth = arch.depth();
         let unknown = self.protect.iter().find(|&&index| index >= depth);
         if let Some(&index) = unknown {
@@ -171,10 +171,10 @@ impl Recipe {
             refuse(most >= total, "mix.total.parameters", &found)?;
         }
         if let Some(heal) = &self.heal {
-            let groups = heal.groups.iter().try_for_each(|group| group.check_depth(depth));
+            let groups = heal.groups.iter().try_for_each(|group| group.check_depth(left));
             groups.map_err(|error| in_field("heal.groups", &error))?;
             let teacher = heal.losses.need_teacher().then_some(depth);
-            heal.losses.check(depth - remove, teacher).map_err(|error| in_field("heal.losses", &error))?;
+            heal.losses.check(left, teacher).map_err(|error| in_field("heal.losses", &error))?;
         }
         Ok(())
     }
@@ -207,6 +207,29 @@ impl Recipe {
             }
             Some(Goal::NllIncrease(_)) => Ok(self.free(arch.depth())),
         }
+    }
+
+    /// How many blocks stay at most, where at most `remove` go.
+    pub(super) fn most_left(&self, checkpoint: &Checkpoint, remove: usize) -> usize {
+        let arch = checkpoint.architecture();
+        // Those that free the most go first.
+        let removed = |(mut freed, total): (Vec<u64>, u64), most: u64| {
+            freed.reverse();
+            fewest(&freed, total, most).unwrap_or(remove)
+        };
+        let halves = self.gates.as_ref().is_some_and(|gates| gates.halves);
+        let least = match self.target {
+            _ if self.mix.is_some() || halves => 0,
+            // Where no block may go, the goal is not met.
+            Some(Goal::NllIncrease(_)) => 1,
+            Some(Goal::Parameters(most)) => {
+                let freed = arch.freed(|_, shape| shape.iter().product::<usize>() as u64);
+                removed((freed, arch.parameter_count() as u64), most as u64)
+            }
+            Some(Goal::Bytes(most)) => removed(checkpoint.freed_bytes(self.format), most),
+            Some(Goal::Rate(_) | Goal::Blocks(_)) | None => remove,
+        };
+        arch.depth() - least.min(remove)
     }
 }
 

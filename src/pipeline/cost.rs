@@ -100,7 +100,7 @@ impl Inputs<'_> {
             let of = |gone: &usize| ties(mix.donor, depth - *gone as f64).and(whole.times(4.0));
             return removed.iter().map(of).fold(Cost::default(), Cost::and).times(shares.len() as f64);
         }
-        let left = depth - self.remove as f64;
+        let left = self.most_left() as f64;
         match &self.recipe.share {
             Some(share) if matches!(share.groups, Groups::Budget { .. }) => ties(share.donor, left),
             Some(share) if share.donor == Donor::Best => whole.times(left),
@@ -127,7 +127,7 @@ impl Inputs<'_> {
             return Cost { seconds: minutes * 60.0, ..Cost::default() };
         }
         let steps = heal.steps(train.seq_len()).unwrap_or_default() as f64;
-        let (depth, left) = (self.depth() as f64, (self.depth() - self.remove) as f64);
+        let (depth, left) = (self.depth() as f64, self.most_left() as f64);
         let teacher = if heal.losses.need_teacher() { Cost::of(depth, 1.0) } else { Cost::default() };
         let step = Cost::of(4.0 * left, 3.0).and(teacher).times(heal.batch as f64);
         let evaluations = (steps / heal.evaluate_every as f64).ceil() + 1.0;

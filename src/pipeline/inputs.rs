@@ -68,7 +68,7 @@ impl<'a> Inputs<'a> {
         let checkpoint = Checkpoint::open_observed(&recipe.model, observer)?;
         let arch = checkpoint.architecture();
         let remove = recipe.most_removed(&checkpoint)?;
-        recipe.check_model(arch, remove)?;
+        recipe.check_model(arch, remove, recipe.most_left(&checkpoint, remove))?;
         let tasks = recipe.tasks.iter().map(|path| Task::read(path, recipe.task_items));
         let tasks = tasks.collect::<Result<Vec<_>>>()?;
         let twice = tasks
@@ -116,6 +116,11 @@ impl<'a> Inputs<'a> {
     /// Whether anything may be removed.
     pub(super) fn needs_scores(&self) -> bool {
         self.remove > 0 || self.recipe.mix.is_some()
+    }
+
+    /// How many blocks stay at most: what is removed is known before any work only where a number is asked for.
+    pub(super) fn most_left(&self) -> usize {
+        self.recipe.most_left(&self.checkpoint, self.remove)
     }
 
     /// What the method is told, but for its files.

@@ -127,7 +127,7 @@ impl<'a> Memory<'a> {
     /// How many numbers a group trains, at most.
     fn trained(&self, group: &ParamGroup) -> usize {
         let arch = self.arch;
-        let depth = arch.depth() - self.inputs.remove;
+        let depth = self.inputs.most_left();
         let shapes =
             || Projection::ALL.into_iter().filter_map(|projection| arch.projection_shape(projection));
         match &group.params {
