@@ -134,13 +134,13 @@ impl Inputs<'_> {
         step.times(steps).and(Cost::of(left, 1.0).times(evaluations * choosing.len() as f64))
     }
 
-    /// The samples of models of so many blocks together: a token at a time, each of which reads all weights as a window
-    /// of some ten tokens does.
+    /// The samples of a model of so many blocks: a token at a time, each of which reads all weights as a window of some
+    /// ten tokens does.
     pub(super) fn sampling_cost(&self, blocks: usize) -> Cost {
         let options = &self.recipe.samples;
         let prompts = if options.prompts.is_empty() { 2 } else { options.prompts.len() };
-        let tokens = (10 * options.tokens * prompts) as f64 / self.evaluation.seq_len() as f64;
-        Cost::of(blocks as f64, blocks as f64 / self.depth() as f64).times(tokens)
+        let tokens = 10.0 * options.tokens as f64 * prompts as f64 / self.evaluation.seq_len() as f64;
+        Cost::of(blocks as f64, 1.0).times(tokens)
     }
 
     /// One evaluation of a model of so many blocks; of a text, four characters are taken for a token.
