@@ -12,7 +12,7 @@ use super::curve::{Healing, curve};
 use super::inputs::{Inputs, Keys};
 use super::planning::Planned;
 use super::recipe::Precision;
-use super::report::{Measured, Report};
+use super::report::{Measured, Report, SavedRecord};
 use super::stage::Stage;
 use super::work::Key;
 use crate::checkpoint::{Checkpoint, Format, SaveOptions, check_destination};
@@ -30,6 +30,8 @@ pub(super) struct Run<'a> {
     pub(super) inputs: Inputs<'a>,
     pub(super) keys: Keys,
     command: Option<String>,
+    /// What an earlier run of this recipe has written.
+    pub(super) saved: Option<SavedRecord>,
     dense: Option<Decoder>,
     folded: Option<Decoder>,
     result: Option<Decoder>,
@@ -42,11 +44,12 @@ impl<'a> Run<'a> {
         let Compressor { recipe, command } = compressor;
         let inputs = Inputs::open(recipe, observer)?;
         let keys = inputs.keys()?;
-        if inputs.saved(&keys, observer)?.is_none() {
+        let saved = inputs.saved(&keys, observer)?;
+        if saved.is_none() {
             check_destination(&recipe.out)?;
         }
         let (command, ran) = (command.clone(), BTreeSet::new());
-        Ok(Self { inputs, command, keys, dense: None, folded: None, result: None, ran })
+        Ok(Self { inputs, command, saved, keys, dense: None, folded: None, result: None, ran })
     }
 
     pub(super) fn finish(mut self, observer: &mut dyn Observer) -> Result<Report> {
@@ -72,8 +75,7 @@ impl<'a> Run<'a> {
         (dense.latency, compressed.latency) = self.latency(&plan, observer)?.unzip();
         let samples = self.samples(&plan, observer)?;
 
-        let saved = self.inputs.saved(&self.keys, observer)?;
-        let saved_bytes = match &saved {
+        let saved_bytes = match &self.saved {
             Some(saved) => saved.tensor_bytes,
             None => self.bytes_to_save(&plan, observer)?,
         };
@@ -101,7 +103,7 @@ impl<'a> Run<'a> {
             others: Vec::new(),
             ran: Vec::new(),
         };
-        report.saved_sha256 = self.save(&report, saved, observer)?;
+        report.saved_sha256 = self.save(&report, observer)?;
         report.others = self.others(&report)?;
         self.inputs.work.keep(REPORT, &self.keys.save, &report)?;
         report.ran = self.ran.into_iter().collect();

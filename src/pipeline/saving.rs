@@ -27,14 +27,9 @@ impl Run<'_> {
     }
 
     /// Saves the result with its card, unless that is done, and gives the hash of its weights.
-    pub(super) fn save(
-        &mut self,
-        report: &Report,
-        saved: Option<SavedRecord>,
-        observer: &mut dyn Observer,
-    ) -> Result<String> {
+    pub(super) fn save(&mut self, report: &Report, observer: &mut dyn Observer) -> Result<String> {
         let card = report.model_card(self.inputs.base_model());
-        if let Some(saved) = saved {
+        if let Some(saved) = self.saved.take().filter(SavedRecord::is_there) {
             let sha256 = saved.weights_sha256.clone().unwrap_or_default();
             self.inputs.keep_card_in_step(&self.keys, saved, &card)?;
             return Ok(sha256);
@@ -80,6 +75,12 @@ impl Run<'_> {
     }
 }
 
+impl SavedRecord {
+    fn is_there(&self) -> bool {
+        self.directory.join("config.json").exists()
+    }
+}
+
 impl From<Report> for Other {
     fn from(report: Report) -> Self {
         let measured = report.compressed;
@@ -97,9 +98,7 @@ impl Inputs<'_> {
     /// What this recipe has saved, where it is still there.
     pub(super) fn saved(&self, keys: &Keys, observer: &mut dyn Observer) -> Result<Option<SavedRecord>> {
         let known: Option<SavedRecord> = self.work.known(SAVED, &keys.save)?;
-        let Some(saved) = known.filter(|saved| saved.directory.join("config.json").exists()) else {
-            return Ok(None);
-        };
+        let Some(saved) = known.filter(SavedRecord::is_there) else { return Ok(None) };
         let sha256 = Checkpoint::open(&saved.directory)?.sha256(observer)?;
         let ours = saved.weights_sha256.as_ref().is_none_or(|expected| *expected == sha256);
         Ok(ours.then_some(SavedRecord { weights_sha256: Some(sha256), ..saved }))
