@@ -4,7 +4,7 @@ use candle_core::{DType, Device};
 use serde::Serialize;
 
 use super::recipe::{Goal, Recipe};
-use super::run::LATENCY;
+use super::run::{LATENCY, REPORT};
 use super::stage::Stage;
 use super::work::{Key, Work};
 use crate::checkpoint::{Checkpoint, StreamOptions, StreamedDecoder};
@@ -36,7 +36,7 @@ pub(super) struct Inputs<'a> {
 }
 
 /// The key of every stage's result, each made of those before it.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize)]
 pub(super) struct Keys {
     /// Absent where nothing may be removed.
     pub score: Option<Key>,
@@ -53,8 +53,15 @@ pub(super) struct Keys {
     pub save: Key,
 }
 
+impl Keys {
+    /// The key of the report: it tells of every stage, and of what was asked for.
+    pub(super) fn report(&self, recipe: &Recipe) -> Result<Key> {
+        Key::of(REPORT, &(recipe, self))
+    }
+}
+
 /// The keys of what these models make of the samples' beginnings.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize)]
 pub(super) struct SampleKeys {
     pub dense: Key,
     pub folded: Key,

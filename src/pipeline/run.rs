@@ -105,7 +105,7 @@ impl<'a> Run<'a> {
         };
         report.saved_sha256 = self.save(&report, observer)?;
         report.others = self.others(&report)?;
-        self.inputs.work.keep(REPORT, &self.keys.save, &report)?;
+        self.inputs.work.keep(REPORT, &self.keys.report(self.inputs.recipe)?, &report)?;
         report.ran = self.ran.into_iter().collect();
         Ok(report)
     }

@@ -63,14 +63,19 @@ impl Run<'_> {
 
     /// What other recipes with this working directory made of the same model, measured on the same windows.
     pub(super) fn others(&self, report: &Report) -> Result<Vec<Other>> {
-        let known = self.inputs.work.results::<Report>(REPORT, &self.keys.save)?;
+        let known = self.inputs.work.results::<Report>(REPORT)?;
         let alike = known.into_iter().filter(|other| {
             other.saved_sha256 != report.saved_sha256
                 && other.model_sha256 == report.model_sha256
                 && other.compressed.perplexity.protocol() == report.compressed.perplexity.protocol()
         });
         let mut others: Vec<Other> = alike.map(Other::from).collect();
-        others.sort_by(|a, b| a.parameters.cmp(&b.parameters).then(a.mean_nll.total_cmp(&b.mean_nll)));
+        others.sort_by(|a, b| {
+            let size = a.parameters.cmp(&b.parameters);
+            size.then(a.mean_nll.total_cmp(&b.mean_nll)).then_with(|| a.out.cmp(&b.out))
+        });
+        // Asked for with other tasks, say, one has several reports.
+        others.dedup();
         Ok(others)
     }
 }
