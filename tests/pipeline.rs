@@ -329,6 +329,37 @@ fn recipes_that_cannot_be_are_refused_by_field() {
         with(&|recipe| recipe.coupling = Some(foldgpt::importance::GatesWithCoupling::default())),
         "coupling",
     );
+    let told = |text: &str| {
+        with(&|recipe| {
+            let told = Recipe::from_toml(text).unwrap();
+            recipe.method = told.method;
+            (recipe.gates, recipe.coupling) = (told.gates, told.coupling);
+        })
+    };
+    for (options, named) in [
+        ("steps = 1", "steps is 1"),
+        ("batch = 0", "batch is 0"),
+        ("learning_rate = -0.1", "learning_rate is -0.1"),
+        ("warm_start = [0.5]", "warm start is 1 scores"),
+        ("warm_start = [0.5]\nhalves = true", "24 units"),
+    ] {
+        let gates = told(&format!("method = \"gates\"\n[gates]\n{options}"));
+        assert!(gates.dry_run(&mut ()).unwrap_err().to_string().contains(named), "{options}");
+        refused(gates, "gates");
+    }
+    for (options, field) in [
+        ("search_windows = 0", "coupling"),
+        ("batch = 0", "coupling"),
+        ("budget_block_runs = -1.0", "coupling"),
+        ("gates = { halves = true }", "coupling"),
+        ("gates = { warm_start = [0.5] }", "coupling"),
+        ("gates = { learning_rate = 0.0 }", "coupling.gates"),
+        ("gates = { remove = 2 }", "coupling.gates.remove"),
+    ] {
+        refused(told(&format!("[coupling]\n{options}")), field);
+    }
+    let mix = MixOptions::new(Total::Share(0.7));
+    refused(base().method(Method::Gates).mix(mix).target(Goal::Blocks(0)), "target");
     refused(with(&|recipe| recipe.max_nll_increase = Some(f64::NAN)), "max_nll_increase");
     refused(
         with(&|recipe| recipe.latency = Recipe::from_toml("latency.runs = 0").unwrap().latency),
@@ -336,7 +367,6 @@ fn recipes_that_cannot_be_are_refused_by_field() {
     );
     refused(base().protect(&[12]), "protect");
     refused(base().target(Goal::Blocks(3)).protect(&[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]), "target");
-    let mix = MixOptions::new(Total::Share(0.7));
     refused(base().share(Share::new(Groups::of(2))).mix(mix), "share");
     refused(base().share(Share::new(Groups::of(0))), "share.groups");
     refused(base().mix(MixOptions::new(Total::Share(1.5))), "mix.total.share");
