@@ -119,11 +119,26 @@ impl<'a> Run<'a> {
         observer: &mut dyn Observer,
         make: impl FnOnce(&mut Self, &mut dyn Observer) -> Result<T>,
     ) -> Result<T> {
+        self.stage_with(stage, name, key, observer, |_, _| Ok(()), |run, (), observer| make(run, observer))
+    }
+
+    /// As `stage`, of `models` that are read or made before it begins: folding is a stage of its own, and no part of
+    /// another.
+    pub(super) fn stage_with<M, T: Serialize + DeserializeOwned>(
+        &mut self,
+        stage: Stage,
+        name: &str,
+        key: &Key,
+        observer: &mut dyn Observer,
+        models: impl FnOnce(&mut Self, &mut dyn Observer) -> Result<M>,
+        make: impl FnOnce(&mut Self, M, &mut dyn Observer) -> Result<T>,
+    ) -> Result<T> {
         if let Some(known) = self.inputs.work.known(name, key)? {
             return Ok(known);
         }
+        let models = models(self, observer)?;
         self.begin(stage, observer, |run, observer| {
-            let made = make(run, observer)?;
+            let made = make(run, models, observer)?;
             run.inputs.work.keep(name, key, &made)?;
             Ok(made)
         })
@@ -211,14 +226,14 @@ impl<'a> Run<'a> {
         observer: &mut dyn Observer,
         decoder: impl FnOnce(&mut Self, &mut dyn Observer) -> Result<Decoder>,
     ) -> Result<Measured> {
-        if let Some(known) = self.inputs.work.known(EVALUATION, key)? {
-            return Ok(known);
-        }
-        // Folding is a stage of its own, and no part of this one.
-        let decoder = if self.streams() { None } else { Some(decoder(self, observer)?) };
-        self.stage(Stage::Evaluate, EVALUATION, key, observer, |run, observer| match &decoder {
-            Some(decoder) => run.inputs.measure(decoder, observer),
-            None => run.inputs.measure_streamed(kept, observer),
+        let decoder = |run: &mut Self, observer: &mut dyn Observer| {
+            if run.streams() { Ok(None) } else { decoder(run, observer).map(Some) }
+        };
+        self.stage_with(Stage::Evaluate, EVALUATION, key, observer, decoder, |run, decoder, observer| {
+            match &decoder {
+                Some(decoder) => run.inputs.measure(decoder, observer),
+                None => run.inputs.measure_streamed(kept, observer),
+            }
         })
     }
 
@@ -232,16 +247,15 @@ impl<'a> Run<'a> {
         let (Some(options), Some(key)) = (self.inputs.recipe.latency, self.keys.latency.clone()) else {
             return Ok(None);
         };
-        if let Some(known) = self.inputs.work.known(LATENCY, &key)? {
-            return Ok(Some(known));
-        }
-        let models = (self.dense(observer)?, self.result(plan, observer)?);
-        let measured = self.stage(Stage::Evaluate, LATENCY, &key, observer, |_, observer| {
-            let measured = latency(&[&models.0, &models.1], &options, observer)?;
+        let models = |run: &mut Self, observer: &mut dyn Observer| {
+            Ok((run.dense(observer)?, run.result(plan, observer)?))
+        };
+        let measure = |_: &mut Self, (dense, result): (Decoder, Decoder), observer: &mut dyn Observer| {
+            let measured = latency(&[&dense, &result], &options, observer)?;
             let pair: std::result::Result<[Latency; 2], _> = measured.try_into();
             pair.map(<(Latency, Latency)>::from).map_err(|_| Error::recipe("latency", "not two models"))
-        })?;
-        Ok(Some(measured))
+        };
+        self.stage_with(Stage::Evaluate, LATENCY, &key, observer, models, measure).map(Some)
     }
 
     /// Fails where more was lost than may be.

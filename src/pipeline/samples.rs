@@ -106,11 +106,7 @@ impl Run<'_> {
         observer: &mut dyn Observer,
         decoder: impl FnOnce(&mut Self, &mut dyn Observer) -> Result<Decoder>,
     ) -> Result<Vec<String>> {
-        if let Some(known) = self.inputs.work.known(SAMPLES, key)? {
-            return Ok(known);
-        }
-        let decoder = decoder(self, observer)?;
-        self.stage(Stage::Evaluate, SAMPLES, key, observer, |run, observer| {
+        self.stage_with(Stage::Evaluate, SAMPLES, key, observer, decoder, |run, decoder, observer| {
             run.inputs.continued(&decoder, prompts, observer)
         })
     }
