@@ -4,7 +4,7 @@ use candle_core::{DType, Device};
 use serde::Serialize;
 
 use super::recipe::{Goal, Recipe};
-use super::run::{LATENCY, REPORT};
+use super::run::{LATENCY, REPORT, SAMPLES};
 use super::stage::Stage;
 use super::work::{Key, Work};
 use crate::checkpoint::{Checkpoint, StreamOptions, StreamedDecoder};
@@ -154,12 +154,6 @@ impl<'a> Inputs<'a> {
         (self.model_sha256.clone(), self.checkpoint.config().clone())
     }
 
-    /// The key of what a model makes of the samples' beginnings.
-    fn sample_key(&self, weights: &impl Serialize) -> Result<Key> {
-        let asked = (self.prompts()?, self.recipe.samples.tokens, self.tokenizer.to_json()?);
-        Key::of("samples", &(weights, asked))
-    }
-
     pub(super) fn keys(&self) -> Result<Keys> {
         let recipe = self.recipe;
         let calibration = (self.calibration.ids_sha256(), self.calibration.bos());
@@ -178,11 +172,13 @@ impl<'a> Inputs<'a> {
         });
         let heal = heal.transpose()?;
         let items = self.tasks.iter().map(|task| (&task.name, format!("{:?}", task.items)));
-        let tokenizer = (!self.tasks.is_empty()).then(|| self.tokenizer.to_json()).transpose()?;
-        let questions = (self.evaluation.ids_sha256(), items.collect::<Vec<_>>(), tokenizer);
+        let tokenizer = self.tokenizer.to_json()?;
+        let reader = (!self.tasks.is_empty()).then_some(&tokenizer);
+        let questions = (self.evaluation.ids_sha256(), items.collect::<Vec<_>>(), reader);
         let evaluate = |weights: &Key| Key::of(Stage::Evaluate.name(), &(weights, &questions));
         let weights = heal.as_ref().unwrap_or(&plan);
         let timed = |options| Key::of(LATENCY, &(self.model(), weights, options));
+        let beginnings = (self.prompts()?, recipe.samples.tokens, &tokenizer);
         let out = std::path::absolute(&recipe.out).map_err(Error::io("find", &recipe.out))?;
         Ok(Keys {
             dense: Key::of(Stage::Evaluate.name(), &(self.model(), &questions))?,
@@ -190,9 +186,9 @@ impl<'a> Inputs<'a> {
             evaluate: evaluate(weights)?,
             latency: recipe.latency.map(timed).transpose()?,
             samples: SampleKeys {
-                dense: self.sample_key(&self.model())?,
-                folded: self.sample_key(&plan)?,
-                compressed: self.sample_key(weights)?,
+                dense: Key::of(SAMPLES, &(self.model(), &beginnings))?,
+                folded: Key::of(SAMPLES, &(&plan, &beginnings))?,
+                compressed: Key::of(SAMPLES, &(weights, &beginnings))?,
             },
             save: Key::of(Stage::Save.name(), &(weights, recipe.format, out))?,
             score,
