@@ -513,6 +513,40 @@ fn a_dry_run_writes_nothing_and_knows_what_comes() {
 }
 
 #[test]
+fn a_dry_run_counts_absurd_numbers_too() {
+    let directory = directory();
+    let huge = Recipe::from_toml(
+        r#"
+        method = "gates"
+        gates = { steps = 9223372036854775807, batch = 9223372036854775807 }
+        samples = { tokens = 9223372036854775807 }
+
+        [share]
+        groups = { consecutive = { size = 2 } }
+        own = { residual = { ranks = { parameters = 9223372036854775807 }, start = "svd" } }
+
+        [heal]
+        budget = { tokens = 5000 }
+        batch = 9223372036854775807
+        micro_batch = 9223372036854775807
+        groups = [{ params = { lora = { rank = 9223372036854775807 } }, learning_rate = 1e-4 }]
+    "#,
+    )
+    .unwrap();
+    let mut compressor = compressor(directory.path(), "out");
+    let recipe = &mut compressor.recipe;
+    (recipe.method, recipe.gates, recipe.samples) = (huge.method, huge.gates, huge.samples);
+    (recipe.share, recipe.heal) = (huge.share, huge.heal);
+    let forecast = compressor.dry_run(&mut ()).unwrap();
+    assert!(forecast.seconds().is_finite() && forecast.seconds() > 1e18);
+    assert!(forecast.peak_bytes() > 1 << 62);
+    compressor = compressor.max_memory(Bytes(6_000_000));
+    (compressor.recipe.share, compressor.recipe.heal) = (None, None);
+    let error = compressor.dry_run(&mut ()).unwrap_err().to_string();
+    assert!(error.contains("max_memory"), "{error}");
+}
+
+#[test]
 fn bytes_are_met_by_as_few_blocks_as_it_takes() {
     let directory = directory();
     let path = directory.path();

@@ -48,7 +48,7 @@ impl Inputs<'_> {
         let (depth, windows) = (self.depth() as f64, self.calibration.len() as f64);
         let options = self.method_options();
         let gates = |gates: &crate::importance::Gates| {
-            let walks = (gates.steps * gates.batch) as f64;
+            let walks = gates.steps as f64 * gates.batch as f64;
             Cost::of(3.0 * walks * depth, walks)
         };
         match self.recipe.method {
@@ -81,7 +81,7 @@ impl Inputs<'_> {
     pub(super) fn scoring_passes(&self) -> usize {
         match self.recipe.method {
             // Forth and back, and once to tell the model from others.
-            Method::Gates => 2 * self.method_options().gates.steps + 1,
+            Method::Gates => self.method_options().gates.steps.saturating_mul(2).saturating_add(1),
             _ => 1,
         }
     }

@@ -52,12 +52,13 @@ impl Inputs<'_> {
     ) -> Result<Vec<String>> {
         let tokens = self.recipe.samples.tokens;
         let options = Generate { max_tokens: tokens, ..Generate::default() };
-        let total = (prompts.len() * tokens) as u64;
+        let of = |count: usize| count.saturating_mul(tokens) as u64;
+        let total = of(prompts.len());
         progress::counted(STAGE, total, observer, |report| {
             let mut texts = Vec::new();
             for (place, prompt) in prompts.iter().enumerate() {
                 let (mut text, mut stopped) = (String::new(), None::<Error>);
-                let (mut done, most) = ((place * tokens) as u64, ((place + 1) * tokens) as u64);
+                let (mut done, most) = (of(place), of(place + 1));
                 options.run(decoder, &self.tokenizer, prompt, |piece| {
                     text.push_str(piece);
                     done = (done + 1).min(most);

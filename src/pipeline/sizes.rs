@@ -95,12 +95,13 @@ impl Inputs<'_> {
         }
         let plan = builder.build(arch)?;
         let mut sizes = self.planned_sizes(&plan)?;
-        sizes.parameters += extra;
-        let more = (extra * self.checkpoint.stored_types().narrowest().size_in_bytes()) as u64;
-        sizes.stored_bytes += more;
+        sizes.parameters = sizes.parameters.saturating_add(extra);
+        let size = self.checkpoint.stored_types().narrowest().size_in_bytes() as u64;
+        let more = size.saturating_mul(extra as u64);
+        sizes.stored_bytes = sizes.stored_bytes.saturating_add(more);
         sizes.assumed = assumed;
         if let Some(budget) = budget {
-            let compact = self.checkpoint.stored_bytes(&plan, Format::Compact)? + more;
+            let compact = self.checkpoint.stored_bytes(&plan, Format::Compact)?.saturating_add(more);
             self.fit(budget, compact, &mut sizes);
         }
         Ok(Some(sizes))
