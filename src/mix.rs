@@ -7,8 +7,10 @@ use crate::error::{Error, Result};
 use crate::eval::perplexity;
 use crate::fold::fold_on;
 use crate::importance::Scores;
-use crate::model::Decoder;
-use crate::plan::{Budget, Donor, Groups, Plan, Ranks, Residual, ResidualStart, ScaleStart, Target};
+use crate::model::{Architecture, Decoder};
+use crate::plan::{
+    Budget, Donor, Groups, Plan, PlanBuilder, Ranks, Residual, ResidualStart, ScaleStart, Target,
+};
 use crate::progress::Observer;
 
 /// How a number of parameters is met: removal first, then sharing, then rank.
@@ -69,13 +71,10 @@ impl Mix {
             return Err(Error::argument("share for residuals", self.residual_share, "from 0 to below 1"));
         }
         let arch = decoder.architecture();
-        let mut builder = Plan::builder().protect(&self.protected);
-        for count in 0..=self.removed {
-            builder = builder.remove(Target::Blocks(count), scores);
-            let cut = builder.clone().build(arch)?;
-            if cut.architecture(arch)?.parameter_count() <= self.parameters {
-                return Ok(cut);
-            }
+        let builder = self.removal(arch, scores)?;
+        let cut = builder.clone().build(arch)?;
+        if cut.architecture(arch)?.parameter_count() <= self.parameters {
+            return Ok(cut);
         }
         let without_rank = (self.parameters as f64 * (1.0 - self.residual_share)) as usize;
         let builder = builder
@@ -89,6 +88,19 @@ impl Mix {
         }
         let residual = Residual { ranks: Ranks::Parameters(left), start: ResidualStart::Whitened };
         tied.with_residual(decoder, residual, windows, observer)
+    }
+
+    /// Removal alone: of as few blocks as meet the total, else of as many as may go.
+    pub(crate) fn removal(&self, arch: &Architecture, scores: &Scores) -> Result<PlanBuilder> {
+        let mut builder = Plan::builder().protect(&self.protected);
+        for count in 0..=self.removed {
+            builder = builder.remove(Target::Blocks(count), scores);
+            let left = builder.clone().build(arch)?.architecture(arch)?.parameter_count();
+            if left <= self.parameters {
+                break;
+            }
+        }
+        Ok(builder)
     }
 
     /// Plans this mix, folds by it, and measures the loss on the same windows.

@@ -287,6 +287,10 @@ fn a_loss_can_be_the_target() {
     let (few, many) = (within(1.0, "few"), within(4.0, "many"));
     assert!(!few.is_empty() && few.len() < many.len(), "{few:?} {many:?}");
     assert!(few.iter().all(|block| many.contains(block)));
+    // How many stay is not known before, and so neither whether four do.
+    let mut heal = heal(1);
+    heal.losses.tail_blocks = 4;
+    compressor(path, "healed").target(Goal::NllIncrease(1.0)).heal(heal).dry_run(&mut ()).unwrap();
     // Nothing that could go with so little.
     let error = compressor(path, "none").target(Goal::NllIncrease(0.0)).run(&mut ()).unwrap_err();
     assert!(error.to_string().contains("target.nll-increase"), "{error}");
@@ -325,6 +329,37 @@ fn recipes_that_cannot_be_are_refused_by_field() {
         with(&|recipe| recipe.coupling = Some(foldgpt::importance::GatesWithCoupling::default())),
         "coupling",
     );
+    let told = |text: &str| {
+        with(&|recipe| {
+            let told = Recipe::from_toml(text).unwrap();
+            recipe.method = told.method;
+            (recipe.gates, recipe.coupling) = (told.gates, told.coupling);
+        })
+    };
+    for (options, named) in [
+        ("steps = 1", "steps is 1"),
+        ("batch = 0", "batch is 0"),
+        ("learning_rate = -0.1", "learning_rate is -0.1"),
+        ("warm_start = [0.5]", "warm start is 1 scores"),
+        ("warm_start = [0.5]\nhalves = true", "24 units"),
+    ] {
+        let gates = told(&format!("method = \"gates\"\n[gates]\n{options}"));
+        assert!(gates.dry_run(&mut ()).unwrap_err().to_string().contains(named), "{options}");
+        refused(gates, "gates");
+    }
+    for (options, field) in [
+        ("search_windows = 0", "coupling"),
+        ("batch = 0", "coupling"),
+        ("budget_block_runs = -1.0", "coupling"),
+        ("gates = { halves = true }", "coupling"),
+        ("gates = { warm_start = [0.5] }", "coupling"),
+        ("gates = { learning_rate = 0.0 }", "coupling.gates"),
+        ("gates = { remove = 2 }", "coupling.gates.remove"),
+    ] {
+        refused(told(&format!("[coupling]\n{options}")), field);
+    }
+    let mix = MixOptions::new(Total::Share(0.7));
+    refused(base().method(Method::Gates).mix(mix).target(Goal::Blocks(0)), "target");
     refused(with(&|recipe| recipe.max_nll_increase = Some(f64::NAN)), "max_nll_increase");
     refused(
         with(&|recipe| recipe.latency = Recipe::from_toml("latency.runs = 0").unwrap().latency),
@@ -332,7 +367,6 @@ fn recipes_that_cannot_be_are_refused_by_field() {
     );
     refused(base().protect(&[12]), "protect");
     refused(base().target(Goal::Blocks(3)).protect(&[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]), "target");
-    let mix = MixOptions::new(Total::Share(0.7));
     refused(base().share(Share::new(Groups::of(2))).mix(mix), "share");
     refused(base().share(Share::new(Groups::of(0))), "share.groups");
     refused(base().mix(MixOptions::new(Total::Share(1.5))), "mix.total.share");
@@ -340,7 +374,8 @@ fn recipes_that_cannot_be_are_refused_by_field() {
     refused(
         base().heal({
             let mut heal = heal(1);
-            heal.groups = vec![Trainable::LastBlocks(13).into()];
+            // Two of the twelve go.
+            heal.groups = vec![Trainable::LastBlocks(11).into()];
             heal
         }),
         "heal.groups",
@@ -478,6 +513,40 @@ fn a_dry_run_writes_nothing_and_knows_what_comes() {
 }
 
 #[test]
+fn a_dry_run_counts_absurd_numbers_too() {
+    let directory = directory();
+    let huge = Recipe::from_toml(
+        r#"
+        method = "gates"
+        gates = { steps = 9223372036854775807, batch = 9223372036854775807 }
+        samples = { tokens = 9223372036854775807 }
+
+        [share]
+        groups = { consecutive = { size = 2 } }
+        own = { residual = { ranks = { parameters = 9223372036854775807 }, start = "svd" } }
+
+        [heal]
+        budget = { tokens = 5000 }
+        batch = 9223372036854775807
+        micro_batch = 9223372036854775807
+        groups = [{ params = { lora = { rank = 9223372036854775807 } }, learning_rate = 1e-4 }]
+    "#,
+    )
+    .unwrap();
+    let mut compressor = compressor(directory.path(), "out");
+    let recipe = &mut compressor.recipe;
+    (recipe.method, recipe.gates, recipe.samples) = (huge.method, huge.gates, huge.samples);
+    (recipe.share, recipe.heal) = (huge.share, huge.heal);
+    let forecast = compressor.dry_run(&mut ()).unwrap();
+    assert!(forecast.seconds().is_finite() && forecast.seconds() > 1e18);
+    assert!(forecast.peak_bytes() > 1 << 62);
+    compressor = compressor.max_memory(Bytes(6_000_000));
+    (compressor.recipe.share, compressor.recipe.heal) = (None, None);
+    let error = compressor.dry_run(&mut ()).unwrap_err().to_string();
+    assert!(error.contains("max_memory"), "{error}");
+}
+
+#[test]
 fn bytes_are_met_by_as_few_blocks_as_it_takes() {
     let directory = directory();
     let path = directory.path();
@@ -545,6 +614,44 @@ fn a_mix_meets_its_total() {
     assert!(report.compressed.parameters as f64 <= 0.8 * report.dense.parameters as f64);
     assert!(report.plan.removed().iter().all(|block| !all_but_5.contains(block)));
     assert!(report.plan.sharing().is_some(), "one block alone is not enough");
+}
+
+#[test]
+fn a_search_over_mixes_removes_no_more_than_the_target() {
+    let directory = directory();
+    let path = directory.path();
+    let of = |out: &str, share: f64, most: usize, residual_share: f64| {
+        let mut mix = MixOptions::new(Total::Share(share));
+        (mix.search, mix.residual_share) = (true, residual_share);
+        let mut compressor = compressor(path, out).mix(mix).target(Goal::Blocks(most));
+        compressor.recipe.windows.calibrate = 1;
+        compressor
+    };
+    let report = of("none", 0.8, 1, 0.0).run(&mut ()).unwrap();
+    let mut tried: Vec<(usize, f64)> =
+        report.mixes.iter().map(|mix| (mix.removed, mix.residual_share)).collect();
+    tried.sort_by(|a, b| a.partial_cmp(b).unwrap());
+    assert_eq!(tried, [(0, 0.0), (1, 0.0)]);
+    let best = report.mixes.iter().min_by(|a, b| a.loss.total_cmp(&b.loss)).unwrap();
+    assert_eq!(best.removed, report.plan.removed().len());
+    // The share for residuals is one of those that are tried.
+    let some = of("some", 0.8, 1, 0.3).run(&mut ()).unwrap();
+    let shares: Vec<f64> = some.mixes.iter().map(|mix| mix.residual_share).collect();
+    assert!(shares.contains(&0.3) && shares.iter().all(|share| [0.0, 0.3, 3.0 * 0.3].contains(share)));
+}
+
+#[test]
+fn a_mix_whose_removal_is_enough_removes_no_more() {
+    let directory = directory();
+    let path = directory.path();
+    let mut compressor =
+        compressor(path, "out").mix(MixOptions::new(Total::Share(0.8))).target(Goal::Blocks(8));
+    compressor.recipe.windows.calibrate = 1;
+    let forecast = compressor.dry_run(&mut ()).unwrap().compressed.unwrap();
+    let report = compressor.run(&mut ()).unwrap();
+    assert!(report.compressed.blocks > 4, "{}", report.compressed.blocks);
+    assert_eq!(forecast.blocks, report.compressed.blocks);
+    assert_eq!(forecast.parameters, report.compressed.parameters);
 }
 
 #[test]

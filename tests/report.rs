@@ -200,6 +200,13 @@ fn the_pipeline_reports_what_it_did_and_keeps_it() {
     let mut elsewhere = compressor(path, "elsewhere").target(Goal::Blocks(3));
     elsewhere.recipe.windows.evaluate = 1;
     assert!(elsewhere.run(&mut ()).unwrap().others.is_empty());
+    // What the same recipe finds on others takes the place of nothing.
+    let mut fewer = one.clone();
+    fewer.recipe.windows.evaluate = 1;
+    assert_eq!(fewer.run(&mut ()).unwrap().ran, [Stage::Fold, Stage::Evaluate]);
+    let third = compressor(path, "third").target(Goal::Blocks(5)).run(&mut ()).unwrap();
+    let outs: Vec<_> = third.others.iter().map(|other| other.out.clone()).collect();
+    assert_eq!(outs, [path.join("other"), path.join("one")]);
 }
 
 #[test]

@@ -296,11 +296,12 @@ pub struct SharingArgs {
     /// How residuals start
     #[arg(long, value_enum, default_value_t = StartArg::Whitened, requires = "rank")]
     pub start: StartArg,
-    /// Meet this share of the parameters: by removal first (as far as --remove goes, else a tenth of the blocks), then
-    /// by tying the cheapest neighbours, what is left over becoming rank
+    /// Meet this share of the parameters: by removal first (of at most as many blocks as --remove says, else a tenth),
+    /// then by tying the cheapest neighbours, what is left over becoming rank
     #[arg(long)]
     pub budget_params: Option<f64>,
-    /// With --budget-params, try several mixes of removal, sharing and rank, and take the best
+    /// With --budget-params, try removing none, half and all of the blocks that may go, each with 0, 5 and 15 % of the
+    /// total kept for rank, and take the mix of the lowest loss
     #[arg(long, requires = "budget_params", conflicts_with = "groups")]
     pub search: bool,
 }

@@ -11,9 +11,9 @@ pub fn print(report: &Report) {
         println!("mixes that no other beats, by loss on the calibration windows:");
     }
     for mix in front {
-        let (removed, share) = (mix.removed, mix.residual_share);
+        let (removed, percent) = (mix.removed, 100.0 * mix.residual_share);
         println!(
-            "{:>12} parameters  {:.4}  {removed} blocks removed, {share} for residuals",
+            "{:>12} parameters  {:.4}  {removed} blocks removed, {percent:.1} % for residuals",
             mix.parameters, mix.loss
         );
     }
@@ -27,14 +27,11 @@ pub fn print(report: &Report) {
         let cost = group.cost.map(|cost| format!(", {cost:+.4} nats")).unwrap_or_default();
         println!("tied {:?}, matrices of {:?}{cost}", group.blocks, group.donor);
     }
-    let mut rows = vec![table::Row::of("dense", report.dense_bytes, &report.dense)];
-    rows.extend(report.folded.iter().map(|cut| table::Row::of("cut", report.saved_bytes, cut)));
     let name = if report.heal.is_some() { "healed" } else { "compressed" };
-    rows.push(table::Row::of(name, report.saved_bytes, &report.compressed));
-    println!("\n{}", table::table(&rows));
-    println!("nll in nats per token, {}", cli::protocol_of(&report.compressed.perplexity));
-    if let (Some(dense), Some(compressed)) = (&report.dense.latency, &report.compressed.latency) {
-        println!("\n{}", table::speeds(&[("dense", dense), (name, compressed)]));
+    println!("\n{}", table::compared(&report.comparison(), name));
+    println!("NLL on {}", cli::protocol_of(&report.compressed.perplexity));
+    if let Some(latency) = &report.dense.latency {
+        println!("{}", table::speed_protocol(latency));
     }
     if let Some(healed) = &report.heal {
         println!("{}", cli::heal::summary(healed));

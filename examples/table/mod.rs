@@ -5,7 +5,7 @@ use std::fmt::Write;
 use std::time::Instant;
 
 use foldgpt::eval::Throughput;
-use foldgpt::pipeline::Measured;
+use foldgpt::report::{self, Value};
 use foldgpt::{Checkpoint, Decoder, Latency, Observer, Perplexity, Windows, perplexity};
 
 /// A model's line of the table.
@@ -19,20 +19,6 @@ pub struct Row {
 }
 
 impl Row {
-    /// A model that was measured, and its bytes.
-    pub fn of(name: &'static str, bytes: u64, measured: &Measured) -> Self {
-        let result = measured.perplexity.clone();
-        let tokens = (result.windows * result.seq_len) as f64;
-        Self {
-            name,
-            blocks: measured.blocks,
-            parameters: measured.parameters,
-            bytes,
-            result,
-            tokens_per_second: tokens / measured.seconds,
-        }
-    }
-
     /// Evaluates `decoder`, loaded from `checkpoint`, on `windows`; speed is that of the evaluation, in tokens read per second.
     pub fn measure(
         name: &'static str,
@@ -79,6 +65,55 @@ pub fn table(rows: &[Row]) -> String {
     text
 }
 
+/// Before and after, a quantity a line; `name` is that of the result.
+pub fn compared(rows: &[report::Row], name: &str) -> String {
+    let cut = if rows.iter().any(|row| row.folded.is_some()) { "cut" } else { "" };
+    let mut lines = vec![["", "dense", cut, name, "difference", "relative"].map(String::from)];
+    lines.extend(rows.iter().map(|row| {
+        let unit = if row.unit.is_empty() { String::new() } else { format!(" ({})", row.unit) };
+        let cell = |value: Option<Value>| value.map(|value| spread(value, row.digits)).unwrap_or_default();
+        let signed = |value: f64| {
+            format!("{}{}", if value < 0.0 { "-" } else { "+" }, rounded(value.abs(), row.digits))
+        };
+        let relative = row.relative.map(|share| format!("{:+.1} %", 100.0 * share));
+        [
+            format!("{}{unit}", row.quantity),
+            cell(row.dense),
+            cell(row.folded),
+            cell(row.compressed),
+            row.difference.map(signed).unwrap_or_default(),
+            relative.unwrap_or_default(),
+        ]
+    }));
+    let width =
+        |column: usize| lines.iter().map(|line| line[column].chars().count()).max().unwrap_or_default();
+    let widths: [usize; 6] = std::array::from_fn(width);
+    let mut text = String::new();
+    for line in &lines {
+        for (column, (cell, width)) in line.iter().zip(widths).enumerate() {
+            let _ =
+                if column == 0 { write!(text, "{cell:<width$}") } else { write!(text, "  {cell:>width$}") };
+        }
+        text.push('\n');
+    }
+    text
+}
+
+/// A value with its error, or with the slowest and the fastest run.
+fn spread(value: Value, digits: usize) -> String {
+    let error = value.error.map(|error| format!(" ± {}", rounded(error, digits)));
+    let range =
+        value.range.map(|range| format!(" ({})", range.map(|number| rounded(number, digits)).join("-")));
+    rounded(value.value, digits) + &error.or(range).unwrap_or_default()
+}
+
+/// A number from 0 on with so many digits after the point, and groups of three before it.
+fn rounded(number: f64, digits: usize) -> String {
+    let text = format!("{number:.digits$}");
+    let (whole, rest) = text.split_at(text.find('.').unwrap_or(text.len()));
+    whole.parse().map_or_else(|_| whole.to_string(), grouped) + rest
+}
+
 /// How fast models are and what they take, measured in turns, each beside the first.
 pub fn speeds(rows: &[(&str, &Latency)]) -> String {
     let mut text = format!(
@@ -100,15 +135,21 @@ pub fn speeds(rows: &[(&str, &Latency)]) -> String {
             grouped(latency.kv_bytes_per_token)
         );
     }
-    if let Some((_, Latency { prompt, new_tokens, dtype, threads, prefill, .. })) = rows.first() {
-        let _ = writeln!(
-            text,
-            "medians (slowest-fastest) of {} runs in turns, {prompt} tokens read and {new_tokens} made, {dtype}, \
-             {threads} threads",
-            prefill.runs
-        );
+    if let Some((_, first)) = rows.first() {
+        text += &speed_protocol(first);
+        text.push('\n');
     }
     text
+}
+
+/// How speed was measured, in one line.
+pub fn speed_protocol(latency: &Latency) -> String {
+    let Latency { prompt, new_tokens, dtype, threads, prefill, .. } = latency;
+    format!(
+        "medians (slowest-fastest) of {} runs in turns, {prompt} tokens read and {new_tokens} made, {dtype}, {threads} \
+         threads",
+        prefill.runs
+    )
 }
 
 /// Digits in groups of three.

@@ -27,6 +27,7 @@ pub(crate) use written::compact_bytes;
 use std::collections::HashMap;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
 use serde_json::Value;
@@ -61,6 +62,7 @@ pub struct Checkpoint {
     architecture: Architecture,
     tensors: Vec<Stored>,
     dtype: Option<DType>,
+    sha256: OnceLock<String>,
 }
 
 #[derive(Debug)]
@@ -151,7 +153,8 @@ impl Checkpoint {
     fn checked(location: PathBuf, source: Source, config: Value) -> Result<Self> {
         let architecture = Architecture::from_config(&config)?;
         let tensors = layout::stored_tensors(&architecture);
-        let checkpoint = Self { location, source, config, architecture, tensors, dtype: None };
+        let sha256 = OnceLock::new();
+        let checkpoint = Self { location, source, config, architecture, tensors, dtype: None, sha256 };
         checkpoint.check_tensors()?;
         Ok(checkpoint)
     }
@@ -278,11 +281,19 @@ impl Checkpoint {
         self.tensors.iter().map(|stored| stored.bytes(self.stored_dtype(&stored.name))).sum()
     }
 
-    /// The SHA-256 of the files of weights, one after the other, in hexadecimal.
+    /// The SHA-256 of the files of weights, one after the other, in hexadecimal. They are read the first time only.
     ///
     /// # Errors
     /// A file that cannot be read, or a cancelling observer.
     pub fn sha256(&self, observer: &mut dyn Observer) -> Result<String> {
+        if let Some(known) = self.sha256.get() {
+            return Ok(known.clone());
+        }
+        let found = self.hash_files(observer)?;
+        Ok(self.sha256.get_or_init(|| found).clone())
+    }
+
+    fn hash_files(&self, observer: &mut dyn Observer) -> Result<String> {
         const STAGE: &str = "hash";
         let files = match &self.source {
             Source::Safetensors(tensors) => tensors.files().to_vec(),

@@ -125,7 +125,7 @@ impl Heal {
     pub(crate) fn steps(&self, seq_len: usize) -> Option<usize> {
         match self.budget {
             Budget::Steps(steps) => Some(steps),
-            Budget::Tokens(tokens) => Some(tokens.div_ceil(self.batch * (seq_len - 1))),
+            Budget::Tokens(tokens) => Some(tokens.div_ceil(self.batch.saturating_mul(seq_len - 1))),
             Budget::Minutes(_) => None,
         }
     }

@@ -76,10 +76,12 @@ impl<'a> Footprint<'a> {
         // Backwards every activation has a gradient, and one to add to it; each window of a batch has a state and the
         // gradient with respect to it.
         let (activations, states) = match method {
-            Method::Gates => (3 * self.activations(), 4 + 2 * options.gates.batch as u64),
+            Method::Gates => {
+                (3 * self.activations(), (options.gates.batch as u64).saturating_mul(2).saturating_add(4))
+            }
             _ => (self.activations(), 4),
         };
-        self.weights_streamed(checkpoint) + activations + states * self.state()
+        (self.weights_streamed(checkpoint) + activations).saturating_add(states.saturating_mul(self.state()))
     }
 
     /// Two blocks, and what takes to read one, or one of the ends.
@@ -98,9 +100,12 @@ impl<'a> Footprint<'a> {
         let depth = self.arch.depth() as u64;
         let count = match method {
             Method::Perplexity => self.windows * (depth + 1),
-            Method::Gates => options.gates.batch as u64 * depth * if options.gates.halves { 2 } else { 1 },
+            Method::Gates => {
+                let units = depth * if options.gates.halves { 2 } else { 1 };
+                units.saturating_mul(options.gates.batch as u64)
+            }
             _ => self.windows,
         };
-        count * self.state()
+        count.saturating_mul(self.state())
     }
 }

@@ -164,7 +164,7 @@ impl Gates {
         observer: &mut dyn Observer,
     ) -> Result<Scores> {
         let depth = source.architecture().depth();
-        let units = if self.halves { Unit::halves(depth) } else { Unit::blocks(depth) };
+        let units = self.units(depth);
         let start = self.warm_start.as_deref();
         let trained = self.train_from([start, start], source, windows, &units, observer)?;
         trained.scores(STAGE, windows)?.with_options(self)
@@ -223,17 +223,36 @@ impl Gates {
         })
     }
 
-    fn check(&self, units: &[Unit], starts: [Option<&[f64]>; 2]) -> Result<()> {
-        if self.remove == 0 {
-            return Err(Error::argument("blocks to remove", 0, "at least 1: gates are trained towards it"));
+    /// Fails for options that no model can be trained by.
+    pub(crate) fn check_options(&self) -> Result<()> {
+        if self.steps < 2 {
+            return Err(Error::argument("steps", self.steps, "at least 2, one for each set of gates"));
         }
-        if self.steps < 2 || self.batch == 0 {
-            let value = format!("{} steps of {} windows", self.steps, self.batch);
-            return Err(Error::argument("training", value, "at least 2 steps of 1 window"));
+        if self.batch == 0 {
+            return Err(Error::argument("batch", 0, "at least 1 window in a step"));
         }
         if !(self.learning_rate.is_finite() && self.learning_rate > 0.0) {
             return Err(Error::argument("learning_rate", self.learning_rate, "a positive number"));
         }
+        Ok(())
+    }
+
+    /// Fails for options that a model of so many blocks cannot be scored by.
+    pub(crate) fn check_depth(&self, depth: usize) -> Result<()> {
+        let start = self.warm_start.as_deref();
+        self.check(&self.units(depth), [start, start])
+    }
+
+    /// What has a gate in a model of so many blocks.
+    fn units(&self, depth: usize) -> Vec<Unit> {
+        if self.halves { Unit::halves(depth) } else { Unit::blocks(depth) }
+    }
+
+    fn check(&self, units: &[Unit], starts: [Option<&[f64]>; 2]) -> Result<()> {
+        if self.remove == 0 {
+            return Err(Error::argument("blocks to remove", 0, "at least 1: gates are trained towards it"));
+        }
+        self.check_options()?;
         let mut free: Vec<usize> = units.iter().map(|unit| unit.block).collect();
         free.retain(|block| !self.protected.contains(block));
         free.dedup();

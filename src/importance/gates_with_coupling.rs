@@ -120,8 +120,10 @@ impl Importance for GatesWithCoupling {
 }
 
 impl GatesWithCoupling {
-    fn check(&self) -> Result<()> {
+    /// Fails for options that no model can be scored by.
+    pub(crate) fn check(&self) -> Result<()> {
         let Self { gates, batch, budget_block_runs: budget, .. } = self;
+        gates.check_options()?;
         if gates.halves {
             return Err(Error::argument("halves", true, "false: coupling is of whole blocks"));
         }
@@ -131,6 +133,9 @@ impl GatesWithCoupling {
                 "given",
                 "none: gates start from what blocks cost alone",
             ));
+        }
+        if self.search_windows == 0 {
+            return Err(Error::argument("search_windows", 0, "at least 1"));
         }
         if *batch == 0 {
             return Err(Error::argument("batch", 0, "at least 1 set in a round"));

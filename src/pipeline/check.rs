@@ -4,7 +4,7 @@ use super::recipe::{Goal, MixOptions, Recipe, Total};
 use crate::checkpoint::Checkpoint;
 use crate::data::holds_json_lines;
 use crate::error::{Error, Result};
-use crate::importance::{Gates, Method};
+use crate::importance::{Gates, GatesWithCoupling, Method};
 use crate::model::Architecture;
 use crate::plan::{Budget, Groups, Ranks, Target, fewest};
 
@@ -67,7 +67,9 @@ impl Recipe {
         refuse(self.coupling.is_some() && method != Method::Coupling, "coupling", &other("coupling"))?;
         let told = self.gates.iter().map(|gates| ("gates", gates));
         let mut told = told.chain(self.coupling.iter().map(|coupling| ("coupling.gates", &coupling.gates)));
-        told.try_for_each(|(field, gates)| self.check_gates(field, gates))
+        told.try_for_each(|(field, gates)| self.check_gates(field, gates))?;
+        let coupling = self.coupling.as_ref().map_or(Ok(()), GatesWithCoupling::check);
+        coupling.map_err(|error| in_field("coupling", &error))
     }
 
     fn check_gates(&self, field: &str, gates: &Gates) -> Result<()> {
@@ -76,10 +78,7 @@ impl Recipe {
         refuse(!gates.protected.is_empty(), named("protected"), "blocks that stay are `protect`")?;
         let seeded = gates.seed != 0 && gates.seed != self.seed;
         refuse(seeded, named("seed"), "the seed is `seed`, for all stages")?;
-        refuse(gates.steps < 2, named("steps"), "expected at least 2")?;
-        refuse(gates.batch == 0, named("batch"), "is 0, expected at least 1")?;
-        let halves = gates.halves && self.method == Method::Coupling;
-        refuse(halves, named("halves"), "coupling is of whole blocks; halves are for the method gates")
+        gates.check_options().map_err(|error| in_field(field, &error))
     }
 
     fn check_target(&self) -> Result<()> {
@@ -137,8 +136,8 @@ impl Recipe {
         }
     }
 
-    /// Fails for what this model cannot do; `remove` is the most that will go.
-    pub(super) fn check_model(&self, arch: &Architecture, remove: usize) -> Result<()> {
+    /// Fails for what this model cannot do, of which at most `remove` blocks will go and at most `left` stay.
+    pub(super) fn check_model(&self, arch: &Architecture, remove: usize, left: usize) -> Result<()> {
         let depth = arch.depth();
         let unknown = self.protect.iter().find(|&&index| index >= depth);
         if let Some(&index) = unknown {
@@ -147,6 +146,12 @@ impl Recipe {
         let free = self.free(depth);
         let found = format!("{remove} of {depth} blocks should go, and only {free} may");
         refuse(remove > free, "target", &found)?;
+        if self.method == Method::Gates && (remove > 0 || self.mix.is_some()) {
+            refuse(remove == 0, "target", "is 0 blocks, and the method gates is trained towards at least 1")?;
+            let gates =
+                Gates { remove, protected: self.protect.clone(), ..self.gates.clone().unwrap_or_default() };
+            gates.check_depth(depth).map_err(|error| in_field("gates", &error))?;
+        }
         if let Some(limit) = arch.position_limit() {
             let found = format!("is {}, and the model knows {limit} positions", self.windows.seq_len);
             refuse(self.windows.seq_len > limit, "windows.seq_len", &found)?;
@@ -171,10 +176,10 @@ impl Recipe {
             refuse(most >= total, "mix.total.parameters", &found)?;
         }
         if let Some(heal) = &self.heal {
-            let groups = heal.groups.iter().try_for_each(|group| group.check_depth(depth));
+            let groups = heal.groups.iter().try_for_each(|group| group.check_depth(left));
             groups.map_err(|error| in_field("heal.groups", &error))?;
             let teacher = heal.losses.need_teacher().then_some(depth);
-            heal.losses.check(depth - remove, teacher).map_err(|error| in_field("heal.losses", &error))?;
+            heal.losses.check(left, teacher).map_err(|error| in_field("heal.losses", &error))?;
         }
         Ok(())
     }
@@ -207,6 +212,29 @@ impl Recipe {
             }
             Some(Goal::NllIncrease(_)) => Ok(self.free(arch.depth())),
         }
+    }
+
+    /// How many blocks stay at most, where at most `remove` go.
+    pub(super) fn most_left(&self, checkpoint: &Checkpoint, remove: usize) -> usize {
+        let arch = checkpoint.architecture();
+        // Those that free the most go first.
+        let removed = |(mut freed, total): (Vec<u64>, u64), most: u64| {
+            freed.reverse();
+            fewest(&freed, total, most).unwrap_or(remove)
+        };
+        let halves = self.gates.as_ref().is_some_and(|gates| gates.halves);
+        let least = match self.target {
+            _ if self.mix.is_some() || halves => 0,
+            // Where no block may go, the goal is not met.
+            Some(Goal::NllIncrease(_)) => 1,
+            Some(Goal::Parameters(most)) => {
+                let freed = arch.freed(|_, shape| shape.iter().product::<usize>() as u64);
+                removed((freed, arch.parameter_count() as u64), most as u64)
+            }
+            Some(Goal::Bytes(most)) => removed(checkpoint.freed_bytes(self.format), most),
+            Some(Goal::Rate(_) | Goal::Blocks(_)) | None => remove,
+        };
+        arch.depth() - least.min(remove)
     }
 }
 

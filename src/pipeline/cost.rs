@@ -48,7 +48,7 @@ impl Inputs<'_> {
         let (depth, windows) = (self.depth() as f64, self.calibration.len() as f64);
         let options = self.method_options();
         let gates = |gates: &crate::importance::Gates| {
-            let walks = (gates.steps * gates.batch) as f64;
+            let walks = gates.steps as f64 * gates.batch as f64;
             Cost::of(3.0 * walks * depth, walks)
         };
         match self.recipe.method {
@@ -81,7 +81,7 @@ impl Inputs<'_> {
     pub(super) fn scoring_passes(&self) -> usize {
         match self.recipe.method {
             // Forth and back, and once to tell the model from others.
-            Method::Gates => 2 * self.method_options().gates.steps + 1,
+            Method::Gates => self.method_options().gates.steps.saturating_mul(2).saturating_add(1),
             _ => 1,
         }
     }
@@ -93,16 +93,16 @@ impl Inputs<'_> {
         if let Some(Goal::NllIncrease(_)) = self.recipe.target {
             return singles(depth).times(windows);
         }
-        let left = depth - self.remove as f64;
         let candidates = |donor| if donor == Donor::Best { 3.0 } else { 1.0 };
-        let ties = |donor| whole.times(left * left / 4.0 * candidates(donor));
+        let ties = |donor, left: f64| whole.times(left * left / 4.0 * candidates(donor));
         if let Some(mix) = &self.recipe.mix {
-            let (removed, shares) = self.proportions();
-            let tried = if mix.search { (removed.len() * shares.len()) as f64 } else { 1.0 };
-            return ties(mix.donor).and(whole.times(4.0)).times(tried);
+            let (removed, shares) = self.proportions(mix);
+            let of = |gone: &usize| ties(mix.donor, depth - *gone as f64).and(whole.times(4.0));
+            return removed.iter().map(of).fold(Cost::default(), Cost::and).times(shares.len() as f64);
         }
+        let left = self.most_left() as f64;
         match &self.recipe.share {
-            Some(share) if matches!(share.groups, Groups::Budget { .. }) => ties(share.donor),
+            Some(share) if matches!(share.groups, Groups::Budget { .. }) => ties(share.donor, left),
             Some(share) if share.donor == Donor::Best => whole.times(left),
             // Every group once, and what was decided once more, at half the depth each.
             Some(_) => whole.times(left / 2.0),
@@ -127,20 +127,20 @@ impl Inputs<'_> {
             return Cost { seconds: minutes * 60.0, ..Cost::default() };
         }
         let steps = heal.steps(train.seq_len()).unwrap_or_default() as f64;
-        let (depth, left) = (self.depth() as f64, (self.depth() - self.remove) as f64);
+        let (depth, left) = (self.depth() as f64, self.most_left() as f64);
         let teacher = if heal.losses.need_teacher() { Cost::of(depth, 1.0) } else { Cost::default() };
         let step = Cost::of(4.0 * left, 3.0).and(teacher).times(heal.batch as f64);
         let evaluations = (steps / heal.evaluate_every as f64).ceil() + 1.0;
         step.times(steps).and(Cost::of(left, 1.0).times(evaluations * choosing.len() as f64))
     }
 
-    /// The samples of models of so many blocks together: a token at a time, each of which reads all weights as a window
-    /// of some ten tokens does.
+    /// The samples of a model of so many blocks: a token at a time, each of which reads all weights as a window of some
+    /// ten tokens does.
     pub(super) fn sampling_cost(&self, blocks: usize) -> Cost {
         let options = &self.recipe.samples;
         let prompts = if options.prompts.is_empty() { 2 } else { options.prompts.len() };
-        let tokens = (10 * options.tokens * prompts) as f64 / self.evaluation.seq_len() as f64;
-        Cost::of(blocks as f64, blocks as f64 / self.depth() as f64).times(tokens)
+        let tokens = 10.0 * options.tokens as f64 * prompts as f64 / self.evaluation.seq_len() as f64;
+        Cost::of(blocks as f64, 1.0).times(tokens)
     }
 
     /// One evaluation of a model of so many blocks; of a text, four characters are taken for a token.

@@ -242,12 +242,13 @@ impl Known {
             stages.push(of(Stage::Heal, what, self.healed, inputs.healing_cost(), memory.healing()));
         }
         let evaluation = &inputs.evaluation;
-        let models =
-            [(self.dense, inputs.depth()), (self.folded, blocks), (self.evaluated, blocks)].into_iter();
-        let left: Vec<usize> = models.filter(|(known, _)| !known).map(|(_, blocks)| blocks).collect();
+        let unknown = |known: [bool; 3]| {
+            let models = known.into_iter().zip([inputs.depth(), blocks, blocks]);
+            models.filter(|(known, _)| !known).map(|(_, blocks)| blocks).collect::<Vec<_>>()
+        };
+        let evaluated = unknown([self.dense, self.folded, self.evaluated]);
         let Sampled { dense, folded, compressed } = self.sampled;
-        let models = [(dense, inputs.depth()), (folded, blocks), (compressed, blocks)].into_iter();
-        let sampling: usize = models.filter(|(known, _)| !known).map(|(_, blocks)| blocks).sum();
+        let sampled = unknown([dense, folded, compressed]);
         let (windows, tasks) = (evaluation.len(), inputs.tasks.len());
         let samples = if streams { "" } else { ", samples" };
         let mut what =
@@ -255,14 +256,13 @@ impl Known {
         if let Some(options) = recipe.latency {
             let _ = write!(what, ", speed in {} runs", options.runs);
         }
-        let mut cost = inputs.sampling_cost(sampling);
-        if !left.is_empty() {
-            cost = cost.and(inputs.evaluation_cost(left.iter().sum()));
-        }
+        let costs = evaluated.iter().map(|&blocks| inputs.evaluation_cost(blocks));
+        let costs = costs.chain(sampled.iter().map(|&blocks| inputs.sampling_cost(blocks)));
+        let mut cost = costs.fold(Cost::default(), Cost::and);
         if !self.timed {
             cost = cost.and(inputs.latency_cost(inputs.depth() + blocks));
         }
-        let cost = read(cost, left.len());
+        let cost = read(cost, evaluated.len());
         stages.push(of(Stage::Evaluate, what, self.measured(), cost, memory.plain()));
         // Written, read back, and hashed.
         let writing = Cost { seconds: 3.0 * speed.load, ..Cost::default() };

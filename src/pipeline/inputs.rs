@@ -4,7 +4,7 @@ use candle_core::{DType, Device};
 use serde::Serialize;
 
 use super::recipe::{Goal, Recipe};
-use super::run::LATENCY;
+use super::run::{LATENCY, REPORT, SAMPLES};
 use super::stage::Stage;
 use super::work::{Key, Work};
 use crate::checkpoint::{Checkpoint, StreamOptions, StreamedDecoder};
@@ -36,7 +36,7 @@ pub(super) struct Inputs<'a> {
 }
 
 /// The key of every stage's result, each made of those before it.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize)]
 pub(super) struct Keys {
     /// Absent where nothing may be removed.
     pub score: Option<Key>,
@@ -53,8 +53,15 @@ pub(super) struct Keys {
     pub save: Key,
 }
 
+impl Keys {
+    /// The key of the report: it tells of every stage, and of what was asked for.
+    pub(super) fn report(&self, recipe: &Recipe) -> Result<Key> {
+        Key::of(REPORT, &(recipe, self))
+    }
+}
+
 /// The keys of what these models make of the samples' beginnings.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize)]
 pub(super) struct SampleKeys {
     pub dense: Key,
     pub folded: Key,
@@ -68,7 +75,7 @@ impl<'a> Inputs<'a> {
         let checkpoint = Checkpoint::open_observed(&recipe.model, observer)?;
         let arch = checkpoint.architecture();
         let remove = recipe.most_removed(&checkpoint)?;
-        recipe.check_model(arch, remove)?;
+        recipe.check_model(arch, remove, recipe.most_left(&checkpoint, remove))?;
         let tasks = recipe.tasks.iter().map(|path| Task::read(path, recipe.task_items));
         let tasks = tasks.collect::<Result<Vec<_>>>()?;
         let twice = tasks
@@ -118,6 +125,11 @@ impl<'a> Inputs<'a> {
         self.remove > 0 || self.recipe.mix.is_some()
     }
 
+    /// How many blocks stay at most: what is removed is known before any work only where a number is asked for.
+    pub(super) fn most_left(&self) -> usize {
+        self.recipe.most_left(&self.checkpoint, self.remove)
+    }
+
     /// What the method is told, but for its files.
     pub(super) fn method_options(&self) -> MethodOptions {
         let Recipe { gates, coupling, protect, seed, .. } = self.recipe;
@@ -142,12 +154,6 @@ impl<'a> Inputs<'a> {
         (self.model_sha256.clone(), self.checkpoint.config().clone())
     }
 
-    /// The key of what a model makes of the samples' beginnings.
-    fn sample_key(&self, weights: &impl Serialize) -> Result<Key> {
-        let asked = (self.prompts()?, self.recipe.samples.tokens, self.tokenizer.to_json()?);
-        Key::of("samples", &(weights, asked))
-    }
-
     pub(super) fn keys(&self) -> Result<Keys> {
         let recipe = self.recipe;
         let calibration = (self.calibration.ids_sha256(), self.calibration.bos());
@@ -158,18 +164,21 @@ impl<'a> Inputs<'a> {
         let score = score.transpose()?;
         // How many bytes a plan leaves depends on the format.
         let format = matches!(recipe.target, Some(Goal::Bytes(_))).then_some(recipe.format);
-        let asked = (recipe.target, format, &recipe.protect, &recipe.share, recipe.mix);
+        let mix = recipe.mix.map(|mix| (mix, self.proportions(&mix)));
+        let asked = (recipe.target, format, &recipe.protect, &recipe.share, mix);
         let plan = Key::of(Stage::Plan.name(), &(self.model(), &score, asked, &calibration))?;
         let heal = self.healing.as_ref().zip(self.heal()).map(|((train, choosing), heal)| {
             Key::of(Stage::Heal.name(), &(&plan, heal.deciding(), train.ids_sha256(), choosing.ids_sha256()))
         });
         let heal = heal.transpose()?;
         let items = self.tasks.iter().map(|task| (&task.name, format!("{:?}", task.items)));
-        let tokenizer = (!self.tasks.is_empty()).then(|| self.tokenizer.to_json()).transpose()?;
-        let questions = (self.evaluation.ids_sha256(), items.collect::<Vec<_>>(), tokenizer);
+        let tokenizer = self.tokenizer.to_json()?;
+        let reader = (!self.tasks.is_empty()).then_some(&tokenizer);
+        let questions = (self.evaluation.ids_sha256(), items.collect::<Vec<_>>(), reader);
         let evaluate = |weights: &Key| Key::of(Stage::Evaluate.name(), &(weights, &questions));
         let weights = heal.as_ref().unwrap_or(&plan);
         let timed = |options| Key::of(LATENCY, &(self.model(), weights, options));
+        let beginnings = (self.prompts()?, recipe.samples.tokens, &tokenizer);
         let out = std::path::absolute(&recipe.out).map_err(Error::io("find", &recipe.out))?;
         Ok(Keys {
             dense: Key::of(Stage::Evaluate.name(), &(self.model(), &questions))?,
@@ -177,9 +186,9 @@ impl<'a> Inputs<'a> {
             evaluate: evaluate(weights)?,
             latency: recipe.latency.map(timed).transpose()?,
             samples: SampleKeys {
-                dense: self.sample_key(&self.model())?,
-                folded: self.sample_key(&plan)?,
-                compressed: self.sample_key(weights)?,
+                dense: Key::of(SAMPLES, &(self.model(), &beginnings))?,
+                folded: Key::of(SAMPLES, &(&plan, &beginnings))?,
+                compressed: Key::of(SAMPLES, &(weights, &beginnings))?,
             },
             save: Key::of(Stage::Save.name(), &(weights, recipe.format, out))?,
             score,

@@ -107,7 +107,8 @@ impl<'a> Memory<'a> {
     fn streamed(&self, room: u64) -> u64 {
         let Inputs { recipe, checkpoint, evaluation, .. } = self.inputs;
         let takes = |counted: Footprint<'_>, method: Method, options: &MethodOptions| {
-            counted.streamed(checkpoint, method, options) + counted.states(method, options).min(room)
+            let states = counted.states(method, options).min(room);
+            counted.streamed(checkpoint, method, options).saturating_add(states)
         };
         let scoring = takes(self.counted(recipe.dtype.dtype()), recipe.method, &self.inputs.method_options());
         // A loss keeps what Block Influence keeps: one state a window.
@@ -118,24 +119,27 @@ impl<'a> Memory<'a> {
     /// What is trained with its moments and its best values, in f32, and one input of every block.
     pub(super) fn healing(&self) -> u64 {
         let Some(heal) = self.inputs.heal() else { return self.plain() };
-        let trained: usize = heal.groups.iter().map(|group| self.trained(group)).sum();
-        let inputs = (self.arch.depth() * heal.micro_batch) as u64 * self.counted(DType::F32).state();
-        self.plain() + 5 * 4 * trained as u64 + inputs
+        let groups = heal.groups.iter().map(|group| self.trained(group) as u64);
+        let trained = groups.fold(0, u64::saturating_add).saturating_mul(5 * 4);
+        let states = self.arch.depth() as u64 * self.counted(DType::F32).state();
+        let inputs = states.saturating_mul(heal.micro_batch as u64);
+        self.plain().saturating_add(trained).saturating_add(inputs)
     }
 
     /// How many numbers a group trains, at most.
     fn trained(&self, group: &ParamGroup) -> usize {
         let arch = self.arch;
-        let depth = arch.depth() - self.inputs.remove;
+        let depth = self.inputs.most_left();
         let shapes =
             || Projection::ALL.into_iter().filter_map(|projection| arch.projection_shape(projection));
         match &group.params {
             Trainable::Norms => (4 * depth + 1) * arch.hidden_size,
             Trainable::Scales => depth * shapes().map(|(output, _)| output).sum::<usize>(),
             Trainable::Lora(lora) => {
-                depth * lora.rank * shapes().map(|(output, input)| output + input).sum::<usize>()
+                let sides = shapes().map(|(output, input)| output + input).sum::<usize>();
+                (depth * sides).saturating_mul(lora.rank)
             }
-            Trainable::LastBlocks(count) => count * arch.parameters_of(Part::Whole),
+            Trainable::LastBlocks(count) => count.saturating_mul(arch.parameters_of(Part::Whole)),
             Trainable::Head => arch.vocab_size * arch.hidden_size,
             Trainable::Residuals | Trainable::SharedMatrices | Trainable::Matrices => {
                 depth * arch.parameters_of(Part::Whole)

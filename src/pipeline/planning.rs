@@ -112,13 +112,11 @@ impl Inputs<'_> {
         scores: &Scores,
         observer: &mut dyn Observer,
     ) -> Result<Planned> {
-        let mut mix = Mix::new(self.total(options));
-        (mix.removed, mix.residual_share, mix.donor) = (self.remove, options.residual_share, options.donor);
-        mix.protected.clone_from(&self.recipe.protect);
+        let mix = self.mix(options);
         if !options.search {
             return Ok(mix.plan(dense, scores, &self.calibration, observer)?.into());
         }
-        let (removed, shares) = self.proportions();
+        let (removed, shares) = self.proportions(options);
         let tried =
             measure_mixes(dense, scores, &mix.variants(&removed, &shares), &self.calibration, observer)?;
         let front = pareto_front(tried.clone());
@@ -132,6 +130,14 @@ impl Inputs<'_> {
         Ok(Planned { plan: front.into_iter().next_back().ok_or_else(none)?.plan, mixes, dense_loss })
     }
 
+    /// The mix where nothing is searched.
+    pub(super) fn mix(&self, options: &MixOptions) -> Mix {
+        let mut mix = Mix::new(self.total(options));
+        (mix.removed, mix.residual_share, mix.donor) = (self.remove, options.residual_share, options.donor);
+        mix.protected.clone_from(&self.recipe.protect);
+        mix
+    }
+
     /// The parameters that a mix may have.
     pub(super) fn total(&self, options: &MixOptions) -> usize {
         match options.total {
@@ -140,12 +146,12 @@ impl Inputs<'_> {
         }
     }
 
-    /// The numbers of removed blocks and the shares for residuals that a search tries.
-    pub(super) fn proportions(&self) -> (Vec<usize>, Vec<f64>) {
+    /// The most blocks to remove and the shares for residuals that are tried.
+    pub(super) fn proportions(&self, options: &MixOptions) -> (Vec<usize>, Vec<f64>) {
         let most = self.remove;
-        let mut removed = vec![0, most.div_ceil(2), most, (2 * most).min(self.recipe.free(self.depth()))];
+        let mut removed = if options.search { vec![0, most.div_ceil(2), most] } else { vec![most] };
         removed.dedup();
-        (removed, vec![0.0, 0.05, 0.15])
+        (removed, options.residual_shares())
     }
 
     /// The blocks of the dense model.

@@ -76,8 +76,8 @@ pub struct Recipe {
     pub protect: Vec<usize>,
     /// What the blocks that stay share.
     pub share: Option<Share>,
-    /// A total to be met by removal first, then sharing, then rank. `target` is then the most that is removed; a tenth
-    /// of the blocks where absent.
+    /// A total to be met by removal first, then sharing, then rank. `target` is then the most that is removed, in a
+    /// search too; a tenth of the blocks where absent.
     pub mix: Option<MixOptions>,
     /// How the rest is healed; not at all where absent. Its seed is the recipe's.
     pub heal: Option<Heal>,
@@ -231,13 +231,15 @@ fn mean() -> Donor {
 pub struct MixOptions {
     /// The total.
     pub total: Total,
-    /// The share of it that is kept for residuals, from 0 to below 1; 0.05 where absent.
+    /// The share of it that is kept for residuals, from 0 to below 1; 0.05 where absent. A search tries others too.
     #[serde(default = "residual_share")]
     pub residual_share: f64,
     /// Whose matrices tied blocks use; means where absent.
     #[serde(default = "mean")]
     pub donor: Donor,
-    /// Whether mixes in several proportions are tried, and the one of the lowest loss is taken.
+    /// Whether mixes in several proportions are tried, and the one of the lowest loss is taken: with none, half and all
+    /// of the blocks removed that may go, each with nothing, `residual_share` and three times as much (below 1) kept for
+    /// residuals.
     #[serde(default)]
     pub search: bool,
 }
@@ -247,6 +249,18 @@ impl MixOptions {
     #[must_use]
     pub fn new(total: Total) -> Self {
         Self { total, residual_share: residual_share(), donor: mean(), search: false }
+    }
+
+    /// The shares for residuals that are tried.
+    pub(crate) fn residual_shares(&self) -> Vec<f64> {
+        let share = self.residual_share;
+        if !self.search {
+            return vec![share];
+        }
+        let mut shares = vec![0.0, share, 3.0 * share];
+        shares.retain(|share| *share < 1.0);
+        shares.dedup();
+        shares
     }
 }
 

@@ -12,7 +12,7 @@ use super::curve::{Healing, curve};
 use super::inputs::{Inputs, Keys};
 use super::planning::Planned;
 use super::recipe::Precision;
-use super::report::{Measured, Report};
+use super::report::{Measured, Report, SavedRecord};
 use super::stage::Stage;
 use super::work::Key;
 use crate::checkpoint::{Checkpoint, Format, SaveOptions, check_destination};
@@ -30,6 +30,8 @@ pub(super) struct Run<'a> {
     pub(super) inputs: Inputs<'a>,
     pub(super) keys: Keys,
     command: Option<String>,
+    /// What an earlier run of this recipe has written.
+    pub(super) saved: Option<SavedRecord>,
     dense: Option<Decoder>,
     folded: Option<Decoder>,
     result: Option<Decoder>,
@@ -42,11 +44,12 @@ impl<'a> Run<'a> {
         let Compressor { recipe, command } = compressor;
         let inputs = Inputs::open(recipe, observer)?;
         let keys = inputs.keys()?;
-        if inputs.saved(&keys, observer)?.is_none() {
+        let saved = inputs.saved(&keys, observer)?;
+        if saved.is_none() {
             check_destination(&recipe.out)?;
         }
         let (command, ran) = (command.clone(), BTreeSet::new());
-        Ok(Self { inputs, command, keys, dense: None, folded: None, result: None, ran })
+        Ok(Self { inputs, command, saved, keys, dense: None, folded: None, result: None, ran })
     }
 
     pub(super) fn finish(mut self, observer: &mut dyn Observer) -> Result<Report> {
@@ -72,8 +75,7 @@ impl<'a> Run<'a> {
         (dense.latency, compressed.latency) = self.latency(&plan, observer)?.unzip();
         let samples = self.samples(&plan, observer)?;
 
-        let saved = self.inputs.saved(&self.keys, observer)?;
-        let saved_bytes = match &saved {
+        let saved_bytes = match &self.saved {
             Some(saved) => saved.tensor_bytes,
             None => self.bytes_to_save(&plan, observer)?,
         };
@@ -101,9 +103,9 @@ impl<'a> Run<'a> {
             others: Vec::new(),
             ran: Vec::new(),
         };
-        report.saved_sha256 = self.save(&report, saved, observer)?;
+        report.saved_sha256 = self.save(&report, observer)?;
         report.others = self.others(&report)?;
-        self.inputs.work.keep(REPORT, &self.keys.save, &report)?;
+        self.inputs.work.keep(REPORT, &self.keys.report(self.inputs.recipe)?, &report)?;
         report.ran = self.ran.into_iter().collect();
         Ok(report)
     }
@@ -117,11 +119,26 @@ impl<'a> Run<'a> {
         observer: &mut dyn Observer,
         make: impl FnOnce(&mut Self, &mut dyn Observer) -> Result<T>,
     ) -> Result<T> {
+        self.stage_with(stage, name, key, observer, |_, _| Ok(()), |run, (), observer| make(run, observer))
+    }
+
+    /// As `stage`, of `models` that are read or made before it begins: folding is a stage of its own, and no part of
+    /// another.
+    pub(super) fn stage_with<M, T: Serialize + DeserializeOwned>(
+        &mut self,
+        stage: Stage,
+        name: &str,
+        key: &Key,
+        observer: &mut dyn Observer,
+        models: impl FnOnce(&mut Self, &mut dyn Observer) -> Result<M>,
+        make: impl FnOnce(&mut Self, M, &mut dyn Observer) -> Result<T>,
+    ) -> Result<T> {
         if let Some(known) = self.inputs.work.known(name, key)? {
             return Ok(known);
         }
+        let models = models(self, observer)?;
         self.begin(stage, observer, |run, observer| {
-            let made = make(run, observer)?;
+            let made = make(run, models, observer)?;
             run.inputs.work.keep(name, key, &made)?;
             Ok(made)
         })
@@ -209,14 +226,14 @@ impl<'a> Run<'a> {
         observer: &mut dyn Observer,
         decoder: impl FnOnce(&mut Self, &mut dyn Observer) -> Result<Decoder>,
     ) -> Result<Measured> {
-        if let Some(known) = self.inputs.work.known(EVALUATION, key)? {
-            return Ok(known);
-        }
-        // Folding is a stage of its own, and no part of this one.
-        let decoder = if self.streams() { None } else { Some(decoder(self, observer)?) };
-        self.stage(Stage::Evaluate, EVALUATION, key, observer, |run, observer| match &decoder {
-            Some(decoder) => run.inputs.measure(decoder, observer),
-            None => run.inputs.measure_streamed(kept, observer),
+        let decoder = |run: &mut Self, observer: &mut dyn Observer| {
+            if run.streams() { Ok(None) } else { decoder(run, observer).map(Some) }
+        };
+        self.stage_with(Stage::Evaluate, EVALUATION, key, observer, decoder, |run, decoder, observer| {
+            match &decoder {
+                Some(decoder) => run.inputs.measure(decoder, observer),
+                None => run.inputs.measure_streamed(kept, observer),
+            }
         })
     }
 
@@ -230,16 +247,15 @@ impl<'a> Run<'a> {
         let (Some(options), Some(key)) = (self.inputs.recipe.latency, self.keys.latency.clone()) else {
             return Ok(None);
         };
-        if let Some(known) = self.inputs.work.known(LATENCY, &key)? {
-            return Ok(Some(known));
-        }
-        let models = (self.dense(observer)?, self.result(plan, observer)?);
-        let measured = self.stage(Stage::Evaluate, LATENCY, &key, observer, |_, observer| {
-            let measured = latency(&[&models.0, &models.1], &options, observer)?;
+        let models = |run: &mut Self, observer: &mut dyn Observer| {
+            Ok((run.dense(observer)?, run.result(plan, observer)?))
+        };
+        let measure = |_: &mut Self, (dense, result): (Decoder, Decoder), observer: &mut dyn Observer| {
+            let measured = latency(&[&dense, &result], &options, observer)?;
             let pair: std::result::Result<[Latency; 2], _> = measured.try_into();
             pair.map(<(Latency, Latency)>::from).map_err(|_| Error::recipe("latency", "not two models"))
-        })?;
-        Ok(Some(measured))
+        };
+        self.stage_with(Stage::Evaluate, LATENCY, &key, observer, models, measure).map(Some)
     }
 
     /// Fails where more was lost than may be.

@@ -52,12 +52,13 @@ impl Inputs<'_> {
     ) -> Result<Vec<String>> {
         let tokens = self.recipe.samples.tokens;
         let options = Generate { max_tokens: tokens, ..Generate::default() };
-        let total = (prompts.len() * tokens) as u64;
+        let of = |count: usize| count.saturating_mul(tokens) as u64;
+        let total = of(prompts.len());
         progress::counted(STAGE, total, observer, |report| {
             let mut texts = Vec::new();
             for (place, prompt) in prompts.iter().enumerate() {
                 let (mut text, mut stopped) = (String::new(), None::<Error>);
-                let (mut done, most) = ((place * tokens) as u64, ((place + 1) * tokens) as u64);
+                let (mut done, most) = (of(place), of(place + 1));
                 options.run(decoder, &self.tokenizer, prompt, |piece| {
                     text.push_str(piece);
                     done = (done + 1).min(most);
@@ -106,11 +107,7 @@ impl Run<'_> {
         observer: &mut dyn Observer,
         decoder: impl FnOnce(&mut Self, &mut dyn Observer) -> Result<Decoder>,
     ) -> Result<Vec<String>> {
-        if let Some(known) = self.inputs.work.known(SAMPLES, key)? {
-            return Ok(known);
-        }
-        let decoder = decoder(self, observer)?;
-        self.stage(Stage::Evaluate, SAMPLES, key, observer, |run, observer| {
+        self.stage_with(Stage::Evaluate, SAMPLES, key, observer, decoder, |run, decoder, observer| {
             run.inputs.continued(&decoder, prompts, observer)
         })
     }

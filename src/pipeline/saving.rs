@@ -27,14 +27,9 @@ impl Run<'_> {
     }
 
     /// Saves the result with its card, unless that is done, and gives the hash of its weights.
-    pub(super) fn save(
-        &mut self,
-        report: &Report,
-        saved: Option<SavedRecord>,
-        observer: &mut dyn Observer,
-    ) -> Result<String> {
+    pub(super) fn save(&mut self, report: &Report, observer: &mut dyn Observer) -> Result<String> {
         let card = report.model_card(self.inputs.base_model());
-        if let Some(saved) = saved {
+        if let Some(saved) = self.saved.take().filter(SavedRecord::is_there) {
             let sha256 = saved.weights_sha256.clone().unwrap_or_default();
             self.inputs.keep_card_in_step(&self.keys, saved, &card)?;
             return Ok(sha256);
@@ -68,15 +63,26 @@ impl Run<'_> {
 
     /// What other recipes with this working directory made of the same model, measured on the same windows.
     pub(super) fn others(&self, report: &Report) -> Result<Vec<Other>> {
-        let known = self.inputs.work.results::<Report>(REPORT, &self.keys.save)?;
+        let known = self.inputs.work.results::<Report>(REPORT)?;
         let alike = known.into_iter().filter(|other| {
             other.saved_sha256 != report.saved_sha256
                 && other.model_sha256 == report.model_sha256
                 && other.compressed.perplexity.protocol() == report.compressed.perplexity.protocol()
         });
         let mut others: Vec<Other> = alike.map(Other::from).collect();
-        others.sort_by(|a, b| a.parameters.cmp(&b.parameters).then(a.mean_nll.total_cmp(&b.mean_nll)));
+        others.sort_by(|a, b| {
+            let size = a.parameters.cmp(&b.parameters);
+            size.then(a.mean_nll.total_cmp(&b.mean_nll)).then_with(|| a.out.cmp(&b.out))
+        });
+        // Asked for with other tasks, say, one has several reports.
+        others.dedup();
         Ok(others)
+    }
+}
+
+impl SavedRecord {
+    fn is_there(&self) -> bool {
+        self.directory.join("config.json").exists()
     }
 }
 
@@ -97,9 +103,7 @@ impl Inputs<'_> {
     /// What this recipe has saved, where it is still there.
     pub(super) fn saved(&self, keys: &Keys, observer: &mut dyn Observer) -> Result<Option<SavedRecord>> {
         let known: Option<SavedRecord> = self.work.known(SAVED, &keys.save)?;
-        let Some(saved) = known.filter(|saved| saved.directory.join("config.json").exists()) else {
-            return Ok(None);
-        };
+        let Some(saved) = known.filter(SavedRecord::is_there) else { return Ok(None) };
         let sha256 = Checkpoint::open(&saved.directory)?.sha256(observer)?;
         let ours = saved.weights_sha256.as_ref().is_none_or(|expected| *expected == sha256);
         Ok(ours.then_some(SavedRecord { weights_sha256: Some(sha256), ..saved }))

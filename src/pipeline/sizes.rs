@@ -84,19 +84,24 @@ impl Inputs<'_> {
         if self.recipe.gates.as_ref().is_some_and(|gates| gates.halves) {
             assumed.push("whole blocks go, and not their halves".to_string());
         }
-        let scores = (self.remove > 0).then_some(&scores);
-        let target = match self.recipe.target {
-            Some(goal) => self.target(goal, scores)?,
-            None => Target::Blocks(self.remove),
+        let some = (self.remove > 0).then_some(&scores);
+        let builder = match (self.recipe.mix, self.recipe.target) {
+            (Some(mix), _) => self.mix(&mix).removal(arch, &scores)?,
+            (None, Some(goal)) => bare.builder(self.target(goal, some)?, some),
+            (None, None) => bare.builder(Target::Blocks(0), None),
         };
-        let plan = bare.builder(target, scores).build(arch)?;
+        if self.recipe.mix.is_some_and(|mix| mix.search) && self.remove > 0 {
+            assumed.push("the search takes the mix that removes the most".to_string());
+        }
+        let plan = builder.build(arch)?;
         let mut sizes = self.planned_sizes(&plan)?;
-        sizes.parameters += extra;
-        let more = (extra * self.checkpoint.stored_types().narrowest().size_in_bytes()) as u64;
-        sizes.stored_bytes += more;
+        sizes.parameters = sizes.parameters.saturating_add(extra);
+        let size = self.checkpoint.stored_types().narrowest().size_in_bytes() as u64;
+        let more = size.saturating_mul(extra as u64);
+        sizes.stored_bytes = sizes.stored_bytes.saturating_add(more);
         sizes.assumed = assumed;
         if let Some(budget) = budget {
-            let compact = self.checkpoint.stored_bytes(&plan, Format::Compact)? + more;
+            let compact = self.checkpoint.stored_bytes(&plan, Format::Compact)?.saturating_add(more);
             self.fit(budget, compact, &mut sizes);
         }
         Ok(Some(sizes))

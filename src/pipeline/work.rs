@@ -71,14 +71,13 @@ impl Work {
         Err(Error::format(&path, "is a result of other inputs than its name says"))
     }
 
-    /// What is known of a stage with any inputs but these; what another version kept is passed over.
-    pub(super) fn results<T: DeserializeOwned>(&self, name: &str, but: &Key) -> Result<Vec<T>> {
-        let own = self.path(name, but, ".json");
+    /// What is known of a stage with any inputs; what another version kept is passed over.
+    pub(super) fn results<T: DeserializeOwned>(&self, name: &str) -> Result<Vec<T>> {
         let mut paths = Vec::new();
         for entry in std::fs::read_dir(&self.0).map_err(Error::io("read", &self.0))? {
             let path = entry.map_err(Error::io("read", &self.0))?.path();
             let file = path.file_name().unwrap_or_default().to_string_lossy();
-            if file.starts_with(&format!("{name}-")) && file.ends_with(".json") && path != own {
+            if file.starts_with(&format!("{name}-")) && file.ends_with(".json") {
                 paths.push(path);
             }
         }

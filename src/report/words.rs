@@ -54,7 +54,8 @@ pub(super) fn mix(mix: &MixOptions) -> String {
         Total::Parameters(most) => format!("{} parameters", fixed(most as f64, 0)),
     };
     let how = if mix.search { "the best of several mixes" } else { "removal first, then sharing, then rank" };
-    format!("at most {total}: {how}; {}; {} % for residuals", donor(mix.donor), percent(mix.residual_share))
+    let shares: Vec<String> = mix.residual_shares().into_iter().map(percent).collect();
+    format!("at most {total}: {how}; {}; {} % for residuals", donor(mix.donor), shares.join(" or "))
 }
 
 fn donor(donor: Donor) -> &'static str {
