@@ -84,22 +84,18 @@ impl Checkpoint {
     /// The tensor of this checkpoint that a tensor of the one with the blocks `kept` is.
     fn origin(&self, stored: &Stored, kept: &[usize]) -> Result<&Stored> {
         // What blocks share is stored under the first that uses it.
-        let holder = |block: usize| self.architecture.fold.block(block).weights;
-        let at = |held: bool| {
-            let moved = stored.params.iter().map(|&(param, rows)| match param {
-                Param::Block(depth, part) => {
-                    let block = kept.get(depth).copied().unwrap_or(depth);
-                    (Param::Block(if held { holder(block) } else { block }, part), rows)
-                }
-                other => (other, rows),
-            });
-            let moved: Vec<(Param, usize)> = moved.collect();
-            let same = |other: &&Stored| {
-                other.params == moved && other.shape == stored.shape && other.transposed == stored.transposed
-            };
-            self.tensors.iter().find(same)
+        let moved = stored.params.iter().map(|&(param, rows)| match param {
+            Param::Block(depth, part) => {
+                let block = kept.get(depth).copied().unwrap_or(depth);
+                (Param::Block(self.architecture.fold.block(block).holder(block, part), part), rows)
+            }
+            other => (other, rows),
+        });
+        let moved: Vec<(Param, usize)> = moved.collect();
+        let same = |other: &&Stored| {
+            other.params == moved && other.shape == stored.shape && other.transposed == stored.transposed
         };
-        at(false).or_else(|| at(true)).ok_or_else(|| {
+        self.tensors.iter().find(same).ok_or_else(|| {
             Error::tensor(&self.location, &stored.name, "is no tensor of the checkpoint that is copied")
         })
     }

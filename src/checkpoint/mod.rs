@@ -244,10 +244,10 @@ impl Checkpoint {
         }
         let parts = self.architecture.block_params();
         for depth in 0..self.architecture.depth() {
-            let holder = self.architecture.fold.block(depth).weights;
-            for (part, _) in &parts {
-                if let Some(&dtype) = types.get(&Param::Block(holder, *part)) {
-                    types.entry(Param::Block(depth, *part)).or_insert(dtype);
+            let block = self.architecture.fold.block(depth);
+            for &(part, _) in &parts {
+                if let Some(&dtype) = types.get(&Param::Block(block.holder(depth, part), part)) {
+                    types.entry(Param::Block(depth, part)).or_insert(dtype);
                 }
             }
         }
