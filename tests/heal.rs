@@ -510,6 +510,23 @@ fn a_teacher_in_a_file_is_refused_for_another_model_or_text_and_where_it_is_dama
     refused("the model", &windows(7, 1, &dense), "is of windows with");
     let cache = TeacherCache::open(&path, "the model", &train).unwrap();
     let run = |losses: Losses| {
+#[test]
+fn a_teacher_that_is_cancelled_leaves_no_file() {
+    struct Stop;
+    impl Observer for Stop {
+        fn advanced(&mut self, _: &'static str, done: u64, _: u64) -> ControlFlow<()> {
+            if done == 2 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        }
+    }
+    let dense = load("llama");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("teacher");
+    let (train, options) = (windows(3, 0, &dense), CacheOptions::default());
+    let error = TeacherCache::write(&path, &dense, "the model", &train, &options, &mut Stop).unwrap_err();
+    assert!(matches!(error, Error::Cancelled { stage: "teacher" }), "{error}");
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+}
+
         let mut heal = heal(2);
         heal.losses = losses;
         heal.run(&dense, &train, None, Some(Teacher::Cache(&cache)), &mut ()).map(|_| ())
