@@ -5,10 +5,10 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::DType;
-use half::{bf16, f16};
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
+use super::finite::are_finite;
 use super::layout::{Stored, stored_tensors};
 use super::save::{Format, SaveOptions, Saved};
 use super::written::{Content, Written, bytes_of};
@@ -18,7 +18,7 @@ use crate::model::{Param, Part};
 use crate::plan::Plan;
 use crate::progress::Observer;
 
-/// What is hashed at once; a constant, so that a tensor has one hash.
+/// Bytes that a thread looks at and hashes at once; a constant, so that a tensor has one hash.
 const PIECE: usize = 1 << 22;
 
 impl Checkpoint {
@@ -122,7 +122,7 @@ impl Content for Copied<'_> {
         let missing = || Error::tensor(&self.checkpoint.location, &stored.name, "missing");
         let origin = self.origins.get(&stored.name).ok_or_else(missing)?;
         let bytes = match self.checkpoint.raw(origin, dtype)? {
-            Some(bytes) if are_finite(&bytes, dtype) => bytes,
+            Some(bytes) if bytes.par_chunks(PIECE).all(|piece| are_finite(piece, dtype)) => bytes,
             Some(_) => return Err(self.checkpoint.not_finite(origin, dtype)),
             None => bytes_of(&self.checkpoint.read(origin)?)?,
         };
@@ -134,23 +134,6 @@ impl Content for Copied<'_> {
         let found = reloaded.raw(stored, reloaded.stored_dtype(&stored.name))?.map(|bytes| hash(&bytes));
         Ok(found.is_some() && found.as_ref() == self.hashes.borrow().get(&stored.name))
     }
-}
-
-/// Whether numbers of this type, as they are stored, are all finite.
-fn are_finite(bytes: &[u8], dtype: DType) -> bool {
-    match dtype {
-        DType::F32 => all(bytes, |number| f32::from_le_bytes(number).is_finite()),
-        DType::F64 => all(bytes, |number| f64::from_le_bytes(number).is_finite()),
-        DType::BF16 => all(bytes, |number| bf16::from_le_bytes(number).is_finite()),
-        DType::F16 => all(bytes, |number| f16::from_le_bytes(number).is_finite()),
-        _ => false,
-    }
-}
-
-fn all<const N: usize>(bytes: &[u8], holds: impl Fn([u8; N]) -> bool + Sync) -> bool {
-    // Without an early end: a loop that has one does not vectorise.
-    let of = |piece: &[u8]| piece.as_chunks().0.iter().fold(true, |all, number| all & holds(*number));
-    bytes.par_chunks(PIECE).all(of)
 }
 
 /// A hash of all bytes, by pieces on all cores: copying should not wait for it.

@@ -4,6 +4,7 @@ mod card;
 mod compact;
 mod config;
 mod copy;
+mod finite;
 mod gguf;
 mod hub;
 mod layout;
@@ -28,7 +29,7 @@ use std::collections::HashMap;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
+use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
@@ -340,18 +341,7 @@ impl Checkpoint {
 
     /// Refuses NaN and infinities in a tensor on the CPU, such as a value that its type cannot hold.
     fn check_finite(&self, stored: &Stored, tensor: &Tensor) -> Result<()> {
-        let (storage, _) = tensor.storage_and_layout();
-        let finite = match &*storage {
-            Storage::Cpu(CpuStorage::F32(values)) => values.iter().all(|value| value.is_finite()),
-            Storage::Cpu(CpuStorage::F64(values)) => values.iter().all(|value| value.is_finite()),
-            Storage::Cpu(CpuStorage::BF16(values)) => values.iter().all(|value| value.is_finite()),
-            Storage::Cpu(CpuStorage::F16(values)) => values.iter().all(|value| value.is_finite()),
-            _ => false,
-        };
-        if finite {
-            return Ok(());
-        }
-        Err(self.not_finite(stored, tensor.dtype()))
+        if finite::is_finite(tensor) { Ok(()) } else { Err(self.not_finite(stored, tensor.dtype())) }
     }
 
     fn not_finite(&self, stored: &Stored, dtype: DType) -> Error {
