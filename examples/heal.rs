@@ -19,7 +19,7 @@ use clap::Parser;
 use foldgpt::candle::DType;
 use foldgpt::checkpoint::check_destination;
 use foldgpt::heal::{CacheOptions, Losses, Teacher, TeacherCache, hold_out};
-use foldgpt::{Checkpoint, Format, SaveOptions, Windows};
+use foldgpt::{Checkpoint, SaveOptions, Windows};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -47,9 +47,8 @@ struct Args {
     /// The directory to write, new or empty
     #[arg(long)]
     out: PathBuf,
-    /// How a model whose blocks share is written; as it was where not given
-    #[arg(long, value_enum)]
-    format: Option<cli::FormatArg>,
+    #[command(flatten)]
+    format: cli::FormatArgs,
     /// Seed of the order of windows and of the adapters
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -71,7 +70,7 @@ fn main() -> anyhow::Result<()> {
     check_destination(&args.out)?;
     let mut bars = cli::Bars::default();
     let checkpoint = args.model.open()?;
-    let format = args.format(&checkpoint);
+    let format = args.format.of(&checkpoint, args.heal.keep_adapters);
     args.heal.check_format(format)?;
     let text = foldgpt::data::read_documents(&args.text, &args.field)?;
     let (train, held_out) =
@@ -109,15 +108,6 @@ fn main() -> anyhow::Result<()> {
     println!("{}", cli::heal::summary(&report));
     println!("saved to {} ({} bytes of tensors)", saved.directory.display(), saved.tensor_bytes);
     Ok(())
-}
-
-impl Args {
-    /// How the healed model is written: what was compact stays so.
-    fn format(&self, source: &Checkpoint) -> Format {
-        let plain = source.architecture().fold.is_plain() && !self.heal.keep_adapters;
-        let same = if plain { Format::Expanded } else { Format::Compact };
-        self.format.map_or(same, Format::from)
-    }
 }
 
 /// What a checkpoint is worth, in f32.
