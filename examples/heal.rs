@@ -29,7 +29,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 struct Args {
     #[command(flatten)]
     model: cli::ModelArgs,
-    /// The original model, as --model; not needed with --distill none
+    /// The original model, as --model; not with --distill none
     #[arg(long)]
     teacher: Option<String>,
     /// Keep the teacher's last states and likeliest tokens in this file, made where it does not exist: the teacher is
@@ -67,6 +67,7 @@ fn main() -> anyhow::Result<()> {
     let Some(heal) = args.heal.heal(args.seed)? else {
         anyhow::bail!("one of --heal-steps, --heal-tokens and --heal-minutes is needed");
     };
+    cli::heal::HealArgs::check_teacher(&heal.losses, args.teacher.is_some())?;
     check_destination(&args.out)?;
     let mut bars = cli::Bars::default();
     let checkpoint = args.model.open()?;
@@ -77,10 +78,7 @@ fn main() -> anyhow::Result<()> {
         args.window.split(&checkpoint.tokenizer()?, &text, args.windows, Some(args.eval_windows))?;
     let (train, choosing) = hold_out(&train)?;
 
-    let needed = heal.losses.need_teacher();
-    let name = args.teacher.as_ref().filter(|_| needed);
-    anyhow::ensure!(name.is_some() || !needed, "--teacher is needed, or --distill none");
-    let original = name.map(|name| cli::open(name, None)).transpose()?;
+    let original = args.teacher.as_ref().map(|name| cli::open(name, None)).transpose()?;
     // No two models are in memory together but a student and the teacher that it shares tensors with.
     let before = measure("before", &checkpoint, &held_out)?;
     let cache = match (&original, &args.teacher_cache) {
