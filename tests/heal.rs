@@ -440,9 +440,26 @@ fn the_state_of_another_healing_is_refused() {
     refused(&heal, &dense.with_blocks(&[0, 1]).unwrap(), &train);
     heal.seed = 1;
     refused(&heal, &dense, &train);
-    std::fs::write(directory.path().join("state"), b"nothing").unwrap();
-    let error = heal.run(&dense, &train, None, None, &mut ()).unwrap_err().to_string();
-    assert!(error.contains("no state of a healing"), "{error}");
+    let state = directory.path().join("state");
+    heal.seed = 0;
+    let whole = std::fs::read(&state).unwrap();
+    let broken = |bytes: &[u8]| {
+        std::fs::write(&state, bytes).unwrap();
+        heal.run(&dense, &train, None, None, &mut ()).unwrap_err().to_string()
+    };
+    for bytes in [&b"nothing"[..], &whole[..whole.len() - 1], &whole[..20], &[0xff; 64]] {
+        let error = broken(bytes);
+        assert!(error.contains("no state of a healing"), "{error}");
+    }
+    // A tensor of another name, as long.
+    let text = b"mean of block 1 ";
+    let place = whole.windows(text.len()).position(|found| found == text).unwrap();
+    let mut renamed = whole.clone();
+    renamed[place] = b'M';
+    let error = broken(&renamed);
+    assert!(error.contains("tensor `mean of block 1") && error.contains("missing"), "{error}");
+    std::fs::write(&state, &whole).unwrap();
+    heal.run(&dense, &train, None, None, &mut ()).unwrap();
 }
 
 #[test]
@@ -494,23 +511,6 @@ fn a_teacher_in_a_file_teaches_as_one_in_memory() {
 }
 
 #[test]
-fn a_teacher_in_a_file_is_refused_for_another_model_or_text_and_where_it_is_damaged() {
-    let dense = load("llama");
-    let train = windows(7, 0, &dense);
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("teacher");
-    let mut options = CacheOptions::default();
-    options.top_tokens = 5;
-    TeacherCache::write(&path, &dense, "the model", &train, &options, &mut ()).unwrap();
-    let refused = |model: &str, windows: &Windows, expected: &str| {
-        let error = TeacherCache::open(&path, model, windows).unwrap_err().to_string();
-        assert!(error.contains(expected), "{error}, expected {expected}");
-    };
-    refused("another", &train, "sha256 the model, expected another");
-    refused("the model", &windows(7, 1, &dense), "is of windows with");
-    let cache = TeacherCache::open(&path, "the model", &train).unwrap();
-    let run = |losses: Losses| {
-#[test]
 fn a_teacher_that_is_cancelled_leaves_no_file() {
     struct Stop;
     impl Observer for Stop {
@@ -527,6 +527,23 @@ fn a_teacher_that_is_cancelled_leaves_no_file() {
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
 }
 
+#[test]
+fn a_teacher_in_a_file_is_refused_for_another_model_or_text_and_where_it_is_damaged() {
+    let dense = load("llama");
+    let train = windows(7, 0, &dense);
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("teacher");
+    let mut options = CacheOptions::default();
+    options.top_tokens = 5;
+    TeacherCache::write(&path, &dense, "the model", &train, &options, &mut ()).unwrap();
+    let refused = |model: &str, windows: &Windows, expected: &str| {
+        let error = TeacherCache::open(&path, model, windows).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}, expected {expected}");
+    };
+    refused("another", &train, "sha256 the model, expected another");
+    refused("the model", &windows(7, 1, &dense), "is of windows with");
+    let cache = TeacherCache::open(&path, "the model", &train).unwrap();
+    let run = |losses: Losses| {
         let mut heal = heal(2);
         heal.losses = losses;
         heal.run(&dense, &train, None, Some(Teacher::Cache(&cache)), &mut ()).map(|_| ())

@@ -20,6 +20,7 @@ pub use card::ModelCard;
 pub(crate) use card::{CARD, name_of, tags};
 pub use compact::FORMAT_VERSION;
 pub use hub::HubOptions;
+pub(crate) use safetensors::{Entry, header};
 pub use save::{Format, SaveOptions, Saved};
 pub use staging::check_destination;
 pub use streamed::{StreamOptions, StreamedDecoder};
