@@ -69,16 +69,15 @@ impl Checkpoint {
                 return Err(Error::Plan(reason.into()));
             }
         };
-        let tensors = stored_tensors(&architecture);
-        let mut origins = HashMap::new();
-        for stored in &tensors {
-            origins.insert(stored.name.clone(), self.origin(stored, kept)?);
+        let (mut tensors, mut origins) = (Vec::new(), HashMap::new());
+        for stored in stored_tensors(&architecture) {
+            let origin = self.origin(&stored, kept)?;
+            origins.insert(stored.name.clone(), origin);
+            tensors.push((stored, self.stored_dtype(&origin.name)));
         }
-        let types = tensors.iter().filter_map(|stored| origins.get(&stored.name));
-        let types = types.map(|origin| self.stored_dtype(&origin.name)).collect();
         let content = Box::new(Copied { checkpoint: self, origins, hashes: RefCell::default() });
         let kept = kept.to_vec();
-        Ok(Written { format, model, architecture, kept, tensors, types, merges: false, content })
+        Ok(Written { format, model, architecture, kept, tensors, merges: false, content })
     }
 
     /// The tensor of this checkpoint that a tensor of the one with the blocks `kept` is.

@@ -133,9 +133,7 @@ impl Checkpoint {
     }
 
     fn open_directory(directory: &Path) -> Result<Self> {
-        let path = directory.join("config.json");
-        let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-        let config = serde_json::from_str(&text).map_err(|error| Error::format(&path, error.to_string()))?;
+        let (path, config) = read_config(directory)?;
         let stem = compact::stem(&config).map_err(|error| error.in_config_file(&path))?;
         let source = Source::Safetensors(Safetensors::open(directory, stem)?);
         Self::checked(directory.to_path_buf(), source, config).map_err(|error| error.in_config_file(&path))
@@ -418,4 +416,12 @@ impl Checkpoint {
             None => Ok(()),
         }
     }
+}
+
+/// The `config.json` of a directory, with its path.
+fn read_config(directory: &Path) -> Result<(PathBuf, Value)> {
+    let path = directory.join("config.json");
+    let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+    let config = serde_json::from_str(&text).map_err(|error| Error::format(&path, error.to_string()))?;
+    Ok((path, config))
 }
