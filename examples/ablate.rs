@@ -24,6 +24,7 @@ use foldgpt::eval::{Task, accuracy};
 use foldgpt::heal::{HealReport, Teacher, hold_out};
 use foldgpt::{Checkpoint, Decoder, Heal, Tokenizer, Windows, perplexity};
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -197,7 +198,9 @@ impl Setting<'_> {
 
 /// The directory of rows, for one setting: all that every row depends on.
 fn open_work(args: &Args, dense: &Checkpoint, tasks: &[Task], texts: [&Windows; 3]) -> anyhow::Result<Work> {
-    let tasks: Vec<(&str, usize)> = tasks.iter().map(|task| (task.name.as_str(), task.items.len())).collect();
+    let items = |task: &Task| format!("{:x}", Sha256::digest(format!("{:?}", task.items)));
+    let tasks: Vec<(&str, usize, String)> =
+        tasks.iter().map(|task| (task.name.as_str(), task.items.len(), items(task))).collect();
     let [train, choosing, held_out] = texts.map(cli::protocol);
     let protocol = [
         dense.sha256(&mut cli::Bars::default())?,

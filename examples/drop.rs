@@ -30,6 +30,8 @@ struct Args {
     /// The directory to write, new or empty
     #[arg(long)]
     out: PathBuf,
+    #[command(flatten)]
+    format: cli::FormatArgs,
     /// Tensors are split into files of at most this many bytes
     #[arg(long, default_value = "5GB")]
     max_shard: Bytes,
@@ -45,7 +47,7 @@ fn main() -> anyhow::Result<()> {
     let kept: Vec<usize> = (0..depth).filter(|index| !args.blocks.contains(index)).collect();
     anyhow::ensure!(!kept.is_empty(), "--blocks: no block would stay");
 
-    let mut options = SaveOptions::default();
+    let mut options = SaveOptions::from(args.format.of(&checkpoint, false));
     options.max_shard_bytes = args.max_shard.0;
     let start = Instant::now();
     let saved = checkpoint.save_blocks(&kept, None, &args.out, &options, &mut cli::Bars::default())?;

@@ -5,8 +5,8 @@
 //! cargo run --release --example folding -- --model M --text F --work DIR
 //! ```
 //!
-//! The first 80 % of the text calibrate, the last 20 % evaluate, always in f32; --quantize is for the speed alone. What
-//! was measured is kept in DIR: an interrupted run goes on where it was.
+//! The first 80 % of the text calibrate, the last 20 % evaluate; --quantize is for the speed alone. What was measured is
+//! kept in DIR: an interrupted run goes on where it was.
 #![allow(clippy::print_stdout)]
 
 mod cli;
@@ -15,7 +15,6 @@ mod table;
 use std::path::PathBuf;
 
 use clap::Parser;
-use foldgpt::candle::DType;
 use foldgpt::importance::{GreedyPerplexity, Importance};
 use foldgpt::plan::{Budget, Donor, Groups, PlanBuilder, Ranks, ResidualStart, ScaleStart};
 use foldgpt::{
@@ -85,7 +84,7 @@ struct Bench<'a> {
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     let checkpoint = args.model.open()?;
-    let dense = cli::load(&checkpoint, DType::F32)?;
+    let dense = cli::load(&checkpoint, args.model.dtype.dtype())?;
     let bench = Bench::new(&args, &checkpoint, &dense)?;
     let scores = bench.scores()?;
     println!("| | parameters | share | nll | output error |\n|---|---:|---:|---:|---:|");
@@ -106,7 +105,8 @@ fn main() -> anyhow::Result<()> {
         );
         print(bench.planned(&name, &plan, false)?);
     }
-    println!("\nnll in nats per token, in f32, on {}", cli::protocol(&bench.held_out));
+    let (dtype, held_out) = (args.model.dtype, cli::protocol(&bench.held_out));
+    println!("\nnll in nats per token, in {dtype}, on {held_out}");
     println!("calibrated on {}", cli::protocol(&bench.calibration));
     println!("ties and mixes measured on {}", cli::protocol(&bench.few));
     if args.decode > 0 {
@@ -123,7 +123,8 @@ impl<'a> Bench<'a> {
         let few = calibration.spread(args.tie_windows)?;
         let model = checkpoint.sha256(&mut cli::Bars::default())?;
         let [calibrated, tied, evaluated] = [&calibration, &few, &held_out].map(cli::protocol);
-        let work = cli::work::Work::open(&args.work, &[model, calibrated, tied, evaluated])?;
+        let protocol = [model, args.model.dtype.to_string(), calibrated, tied, evaluated];
+        let work = cli::work::Work::open(&args.work, &protocol)?;
         Ok(Self { args, dense, calibration, few, held_out, work })
     }
 

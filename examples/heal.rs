@@ -19,7 +19,7 @@ use clap::Parser;
 use foldgpt::candle::DType;
 use foldgpt::checkpoint::check_destination;
 use foldgpt::heal::{CacheOptions, Losses, Teacher, TeacherCache, hold_out};
-use foldgpt::{Checkpoint, Format, SaveOptions, Windows};
+use foldgpt::{Checkpoint, SaveOptions, Windows};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -29,7 +29,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 struct Args {
     #[command(flatten)]
     model: cli::ModelArgs,
-    /// The original model, as --model; not needed with --distill none
+    /// The original model, as --model; not with --distill none
     #[arg(long)]
     teacher: Option<String>,
     /// Keep the teacher's last states and likeliest tokens in this file, made where it does not exist: the teacher is
@@ -47,9 +47,8 @@ struct Args {
     /// The directory to write, new or empty
     #[arg(long)]
     out: PathBuf,
-    /// How a model whose blocks share is written; as it was where not given
-    #[arg(long, value_enum)]
-    format: Option<cli::FormatArg>,
+    #[command(flatten)]
+    format: cli::FormatArgs,
     /// Seed of the order of windows and of the adapters
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -68,20 +67,18 @@ fn main() -> anyhow::Result<()> {
     let Some(heal) = args.heal.heal(args.seed)? else {
         anyhow::bail!("one of --heal-steps, --heal-tokens and --heal-minutes is needed");
     };
+    cli::heal::HealArgs::check_teacher(&heal.losses, args.teacher.is_some())?;
     check_destination(&args.out)?;
     let mut bars = cli::Bars::default();
     let checkpoint = args.model.open()?;
-    let format = args.format(&checkpoint);
+    let format = args.format.of(&checkpoint, args.heal.keep_adapters);
     args.heal.check_format(format)?;
     let text = foldgpt::data::read_documents(&args.text, &args.field)?;
     let (train, held_out) =
         args.window.split(&checkpoint.tokenizer()?, &text, args.windows, Some(args.eval_windows))?;
     let (train, choosing) = hold_out(&train)?;
 
-    let needed = heal.losses.need_teacher();
-    let name = args.teacher.as_ref().filter(|_| needed);
-    anyhow::ensure!(name.is_some() || !needed, "--teacher is needed, or --distill none");
-    let original = name.map(|name| cli::open(name, None)).transpose()?;
+    let original = args.teacher.as_ref().map(|name| cli::open(name, None)).transpose()?;
     // No two models are in memory together but a student and the teacher that it shares tensors with.
     let before = measure("before", &checkpoint, &held_out)?;
     let cache = match (&original, &args.teacher_cache) {
@@ -109,15 +106,6 @@ fn main() -> anyhow::Result<()> {
     println!("{}", cli::heal::summary(&report));
     println!("saved to {} ({} bytes of tensors)", saved.directory.display(), saved.tensor_bytes);
     Ok(())
-}
-
-impl Args {
-    /// How the healed model is written: what was compact stays so.
-    fn format(&self, source: &Checkpoint) -> Format {
-        let plain = source.architecture().fold.is_plain() && !self.heal.keep_adapters;
-        let same = if plain { Format::Expanded } else { Format::Compact };
-        self.format.map_or(same, Format::from)
-    }
 }
 
 /// What a checkpoint is worth, in f32.

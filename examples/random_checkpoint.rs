@@ -63,14 +63,22 @@ fn main() -> Result<()> {
     check_destination(&args.out)?;
     let config = config(&args);
     Architecture::from_config(&config)?;
-    std::fs::create_dir_all(&args.out)?;
+    let parent = args.out.parent().filter(|parent| !parent.as_os_str().is_empty());
+    let parent = parent.unwrap_or(Path::new("."));
+    std::fs::create_dir_all(parent)?;
+    // Gone again if anything fails: what has the name is whole. A directory within, since this one is its owner's alone.
+    let scratch = tempfile::Builder::new().prefix(".random").suffix(".partial").tempdir_in(parent)?;
+    let partial = scratch.path().join("model");
+    std::fs::create_dir(&partial)?;
     for name in ["tokenizer.json", "tokenizer_config.json"] {
         let from = args.tokenizer.join(name);
-        std::fs::copy(&from, args.out.join(name)).with_context(|| from.display().to_string())?;
+        std::fs::copy(&from, partial.join(name)).with_context(|| from.display().to_string())?;
     }
-    std::fs::write(args.out.join("config.json"), serde_json::to_string_pretty(&config)?)?;
-    write(&tensors(&args), args.max_shard.0, &args.out)?;
-    let checkpoint = Checkpoint::open(&args.out)?;
+    std::fs::write(partial.join("config.json"), serde_json::to_string_pretty(&config)?)?;
+    write(&tensors(&args), args.max_shard.0, &partial)?;
+    let checkpoint = Checkpoint::open(&partial)?;
+    std::fs::rename(&partial, &args.out)
+        .with_context(|| format!("cannot rename to {}", args.out.display()))?;
     let parameters = checkpoint.architecture().parameter_count();
     println!("{parameters} parameters, {} in {}", Bytes(checkpoint.tensor_bytes()), args.out.display());
     Ok(())

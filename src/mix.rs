@@ -24,7 +24,7 @@ use crate::progress::Observer;
 pub struct Mix {
     /// The parameters that the whole model may have.
     pub parameters: usize,
-    /// At most this many blocks are removed.
+    /// At most this many blocks are removed, and fewer where fewer may go.
     pub removed: usize,
     /// Blocks that are not removed; they may be tied.
     #[serde(default)]
@@ -73,7 +73,7 @@ impl Mix {
         let arch = decoder.architecture();
         let builder = self.removal(arch, scores)?;
         let cut = builder.clone().build(arch)?;
-        if cut.architecture(arch)?.parameter_count() <= self.parameters {
+        if cut.parameters(arch)? <= self.parameters as u64 {
             return Ok(cut);
         }
         let without_rank = (self.parameters as f64 * (1.0 - self.residual_share)) as usize;
@@ -92,15 +92,10 @@ impl Mix {
 
     /// Removal alone: of as few blocks as meet the total, else of as many as may go.
     pub(crate) fn removal(&self, arch: &Architecture, scores: &Scores) -> Result<PlanBuilder> {
-        let mut builder = Plan::builder().protect(&self.protected);
-        for count in 0..=self.removed {
-            builder = builder.remove(Target::Blocks(count), scores);
-            let left = builder.clone().build(arch)?.architecture(arch)?.parameter_count();
-            if left <= self.parameters {
-                break;
-            }
-        }
-        Ok(builder)
+        let builder = Plan::builder().protect(&self.protected).remove(Target::Blocks(0), scores);
+        let parameters = |plan: &Plan| plan.parameters(arch);
+        let cut = builder.fewest(arch, self.removed, self.parameters as u64, parameters)?;
+        Ok(builder.at(Target::Blocks(cut.blocks)))
     }
 
     /// Plans this mix, folds by it, and measures the loss on the same windows.
@@ -115,6 +110,17 @@ impl Mix {
         observer: &mut dyn Observer,
     ) -> Result<Candidate> {
         let plan = self.plan(decoder, scores, windows, observer)?;
+        self.measure_plan(plan, decoder, windows, observer)
+    }
+
+    /// Folds by the plan of this mix, and measures the loss.
+    fn measure_plan(
+        &self,
+        plan: Plan,
+        decoder: &Decoder,
+        windows: &Windows,
+        observer: &mut dyn Observer,
+    ) -> Result<Candidate> {
         let folded = fold_on(decoder, &plan, windows, observer)?;
         let loss = perplexity(&folded, windows, observer)?.mean_nll;
         Ok(Candidate { mix: self.clone(), plan, parameters: folded.parameter_count(), loss })
@@ -135,7 +141,8 @@ impl Mix {
 }
 
 /// Measures every mix, and returns those that no other beats in both parameters and loss (the Pareto front), the
-/// smallest model first. A mix whose budget cannot be met is passed over.
+/// smallest model first. A mix whose budget cannot be met is passed over, and so is one whose plan is that of an earlier
+/// one.
 ///
 /// # Errors
 /// No mix that can be met, a failed computation, or a cancelling observer.
@@ -149,7 +156,7 @@ pub fn search_mixes(
     Ok(pareto_front(measure_mixes(decoder, scores, mixes, windows, observer)?))
 }
 
-/// Measures every mix whose budget can be met, in their order.
+/// Measures every mix whose budget can be met, in their order, and of those that come to the same plan the first.
 pub(crate) fn measure_mixes(
     decoder: &Decoder,
     scores: &Scores,
@@ -157,16 +164,20 @@ pub(crate) fn measure_mixes(
     windows: &Windows,
     observer: &mut dyn Observer,
 ) -> Result<Vec<Candidate>> {
-    let mut candidates = Vec::with_capacity(mixes.len());
+    let mut candidates: Vec<Candidate> = Vec::with_capacity(mixes.len());
     let mut unmet = None;
     for mix in mixes {
-        match mix.measure(decoder, scores, windows, observer) {
-            Ok(candidate) => candidates.push(candidate),
+        let plan = match mix.plan(decoder, scores, windows, observer) {
+            Ok(plan) => plan,
             Err(error @ Error::Budget { .. }) => {
                 tracing::warn!(%error, "a mix was passed over");
                 unmet = Some(error);
+                continue;
             }
             Err(error) => return Err(error),
+        };
+        if candidates.iter().all(|known| known.plan != plan) {
+            candidates.push(mix.measure_plan(plan, decoder, windows, observer)?);
         }
     }
     if candidates.is_empty() {

@@ -3,11 +3,12 @@
 
 #[path = "../examples/cli/mod.rs"]
 mod cli;
+mod support;
 
 use clap::Parser;
-use foldgpt::heal::Trainable;
+use foldgpt::heal::{Losses, Trainable};
 use foldgpt::model::Projection;
-use foldgpt::{Format, Heal};
+use foldgpt::{Checkpoint, Format, Heal, SaveOptions};
 
 #[derive(Parser)]
 struct Args {
@@ -94,6 +95,42 @@ fn adapters_are_kept_in_the_compact_format_alone() {
     assert!(args("heal --heal-steps 1").check_format(Format::Expanded).is_ok());
     let heal = kept.heal(0).unwrap().unwrap();
     assert!(heal.groups.iter().any(|group| matches!(&group.params, Trainable::Lora(lora) if !lora.merge)));
+}
+
+#[test]
+fn a_teacher_is_given_where_it_teaches_and_nowhere_else() {
+    let check = |losses: &Losses, given| cli::heal::HealArgs::check_teacher(losses, given);
+    assert!(check(&Losses::default(), false).is_ok() && check(&Losses::tail(), true).is_ok());
+    assert!(check(&Losses::logits(), false).unwrap_err().to_string().contains("--teacher is needed"));
+    assert!(check(&Losses::default(), true).unwrap_err().to_string().contains("--teacher is for"));
+}
+
+#[derive(Parser)]
+struct FormatFlags {
+    #[command(flatten)]
+    format: cli::FormatArgs,
+}
+
+#[test]
+fn a_model_is_written_as_it_was_unless_another_format_is_asked_for() {
+    let of = |flags: &str, source: &Checkpoint, adapted: bool| {
+        let flags = FormatFlags::try_parse_from(flags.split_whitespace()).unwrap();
+        flags.format.of(source, adapted)
+    };
+    let standard = support::open("llama");
+    let (_, pairs) = support::kinds("llama").swap_remove(0);
+    let scratch = tempfile::tempdir().unwrap();
+    let directory = scratch.path().join("compact");
+    let compact = SaveOptions::from(Format::Compact);
+    standard.save(&support::folded("llama", &pairs), None, &directory, &compact, &mut ()).unwrap();
+    let shared = Checkpoint::open(&directory).unwrap();
+    assert_eq!(
+        (of("drop", &standard, false), of("drop", &shared, false)),
+        (Format::Expanded, Format::Compact)
+    );
+    assert_eq!(of("heal", &standard, true), Format::Compact);
+    assert_eq!(of("drop --format expanded", &shared, false), Format::Expanded);
+    assert_eq!(of("drop --format compact", &standard, false), Format::Compact);
 }
 
 #[test]

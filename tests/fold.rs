@@ -369,6 +369,19 @@ fn groups_that_are_named_have_costs_too() {
         assert_eq!(costs.len(), 2, "{donor:?}");
         let dense = loss(&decoder, &windows);
         assert!((loss(&fold(&decoder, &plan).unwrap(), &windows) - dense - costs[0] - costs[1]).abs() < 1e-6);
+        // The only donor costs what it does among others.
+        let asked = match donor {
+            Donor::First => Some(Matrices::Block(0)),
+            Donor::Mean => Some(Matrices::Mean),
+            _ => None,
+        };
+        let best = Plan::builder().share(Groups::of(2)).donor(Donor::Best);
+        let best = best.measure(&decoder, &windows, &mut ()).unwrap();
+        let tried = &best.sharing().unwrap().groups[0].tried;
+        for (_, cost) in tried.iter().filter(|(donor, _)| Some(*donor) == asked) {
+            assert_eq!(cost.to_bits(), costs[0].to_bits(), "{donor:?}");
+        }
+        assert_eq!(tried.len(), 3);
         let first = Plan::builder().share(Groups::of_within(2, 0..=1)).donor(donor);
         let first = fold(&decoder, &first.measure(&decoder, &windows, &mut ()).unwrap()).unwrap();
         assert!((loss(&first, &windows) - dense - costs[0]).abs() < 1e-6, "{donor:?}");

@@ -440,9 +440,26 @@ fn the_state_of_another_healing_is_refused() {
     refused(&heal, &dense.with_blocks(&[0, 1]).unwrap(), &train);
     heal.seed = 1;
     refused(&heal, &dense, &train);
-    std::fs::write(directory.path().join("state"), b"nothing").unwrap();
-    let error = heal.run(&dense, &train, None, None, &mut ()).unwrap_err().to_string();
-    assert!(error.contains("no state of a healing"), "{error}");
+    let state = directory.path().join("state");
+    heal.seed = 0;
+    let whole = std::fs::read(&state).unwrap();
+    let broken = |bytes: &[u8]| {
+        std::fs::write(&state, bytes).unwrap();
+        heal.run(&dense, &train, None, None, &mut ()).unwrap_err().to_string()
+    };
+    for bytes in [&b"nothing"[..], &whole[..whole.len() - 1], &whole[..20], &[0xff; 64]] {
+        let error = broken(bytes);
+        assert!(error.contains("no state of a healing"), "{error}");
+    }
+    // A tensor of another name, as long.
+    let text = b"mean of block 1 ";
+    let place = whole.windows(text.len()).position(|found| found == text).unwrap();
+    let mut renamed = whole.clone();
+    renamed[place] = b'M';
+    let error = broken(&renamed);
+    assert!(error.contains("tensor `mean of block 1") && error.contains("missing"), "{error}");
+    std::fs::write(&state, &whole).unwrap();
+    heal.run(&dense, &train, None, None, &mut ()).unwrap();
 }
 
 #[test]
@@ -491,6 +508,23 @@ fn a_teacher_in_a_file_teaches_as_one_in_memory() {
     let ids = input_ids("llama");
     let (found, expected) = (from_file.forward(&ids).unwrap(), from_memory.forward(&ids).unwrap());
     assert!(distance(&found, &expected) < 0.02);
+}
+
+#[test]
+fn a_teacher_that_is_cancelled_leaves_no_file() {
+    struct Stop;
+    impl Observer for Stop {
+        fn advanced(&mut self, _: &'static str, done: u64, _: u64) -> ControlFlow<()> {
+            if done == 2 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        }
+    }
+    let dense = load("llama");
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("teacher");
+    let (train, options) = (windows(3, 0, &dense), CacheOptions::default());
+    let error = TeacherCache::write(&path, &dense, "the model", &train, &options, &mut Stop).unwrap_err();
+    assert!(matches!(error, Error::Cancelled { stage: "teacher" }), "{error}");
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
 }
 
 #[test]

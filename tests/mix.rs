@@ -3,7 +3,7 @@
 
 mod support;
 
-use foldgpt::{Decoder, Error, Mix, Scores, fold_on, perplexity, search_mixes};
+use foldgpt::{Decoder, Error, Mix, Observer, Scores, fold_on, perplexity, search_mixes};
 use support::{load, windows};
 
 fn model() -> (Decoder, Scores) {
@@ -89,4 +89,39 @@ fn a_budget_that_cannot_be_met_says_what_could() {
     let error = search_mixes(&decoder, &scores, &[mix(10, 1, 0.0)], &windows, &mut ()).unwrap_err();
     assert!(matches!(error, Error::Budget { budget: 10, .. }), "{error}");
     assert!(mix(100, 0, 1.0).plan(&decoder, &scores, &windows, &mut ()).is_err());
+}
+
+#[test]
+fn no_more_goes_than_may_and_all_mixes_are_tried() {
+    let (decoder, scores) = model();
+    let windows = windows("qwen3");
+    let (total, block) = (decoder.parameter_count(), block(&decoder));
+    let plan = |mix: &Mix| mix.plan(&decoder, &scores, &windows, &mut ()).unwrap();
+    for most in [3, 4, 100] {
+        assert_eq!(plan(&mix(total - 3 * block, most, 0.0)).removed(), [1, 2, 3], "{most}");
+        let mut protected = mix(total - 2 * block - 1, most, 0.0);
+        protected.protected = vec![0, 3];
+        let plan = plan(&protected);
+        assert_eq!((plan.removed(), plan.sharing().unwrap().groups.len()), (&[1, 2][..], 1), "{most}");
+    }
+    let mixes = mix(total - block / 2, 0, 0.0).variants(&[0, 100], &[0.0]);
+    let front = search_mixes(&decoder, &scores, &mixes, &windows, &mut ()).unwrap();
+    assert!(!front.is_empty() && front.iter().all(|candidate| candidate.parameters < total));
+}
+
+#[test]
+fn mixes_that_come_to_the_same_plan_are_measured_once() {
+    #[derive(Default)]
+    struct Measured(usize);
+    impl Observer for Measured {
+        fn started(&mut self, stage: &'static str, _: u64) {
+            self.0 += usize::from(stage == "perplexity");
+        }
+    }
+    let (decoder, scores) = model();
+    let mixes = mix(decoder.parameter_count() - block(&decoder), 0, 0.0).variants(&[1, 2, 3], &[0.0, 0.1]);
+    let mut measured = Measured::default();
+    let front = search_mixes(&decoder, &scores, &mixes, &windows("qwen3"), &mut measured).unwrap();
+    assert_eq!((measured.0, front.len()), (1, 1));
+    assert_eq!(front[0].mix, mixes[0]);
 }

@@ -11,6 +11,7 @@ use foldgpt::candle::{DType, Device};
 use foldgpt::checkpoint::ModelCard;
 use foldgpt::heal::{Budget, Losses};
 use foldgpt::importance::Method;
+use foldgpt::model::Unit;
 use foldgpt::pipeline::{Goal, Share, Stage};
 use foldgpt::plan::Groups;
 use foldgpt::{Checkpoint, Compressor, Format, Heal, SaveOptions, Target, perplexity};
@@ -273,12 +274,26 @@ fn every_saved_directory_has_a_card() {
     fetched.save(&cut, Some(&plan), &second, &SaveOptions::default(), &mut ()).unwrap();
     let (front, body) = card(&second);
     assert_eq!(front["base_model"].as_str(), Some("org/name"));
-    assert!(body.contains("# org/name, compressed") && body.contains("removed: [1]"), "{body}");
+    assert!(body.contains("# org/name, compressed") && body.contains("removed: 1\n"), "{body}");
     let third = directory.path().join("third");
     let again = Checkpoint::open(&second).unwrap();
     let reloaded = again.decoder(DType::F32, &Device::Cpu).unwrap();
     again.save(&reloaded, None, &third, &SaveOptions::default(), &mut ()).unwrap();
     assert_eq!(card(&third).0["base_model"].as_str(), Some("org/name"));
+    // What lost halves says so, and is tagged as what lost blocks.
+    let halves = vec![8.0, 1.0, 7.0, 2.0, 6.0, 3.0, 5.0, 4.0];
+    let windows = support::windows("llama");
+    let halves = foldgpt::Scores::of_units("test", &windows, &Unit::halves(4), halves).unwrap();
+    let plan = foldgpt::Plan::new(dense.architecture(), &halves, Target::Blocks(1), &[]).unwrap();
+    let thinner = foldgpt::fold(&dense, &plan).unwrap();
+    let fourth = directory.path().join("fourth");
+    checkpoint.save(&thinner, Some(&plan), &fourth, &SaveOptions::default(), &mut ()).unwrap();
+    let (front, body) = card(&fourth);
+    let gone: Vec<String> = plan.removed_halves().iter().map(ToString::to_string).collect();
+    assert!(plan.removed().is_empty() && !gone.is_empty());
+    assert!(body.contains(&format!("\n- halves that were removed: {}\n", gone.join(", "))), "{body}");
+    let tags: Vec<&str> = front["tags"].as_vec().unwrap().iter().filter_map(Yaml::as_str).collect();
+    assert_eq!(tags, ["foldgpt", "depth-pruning"]);
     let nll = |path: &Path| {
         let decoder = Checkpoint::open(path).unwrap().decoder(DType::F32, &Device::Cpu).unwrap();
         perplexity(&decoder, &support::windows("llama"), &mut ()).unwrap().mean_nll.to_bits()

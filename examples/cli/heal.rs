@@ -259,6 +259,14 @@ impl HealArgs {
         Ok(heal)
     }
 
+    /// Fails for a teacher that is missing, or that nothing is learnt from.
+    pub fn check_teacher(losses: &Losses, given: bool) -> Result<()> {
+        let needed = losses.need_teacher();
+        ensure!(given || !needed, "--teacher is needed, or --distill none");
+        ensure!(needed || !given, "--teacher is for --distill tail and logits, with a weight above 0");
+        Ok(())
+    }
+
     /// Fails for a format that would merge adapters that are to be kept.
     pub fn check_format(&self, format: Format) -> Result<()> {
         ensure!(!self.keep_adapters || format == Format::Compact, "--keep-adapters needs --format compact");

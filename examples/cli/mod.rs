@@ -335,6 +335,24 @@ pub enum FormatArg {
     Expanded,
 }
 
+// How a model is written that was made of another one.
+#[derive(Debug, Clone, Copy, Args)]
+pub struct FormatArgs {
+    /// How a model whose blocks share is written; as --model is where not given
+    #[arg(long, value_enum)]
+    pub format: Option<FormatArg>,
+}
+
+impl FormatArgs {
+    /// The format that was asked for, or that of the source, where `adapted` says whether there will be adapters that it
+    /// does not have. A model whose blocks share nothing, add nothing and lack nothing is a standard one.
+    pub fn of(self, source: &Checkpoint, adapted: bool) -> Format {
+        let plain = source.architecture().fold.is_plain() && !adapted;
+        let same = if plain { Format::Expanded } else { Format::Compact };
+        self.format.map_or(same, Format::from)
+    }
+}
+
 impl From<FormatArg> for Format {
     fn from(format: FormatArg) -> Self {
         match format {

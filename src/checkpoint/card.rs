@@ -4,9 +4,9 @@ use std::fmt::Write;
 use std::path::Path;
 
 use super::{Checkpoint, Format, hub};
-use crate::model::Architecture;
+use crate::model::{Architecture, Unit};
 use crate::plan::Plan;
-use crate::report::escape;
+use crate::report::{escape, plan_facts};
 
 /// The card's file.
 pub(crate) const CARD: &str = "README.md";
@@ -96,11 +96,8 @@ impl Checkpoint {
         if let Some(sha256) = plan.and_then(Plan::model_sha256) {
             let _ = writeln!(card.body, "- base model's weights, sha256: {}", escape::code(sha256));
         }
-        if let Some(plan) = plan {
-            let _ = writeln!(card.body, "- blocks that were removed: {:?}", plan.removed());
-            for group in plan.sharing().map(|sharing| sharing.groups.as_slice()).unwrap_or_default() {
-                let _ = writeln!(card.body, "- blocks that share their matrices: {:?}", group.blocks);
-            }
+        for (name, fact) in plan.map(plan_facts).unwrap_or_default() {
+            let _ = writeln!(card.body, "- {name}: {fact}");
         }
         let _ = write!(
             card.body,
@@ -108,10 +105,16 @@ impl Checkpoint {
             env!("CARGO_PKG_VERSION")
         );
         let shares = (0..model.depth()).any(|depth| model.fold.block(depth).weights != depth);
-        card.tags = tags(model.depth() < self.architecture.depth(), shares);
+        card.tags = tags(halves(model) < halves(&self.architecture), shares);
         card.base_model = base_model;
         card
     }
+}
+
+/// How many attentions and MLPs a model has.
+fn halves(arch: &Architecture) -> usize {
+    let there = |half: &Unit| arch.fold.block(half.block).has(half.part);
+    Unit::halves(arch.depth()).into_iter().filter(there).count()
 }
 
 /// The tags of what was done.

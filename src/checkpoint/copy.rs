@@ -5,10 +5,10 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::DType;
-use half::{bf16, f16};
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
+use super::finite::are_finite;
 use super::layout::{Stored, stored_tensors};
 use super::save::{Format, SaveOptions, Saved};
 use super::written::{Content, Written, bytes_of};
@@ -18,7 +18,7 @@ use crate::model::{Param, Part};
 use crate::plan::Plan;
 use crate::progress::Observer;
 
-/// What is hashed at once; a constant, so that a tensor has one hash.
+/// Bytes that a thread looks at and hashes at once; a constant, so that a tensor has one hash.
 const PIECE: usize = 1 << 22;
 
 impl Checkpoint {
@@ -69,37 +69,32 @@ impl Checkpoint {
                 return Err(Error::Plan(reason.into()));
             }
         };
-        let tensors = stored_tensors(&architecture);
-        let mut origins = HashMap::new();
-        for stored in &tensors {
-            origins.insert(stored.name.clone(), self.origin(stored, kept)?);
+        let (mut tensors, mut origins) = (Vec::new(), HashMap::new());
+        for stored in stored_tensors(&architecture) {
+            let origin = self.origin(&stored, kept)?;
+            origins.insert(stored.name.clone(), origin);
+            tensors.push((stored, self.stored_dtype(&origin.name)));
         }
-        let types = tensors.iter().filter_map(|stored| origins.get(&stored.name));
-        let types = types.map(|origin| self.stored_dtype(&origin.name)).collect();
         let content = Box::new(Copied { checkpoint: self, origins, hashes: RefCell::default() });
         let kept = kept.to_vec();
-        Ok(Written { format, model, architecture, kept, tensors, types, merges: false, content })
+        Ok(Written { format, model, architecture, kept, tensors, merges: false, content })
     }
 
     /// The tensor of this checkpoint that a tensor of the one with the blocks `kept` is.
     fn origin(&self, stored: &Stored, kept: &[usize]) -> Result<&Stored> {
         // What blocks share is stored under the first that uses it.
-        let holder = |block: usize| self.architecture.fold.block(block).weights;
-        let at = |held: bool| {
-            let moved = stored.params.iter().map(|&(param, rows)| match param {
-                Param::Block(depth, part) => {
-                    let block = kept.get(depth).copied().unwrap_or(depth);
-                    (Param::Block(if held { holder(block) } else { block }, part), rows)
-                }
-                other => (other, rows),
-            });
-            let moved: Vec<(Param, usize)> = moved.collect();
-            let same = |other: &&Stored| {
-                other.params == moved && other.shape == stored.shape && other.transposed == stored.transposed
-            };
-            self.tensors.iter().find(same)
+        let moved = stored.params.iter().map(|&(param, rows)| match param {
+            Param::Block(depth, part) => {
+                let block = kept.get(depth).copied().unwrap_or(depth);
+                (Param::Block(self.architecture.fold.block(block).holder(block, part), part), rows)
+            }
+            other => (other, rows),
+        });
+        let moved: Vec<(Param, usize)> = moved.collect();
+        let same = |other: &&Stored| {
+            other.params == moved && other.shape == stored.shape && other.transposed == stored.transposed
         };
-        at(false).or_else(|| at(true)).ok_or_else(|| {
+        self.tensors.iter().find(same).ok_or_else(|| {
             Error::tensor(&self.location, &stored.name, "is no tensor of the checkpoint that is copied")
         })
     }
@@ -126,7 +121,7 @@ impl Content for Copied<'_> {
         let missing = || Error::tensor(&self.checkpoint.location, &stored.name, "missing");
         let origin = self.origins.get(&stored.name).ok_or_else(missing)?;
         let bytes = match self.checkpoint.raw(origin, dtype)? {
-            Some(bytes) if are_finite(&bytes, dtype) => bytes,
+            Some(bytes) if bytes.par_chunks(PIECE).all(|piece| are_finite(piece, dtype)) => bytes,
             Some(_) => return Err(self.checkpoint.not_finite(origin, dtype)),
             None => bytes_of(&self.checkpoint.read(origin)?)?,
         };
@@ -138,23 +133,6 @@ impl Content for Copied<'_> {
         let found = reloaded.raw(stored, reloaded.stored_dtype(&stored.name))?.map(|bytes| hash(&bytes));
         Ok(found.is_some() && found.as_ref() == self.hashes.borrow().get(&stored.name))
     }
-}
-
-/// Whether numbers of this type, as they are stored, are all finite.
-fn are_finite(bytes: &[u8], dtype: DType) -> bool {
-    match dtype {
-        DType::F32 => all(bytes, |number| f32::from_le_bytes(number).is_finite()),
-        DType::F64 => all(bytes, |number| f64::from_le_bytes(number).is_finite()),
-        DType::BF16 => all(bytes, |number| bf16::from_le_bytes(number).is_finite()),
-        DType::F16 => all(bytes, |number| f16::from_le_bytes(number).is_finite()),
-        _ => false,
-    }
-}
-
-fn all<const N: usize>(bytes: &[u8], holds: impl Fn([u8; N]) -> bool + Sync) -> bool {
-    // Without an early end: a loop that has one does not vectorise.
-    let of = |piece: &[u8]| piece.as_chunks().0.iter().fold(true, |all, number| all & holds(*number));
-    bytes.par_chunks(PIECE).all(of)
 }
 
 /// A hash of all bytes, by pieces on all cores: copying should not wait for it.

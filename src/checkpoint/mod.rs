@@ -4,6 +4,7 @@ mod card;
 mod compact;
 mod config;
 mod copy;
+mod finite;
 mod gguf;
 mod hub;
 mod layout;
@@ -19,6 +20,7 @@ pub use card::ModelCard;
 pub(crate) use card::{CARD, name_of, tags};
 pub use compact::FORMAT_VERSION;
 pub use hub::HubOptions;
+pub(crate) use safetensors::{Entry, header};
 pub use save::{Format, SaveOptions, Saved};
 pub use staging::check_destination;
 pub use streamed::{StreamOptions, StreamedDecoder};
@@ -29,7 +31,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use candle_core::{CpuStorage, DType, Device, Storage, Tensor};
+use candle_core::{DType, Device, Tensor};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
@@ -133,9 +135,7 @@ impl Checkpoint {
     }
 
     fn open_directory(directory: &Path) -> Result<Self> {
-        let path = directory.join("config.json");
-        let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-        let config = serde_json::from_str(&text).map_err(|error| Error::format(&path, error.to_string()))?;
+        let (path, config) = read_config(directory)?;
         let stem = compact::stem(&config).map_err(|error| error.in_config_file(&path))?;
         let source = Source::Safetensors(Safetensors::open(directory, stem)?);
         Self::checked(directory.to_path_buf(), source, config).map_err(|error| error.in_config_file(&path))
@@ -247,10 +247,10 @@ impl Checkpoint {
         }
         let parts = self.architecture.block_params();
         for depth in 0..self.architecture.depth() {
-            let holder = self.architecture.fold.block(depth).weights;
-            for (part, _) in &parts {
-                if let Some(&dtype) = types.get(&Param::Block(holder, *part)) {
-                    types.entry(Param::Block(depth, *part)).or_insert(dtype);
+            let block = self.architecture.fold.block(depth);
+            for &(part, _) in &parts {
+                if let Some(&dtype) = types.get(&Param::Block(block.holder(depth, part), part)) {
+                    types.entry(Param::Block(depth, part)).or_insert(dtype);
                 }
             }
         }
@@ -351,18 +351,7 @@ impl Checkpoint {
 
     /// Refuses NaN and infinities in a tensor on the CPU, such as a value that its type cannot hold.
     fn check_finite(&self, stored: &Stored, tensor: &Tensor) -> Result<()> {
-        let (storage, _) = tensor.storage_and_layout();
-        let finite = match &*storage {
-            Storage::Cpu(CpuStorage::F32(values)) => values.iter().all(|value| value.is_finite()),
-            Storage::Cpu(CpuStorage::F64(values)) => values.iter().all(|value| value.is_finite()),
-            Storage::Cpu(CpuStorage::BF16(values)) => values.iter().all(|value| value.is_finite()),
-            Storage::Cpu(CpuStorage::F16(values)) => values.iter().all(|value| value.is_finite()),
-            _ => false,
-        };
-        if finite {
-            return Ok(());
-        }
-        Err(self.not_finite(stored, tensor.dtype()))
+        if finite::is_finite(tensor) { Ok(()) } else { Err(self.not_finite(stored, tensor.dtype())) }
     }
 
     fn not_finite(&self, stored: &Stored, dtype: DType) -> Error {
@@ -438,4 +427,12 @@ impl Checkpoint {
             None => Ok(()),
         }
     }
+}
+
+/// The `config.json` of a directory, with its path.
+fn read_config(directory: &Path) -> Result<(PathBuf, Value)> {
+    let path = directory.join("config.json");
+    let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+    let config = serde_json::from_str(&text).map_err(|error| Error::format(&path, error.to_string()))?;
+    Ok((path, config))
 }

@@ -1,6 +1,6 @@
 //! Safetensors files, read tensor by tensor.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -52,7 +52,7 @@ impl Safetensors {
         let files = shards(directory, stem)?;
         let mut entries = BTreeMap::new();
         for file in &files {
-            for (name, entry) in header(file)? {
+            for (name, entry) in header(file)?.1 {
                 if let Some(other) = entries.insert(name.clone(), entry) {
                     let reason = format!("stands in {} too, expected one", other.file.display());
                     return Err(Error::tensor(file, name, reason));
@@ -128,8 +128,11 @@ pub(super) fn shard_names(index: &Path) -> Result<BTreeSet<String>> {
     Ok(names)
 }
 
-/// The header of one file: every tensor's place, checked against the file's length.
-fn header(path: &Path) -> Result<Vec<(String, Entry)>> {
+/// What a file says of itself, by name.
+pub(crate) type About = HashMap<String, String>;
+
+/// The header of one file: what it says of itself, and every tensor's place, checked against the file's length.
+pub(crate) fn header(path: &Path) -> Result<(About, BTreeMap<String, Entry>)> {
     let mut file = File::open(path).map_err(Error::io("open", path))?;
     let len = file.metadata().map_err(Error::io("read", path))?.len();
     let mut prefix = [0u8; 8];
@@ -156,7 +159,7 @@ fn header(path: &Path) -> Result<Vec<(String, Entry)>> {
             format!("{found} bytes of tensors, but the header tells of {expected}"),
         ));
     }
-    let mut entries = Vec::new();
+    let mut entries = BTreeMap::new();
     for (name, info) in metadata.tensors() {
         let dtype = DType::try_from(info.dtype)
             .map_err(|_| Error::tensor(path, &name, format!("type {:?} is not supported", info.dtype)))?;
@@ -174,7 +177,7 @@ fn header(path: &Path) -> Result<Vec<(String, Entry)>> {
             start: data_start + start as u64,
             bytes: end - start,
         };
-        entries.push((name, entry));
+        entries.insert(name, entry);
     }
-    Ok(entries)
+    Ok((metadata.metadata().clone().unwrap_or_default(), entries))
 }

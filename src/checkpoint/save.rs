@@ -187,7 +187,8 @@ impl Checkpoint {
     fn config_of(&self, written: &Written<'_>) -> Result<Value> {
         let embedding = self.tensors.first().map_or(DType::BF16, |stored| self.stored_dtype(&stored.name));
         // Where merging made tensors wider, readers that follow this field should not narrow them again.
-        let widened = written.types.iter().any(|dtype| dtype.size_in_bytes() > embedding.size_in_bytes());
+        let mut types = written.tensors.iter().map(|(_, dtype)| dtype.size_in_bytes());
+        let widened = types.any(|size| size > embedding.size_in_bytes());
         let dtype = match embedding {
             DType::F64 => "float64",
             _ if written.merges && widened => "float32",
@@ -238,7 +239,7 @@ fn write_weights(
     let (mut names, mut weight_map) = (Vec::new(), serde_json::Map::new());
     crate::progress::stage(STAGE, total, observer, |observer| {
         let course = RefCell::new(Course { done: 0, total, observer, failure: None });
-        let views = written.tensors.iter().zip(&written.types).map(|(stored, dtype)| {
+        let views = written.tensors.iter().map(|(stored, dtype)| {
             let (bytes, content) = (stored.bytes(*dtype), written.content.as_ref());
             TensorView { stored, dtype: *dtype, bytes, content, course: &course }
         });

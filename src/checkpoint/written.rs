@@ -92,8 +92,8 @@ pub(super) struct Written<'a> {
     pub(super) architecture: Architecture,
     /// The index that each of its blocks has in the original model.
     pub(super) kept: Vec<usize>,
-    pub(super) tensors: Vec<Stored>,
-    pub(super) types: Vec<DType>,
+    /// With their types.
+    pub(super) tensors: Vec<(Stored, DType)>,
     /// Whether matrices are written that are held in parts.
     pub(super) merges: bool,
     pub(super) content: Box<dyn Content + 'a>,
@@ -102,7 +102,7 @@ pub(super) struct Written<'a> {
 impl Written<'_> {
     /// The bytes of all tensors.
     pub(super) fn bytes(&self) -> u64 {
-        self.tensors.iter().zip(&self.types).map(|(stored, dtype)| stored.bytes(*dtype)).sum()
+        self.tensors.iter().map(|(stored, dtype)| stored.bytes(*dtype)).sum()
     }
 }
 
@@ -122,15 +122,17 @@ impl Checkpoint {
         let (model, kept) = (decoder.architecture().clone(), decoder.origins());
         let architecture = format.architecture(&model);
         let params: HashMap<Param, &Tensor> = decoder.params().collect();
-        let (mut tensors, mut types) = (Vec::new(), Vec::new());
-        for (stored, dtype) in self.written_tensors(&model, &kept, format) {
-            types.push(if stored.is_vector_beyond(&params, dtype)? { DType::F32 } else { dtype });
-            tensors.push(stored);
+        let mut tensors = self.written_tensors(&model, &kept, format);
+        for (stored, dtype) in &mut tensors {
+            if stored.is_vector_beyond(&params, *dtype)? {
+                *dtype = DType::F32;
+            }
         }
-        let merges = format == Format::Expanded && tensors.iter().any(|stored| stored.is_adapted(&model));
+        let merges =
+            format == Format::Expanded && tensors.iter().any(|(stored, _)| stored.is_adapted(&model));
         let shapes = architecture.params().into_iter().collect();
         let content = Box::new(InMemory { decoder, format, params, shapes });
-        Ok(Written { format, model, architecture, kept, tensors, types, merges, content })
+        Ok(Written { format, model, architecture, kept, tensors, merges, content })
     }
 }
 

@@ -76,8 +76,15 @@ impl<'a> Trials<'a> {
         Ok(self.tied.of_blocks(blocks))
     }
 
-    /// By how much the loss rises when these depths are tied, with nothing that makes up for it; a loss that is not finite
-    /// is an infinite one.
+    /// Decides that these depths are tied; what [`cost`](Self::cost) says of it, bit for bit.
+    fn tie(&mut self, depths: &[usize], donor: Option<usize>) -> Result<f64> {
+        let before = self.loss;
+        self.settle(self.with_tie(depths, donor)?, depths.first().copied().unwrap_or_default())?;
+        Ok(if self.loss.is_finite() { self.loss - before } else { f64::INFINITY })
+    }
+
+    /// By how much the loss rises when these depths, ascending, are tied, with nothing that makes up for it; a loss that is
+    /// not finite is an infinite one.
     fn cost(&self, depths: &[usize], donor: Option<usize>) -> Result<f64> {
         let decoder = self.with_tie(depths, donor)?;
         let from = depths.first().copied().unwrap_or_default();
@@ -91,15 +98,19 @@ impl<'a> Trials<'a> {
 
     /// What each donor that `asked` allows would cost, the cheapest first; of equals the mean, then the first block.
     fn donors(&self, depths: &[usize], asked: Donor) -> Result<Vec<(Option<usize>, f64)>> {
-        let candidates: Vec<Option<usize>> = match asked {
-            Donor::First => vec![depths.first().copied()],
-            Donor::Mean => vec![None],
-            Donor::Best => std::iter::once(None).chain(depths.iter().copied().map(Some)).collect(),
-        };
-        let costs = candidates.into_iter().map(|donor| Ok((donor, self.cost(depths, donor)?)));
+        let costs = candidates(depths, asked).into_iter().map(|donor| Ok((donor, self.cost(depths, donor)?)));
         let mut costs = costs.collect::<Result<Vec<_>>>()?;
         costs.sort_by(|a, b| a.1.total_cmp(&b.1));
         Ok(costs)
+    }
+}
+
+/// The donors that `asked` allows, the mean as none.
+fn candidates(depths: &[usize], asked: Donor) -> Vec<Option<usize>> {
+    match asked {
+        Donor::First => vec![depths.first().copied()],
+        Donor::Mean => vec![None],
+        Donor::Best => std::iter::once(None).chain(depths.iter().copied().map(Some)).collect(),
     }
 }
 
@@ -138,11 +149,16 @@ pub(crate) fn measured_groups(
     progress::steps("groups", blocks.len(), observer, |place| {
         let Some(blocks) = blocks.get(place) else { return Ok(()) };
         let depths = blocks.iter().map(|&block| plan.depth_of(block)).collect::<Result<Vec<_>>>()?;
+        // Where there is nothing to choose, what is decided is measured at once.
+        if let [only] = *candidates(&depths, donor) {
+            let cost = trials.tie(&depths, only)?;
+            groups.push(group(&kept, &depths, &[(only, cost)])?);
+            return Ok(());
+        }
         let donors = trials.donors(&depths, donor)?;
         groups.push(group(&kept, &depths, &donors)?);
-        if let (Some((donor, _)), Some(&first)) = (donors.first(), depths.iter().min()) {
-            let tied = trials.with_tie(&depths, *donor)?;
-            trials.settle(tied, first)?;
+        if let Some((donor, _)) = donors.first() {
+            trials.tie(&depths, *donor)?;
         }
         Ok(())
     })?;
@@ -209,8 +225,7 @@ impl Ties {
                 };
                 let mut made = group(&kept, &best.depths, &best.donors)?;
                 let Some((donor, _)) = best.donors.first() else { break };
-                let tied = trials.with_tie(&best.depths, *donor)?;
-                trials.settle(tied, best.depths.first().copied().unwrap_or_default())?;
+                trials.tie(&best.depths, *donor)?;
                 let inside = |depths: &[usize]| depths.iter().any(|depth| best.depths.contains(depth));
                 let grown = groups.iter().filter(|(depths, _)| inside(depths));
                 let before: f64 = grown.filter_map(|(_, group)| group.as_ref()?.cost).sum();

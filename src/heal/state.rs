@@ -4,16 +4,17 @@
 //! ones are kept, all in f32, and in the metadata the rest as JSON. Which windows come next follows from the seed and
 //! the number of steps; so does everything else that is drawn.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io::Write;
 use std::path::Path;
 
-use candle_core::Tensor;
-use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo};
+use candle_core::{DType, Tensor};
+use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use serde::{Deserialize, Serialize};
 
 use super::adamw::Moments;
 use super::trainable::{Student, Trained};
+use crate::checkpoint::{self, Entry};
 use crate::error::{Error, Result};
 use crate::file;
 
@@ -124,20 +125,20 @@ impl State {
         Ok(header)
     }
 
-    /// The state in a file, which has to be one of this healing; the student gets its values.
+    /// The state in a file, which has to be one of this healing, read tensor by tensor; the student gets its values.
     pub(super) fn read(path: &Path, identity: &str, student: &Student) -> Result<Self> {
-        let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
         let unreadable = |reason: String| Error::format(path, format!("is no state of a healing: {reason}"));
-        let (_, header) =
-            SafeTensors::read_metadata(&bytes).map_err(|error| unreadable(error.to_string()))?;
-        let json = header.metadata().as_ref().and_then(|metadata| metadata.get(METADATA));
-        let json = json.ok_or_else(|| unreadable(format!("it has no metadata `{METADATA}`")))?;
+        let (about, stored) = checkpoint::header(path).map_err(|error| match error {
+            Error::Format { reason, .. } => unreadable(reason),
+            other => other,
+        })?;
+        let json =
+            about.get(METADATA).ok_or_else(|| unreadable(format!("it has no metadata `{METADATA}`")))?;
         let position: Position = serde_json::from_str(json).map_err(|error| unreadable(error.to_string()))?;
         if position.version != VERSION || position.identity != identity {
             let reason = "is the state of another healing: of other options, text, model or teacher";
             return Err(Error::format(path, reason));
         }
-        let stored = SafeTensors::deserialize(&bytes).map_err(|error| unreadable(error.to_string()))?;
         let get = |kind, trained: &Trained| read(path, &stored, &name(kind, trained), trained);
         let mut moments = Vec::new();
         for trained in &student.trained {
@@ -164,14 +165,12 @@ fn name(kind: &str, trained: &Trained) -> String {
     format!("{kind} of {}", trained.param)
 }
 
-fn read(path: &Path, stored: &SafeTensors<'_>, name: &str, trained: &Trained) -> Result<Vec<f32>> {
+fn read(path: &Path, stored: &BTreeMap<String, Entry>, name: &str, trained: &Trained) -> Result<Vec<f32>> {
     let damaged = |reason: String| Error::tensor(path, name, reason);
-    let view = stored.tensor(name).map_err(|error| damaged(error.to_string()))?;
-    if view.dtype() != Dtype::F32 || view.shape() != trained.var.dims() {
-        let found = format!("{:?} of shape {:?}", view.dtype(), view.shape());
+    let entry = stored.get(name).ok_or_else(|| damaged("missing".into()))?;
+    if entry.dtype != DType::F32 || entry.shape != trained.var.dims() {
+        let found = format!("{:?} of shape {:?}", entry.dtype, entry.shape);
         return Err(damaged(format!("is {found}, expected f32 of shape {:?}", trained.var.dims())));
     }
-    let numbers =
-        view.data().chunks_exact(4).filter_map(|bytes| Some(f32::from_le_bytes(bytes.try_into().ok()?)));
-    Ok(numbers.collect())
+    Ok(entry.bytes()?.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect())
 }

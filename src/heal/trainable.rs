@@ -50,7 +50,8 @@ pub struct Lora {
     pub alpha: f64,
     /// The projections that are adapted; all that the blocks have where empty.
     pub projections: Vec<Projection>,
-    /// Whether depths that share a matrix share its adapter too, and not each have one.
+    /// Whether depths that share a matrix share its adapter too, and not each have one. Where it is kept, a compact
+    /// checkpoint stores it once.
     pub shared: bool,
     /// Whether adapters become part of their matrices in the end, where that is exact.
     pub merge: bool,

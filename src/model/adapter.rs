@@ -24,7 +24,7 @@ pub struct LowRank {
     pub b: Tensor,
 }
 
-/// What an [`Adapter`] consists of, without its values.
+/// What an [`Adapter`] of a depth consists of, without its values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AdapterShape {
@@ -34,6 +34,9 @@ pub struct AdapterShape {
     /// The rank of its residual, 0 where it has none.
     #[serde(skip_serializing_if = "is_zero")]
     pub rank: usize,
+    /// The earlier depth whose residual it is, where that is not its own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub residual_of: Option<usize>,
 }
 
 #[allow(clippy::trivially_copy_pass_by_ref)] // serde asks with a reference
@@ -56,11 +59,18 @@ impl Adapter {
         Self { scale, low_rank }
     }
 
-    /// What it consists of.
+    /// What it consists of; by itself, it knows nothing of other depths.
     #[must_use]
     pub fn shape(&self) -> AdapterShape {
         let rank = self.low_rank.as_ref().and_then(|residual| residual.a.dim(0).ok());
-        AdapterShape { scale: self.scale.is_some(), rank: rank.unwrap_or_default() }
+        AdapterShape { scale: self.scale.is_some(), rank: rank.unwrap_or_default(), residual_of: None }
+    }
+
+    /// Whether its residual is the other's, and not only as large.
+    pub(super) fn has_residual_of(&self, other: &Self) -> bool {
+        let ids =
+            |adapter: &Self| adapter.low_rank.as_ref().map(|residual| (residual.a.id(), residual.b.id()));
+        self.low_rank.is_some() && ids(self) == ids(other)
     }
 
     /// Whether it adds nothing.

@@ -107,9 +107,17 @@ impl Decoder {
         architecture.fold.check(&architecture)?;
         let mut blocks: Vec<Block> = Vec::with_capacity(architecture.depth());
         for (index, spec) in architecture.blocks.iter().enumerate() {
-            let shared = blocks.get(architecture.fold.block(index).weights);
+            let folded = architecture.fold.block(index);
+            let shared = blocks.get(folded.weights);
             let part = |param: BlockParam, shape: &[usize]| checked(Param::Block(index, param), shape);
-            blocks.push(Block::build(architecture.params_at(index), index, *spec, shared, part)?);
+            let mut block = Block::build(architecture.params_at(index), index, *spec, shared, part)?;
+            for (projection, adapter) in folded.adapters {
+                if let Some(holder) = adapter.residual_of.and_then(|depth| blocks.get(depth)) {
+                    let residual = &holder.own.adapters[projection].low_rank;
+                    block.own.adapters[projection].low_rank.clone_from(residual);
+                }
+            }
+            blocks.push(block);
         }
         let final_norm = Norm::build(architecture.norm, |part| checked(Param::FinalNorm(part), &[hidden]))?;
         let head = (!architecture.tied).then(|| checked(Param::Head, &[vocab, hidden])).transpose()?;

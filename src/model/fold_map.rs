@@ -47,6 +47,22 @@ impl FoldedBlock {
     pub(crate) fn has(&self, part: Part) -> bool {
         self.part == Part::Whole || self.part == part
     }
+
+    /// The depth that a parameter of this block, which is the one at `depth`, is stored under.
+    pub(crate) fn holder(&self, depth: usize, param: BlockParam) -> usize {
+        match param {
+            BlockParam::Weight(_) => self.weights,
+            BlockParam::Norm(..) if !self.own_norms => self.weights,
+            BlockParam::LoraA(at) | BlockParam::LoraB(at) => self.residual(depth, at).unwrap_or(depth),
+            _ => depth,
+        }
+    }
+
+    /// The depth whose residual it uses for a projection, where it uses one.
+    fn residual(&self, depth: usize, projection: Projection) -> Option<usize> {
+        let adapter = self.adapters.get(&projection).filter(|adapter| adapter.rank > 0)?;
+        Some(adapter.residual_of.unwrap_or(depth))
+    }
 }
 
 impl FoldMap {
@@ -60,7 +76,15 @@ impl FoldMap {
     pub(super) fn of(blocks: &[Block]) -> Self {
         let depths = blocks.iter().enumerate().map(|(depth, block)| {
             let first = blocks.iter().position(|other| Arc::ptr_eq(&other.weights, &block.weights));
-            let adapters = Projection::ALL.into_iter().map(|at| (at, block.own.adapters[at].shape()));
+            let adapters = Projection::ALL.into_iter().map(|at| {
+                let adapter = &block.own.adapters[at];
+                let shares = |other: &Block| {
+                    Arc::ptr_eq(&other.weights, &block.weights)
+                        && adapter.has_residual_of(&other.own.adapters[at])
+                };
+                let residual_of = blocks.iter().take(depth).position(shares);
+                (at, AdapterShape { residual_of, ..adapter.shape() })
+            });
             let holder = first.filter(|&first| first < depth).and_then(|first| blocks.get(first));
             FoldedBlock {
                 weights: first.unwrap_or(depth),
@@ -96,7 +120,13 @@ impl FoldMap {
             let again = first < depth && kept.get(first) == kept.get(depth);
             let own_norms =
                 !again && (block.own_norms || first == depth || (holder_left && first_has_others));
-            FoldedBlock { weights: first, own_norms, ..block.clone() }
+            let mut settled = FoldedBlock { weights: first, own_norms, ..block.clone() };
+            for (&projection, adapter) in &mut settled.adapters {
+                let used = |place: usize| blocks.get(place)?.residual(*kept.get(place)?, projection);
+                let same = |place: &usize| used(*place).is_some() && used(*place) == used(depth);
+                adapter.residual_of = (0..depth).find(same);
+            }
+            settled
         });
         Self::new(settled.collect())
     }
@@ -127,8 +157,32 @@ impl FoldMap {
                 let expected = format!("expected a scale or a rank up to {largest}");
                 return Err(Error::Plan(format!("block {depth} adapts {name} by {adapter:?}, {expected}")));
             }
+            self.check_residual(depth, block, projection, adapter)?;
         }
         Ok(())
+    }
+
+    /// Fails where a depth uses a residual that is not there.
+    fn check_residual(
+        &self,
+        depth: usize,
+        block: &FoldedBlock,
+        projection: Projection,
+        adapter: AdapterShape,
+    ) -> Result<()> {
+        let Some(place) = adapter.residual_of else { return Ok(()) };
+        let (holder, rank) = (self.block(place), adapter.rank);
+        let lends = |own: &AdapterShape| own.rank == rank && own.residual_of.is_none();
+        let lent = holder.adapters.get(&projection).is_some_and(lends);
+        if rank > 0 && place < depth && holder.weights == block.weights && lent {
+            return Ok(());
+        }
+        let expected =
+            format!("an earlier block with the same matrices and a residual of its own of rank {rank}");
+        let name = projection.name();
+        Err(Error::Plan(format!(
+            "block {depth} uses block {place}'s residual for {name}, expected {expected}"
+        )))
     }
 }
 
@@ -140,12 +194,10 @@ impl Architecture {
         for holder in (0..self.depth()).filter(|&depth| self.fold.block(depth).weights == depth) {
             let users = (0..self.depth()).filter(|&depth| self.fold.block(depth).weights == holder);
             let users: Vec<usize> = users.collect();
-            let lends = users.iter().any(|&depth| !self.fold.block(depth).own_norms);
             let sum = |depth: usize, shared: bool| -> u64 {
-                let lent = |param: BlockParam| match param {
-                    BlockParam::Weight(_) => true,
-                    BlockParam::Norm(..) => lends && depth == holder,
-                    _ => false,
+                let lent = |param: BlockParam| {
+                    let mut others = users.iter().filter(|&&other| other != depth);
+                    others.any(|&other| self.fold.block(other).holder(other, param) == depth)
                 };
                 let params = self.params_at(depth).into_iter().filter(|(param, _)| lent(*param) == shared);
                 params.map(|(param, shape)| size(Param::Block(depth, param), &shape)).sum()
@@ -153,7 +205,7 @@ impl Architecture {
             let mut own: Vec<u64> = users.iter().map(|&depth| sum(depth, false)).collect();
             own.sort_unstable();
             if let Some(last) = own.last_mut() {
-                *last += sum(holder, true);
+                *last += users.iter().map(|&depth| sum(depth, true)).sum::<u64>();
             }
             freed.extend(own);
         }
@@ -167,19 +219,12 @@ impl Architecture {
         Self { fold: FoldMap::default(), ..self.clone() }
     }
 
-    /// Every parameter that the block at `depth` has in storage: its matrices unless an earlier depth holds them,
-    /// then what is its own.
+    /// Every parameter that the block at `depth` has in storage: of matrices, norms and residuals those that no earlier
+    /// depth holds, and all that is never shared.
     #[must_use]
     pub fn params_at(&self, depth: usize) -> Vec<(BlockParam, Vec<usize>)> {
         let block = self.fold.block(depth);
-        let stored = |param: BlockParam| {
-            let own = match param {
-                BlockParam::Weight(_) => block.weights == depth,
-                BlockParam::Norm(..) => block.own_norms,
-                _ => true,
-            };
-            own && block.has(param.half())
-        };
+        let stored = |param: BlockParam| block.holder(depth, param) == depth && block.has(param.half());
         let mut params = self.block_params();
         params.retain(|(param, _)| stored(*param));
         for (&projection, adapter) in &block.adapters {
@@ -187,7 +232,7 @@ impl Architecture {
             if adapter.scale {
                 params.push((BlockParam::Scale(projection), vec![output]));
             }
-            if adapter.rank > 0 {
+            if adapter.rank > 0 && adapter.residual_of.is_none() {
                 params.push((BlockParam::LoraA(projection), vec![adapter.rank, input]));
                 params.push((BlockParam::LoraB(projection), vec![output, adapter.rank]));
             }

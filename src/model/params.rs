@@ -246,8 +246,8 @@ impl NormPart {
 }
 
 impl Architecture {
-    /// Every parameter of a decoder of this architecture with its shape, in the order of computation; matrices that
-    /// depths share once, at the first of them.
+    /// Every parameter of a decoder of this architecture with its shape, in the order of computation; what depths share
+    /// once, at the first of them.
     #[must_use]
     pub fn params(&self) -> Vec<(Param, Vec<usize>)> {
         let mut params = vec![(Param::Embedding, vec![self.vocab_size, self.hidden_size])];

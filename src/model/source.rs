@@ -1,5 +1,7 @@
 //! Where a model's blocks come from: all of them in memory, or read one after the other.
 
+use std::collections::BTreeSet;
+
 use candle_core::{DType, Device, Tensor};
 use sha2::{Digest, Sha256};
 
@@ -128,16 +130,16 @@ impl Block {
         mut tensor: impl FnMut(Param) -> Result<Tensor>,
     ) -> Result<Self> {
         let (spec, folded) = (*arch.block(depth)?, arch.fold.block(depth));
-        let borrowed = |param: BlockParam| match param {
-            BlockParam::Weight(_) => folded.weights != depth,
-            BlockParam::Norm(..) => !folded.own_norms,
-            _ => false,
-        };
-        let mut params = arch.params_at(folded.weights);
-        params.retain(|(param, _)| borrowed(*param));
-        params.extend(arch.params_at(depth));
-        Self::build(params, depth, spec, None, |param, _| {
-            tensor(Param::Block(if borrowed(param) { folded.weights } else { depth }, param))
+        let holder = |param: BlockParam| folded.holder(depth, param);
+        let residuals = folded.adapters.values().filter_map(|adapter| adapter.residual_of);
+        let holders: BTreeSet<usize> = residuals.chain([folded.weights, depth]).collect();
+        let params = holders.into_iter().flat_map(|at| {
+            let mut params = arch.params_at(at);
+            params.retain(|(param, _)| holder(*param) == at);
+            params
+        });
+        Self::build(params.collect(), depth, spec, None, |param, _| {
+            tensor(Param::Block(holder(param), param))
         })
     }
 

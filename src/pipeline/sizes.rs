@@ -136,19 +136,15 @@ impl Inputs<'_> {
     /// The fewest blocks whose removal leaves at most so many bytes, in the recipe's format.
     pub(super) fn fewest_for_bytes(&self, most: u64, scores: Option<&Scores>) -> Result<usize> {
         let arch = self.checkpoint.architecture();
-        let mut least = u64::MAX;
-        let counts = if scores.is_some() { self.recipe.free(arch.depth()) } else { 0 };
-        for count in 0..=counts {
-            let mut builder = Plan::builder().protect(&self.recipe.protect);
-            if let Some(scores) = scores {
-                builder = builder.remove(Target::Blocks(count), scores);
-            }
-            let bytes = self.checkpoint.stored_bytes(&builder.build(arch)?, self.recipe.format)?;
-            if bytes <= most {
-                return Ok(count);
-            }
-            least = least.min(bytes);
+        let mut builder = Plan::builder().protect(&self.recipe.protect);
+        if let Some(scores) = scores {
+            builder = builder.remove(Target::Blocks(0), scores);
         }
-        Err(Error::recipe("target.bytes", format!("is {most}, expected at least {least}")))
+        let bytes = |plan: &Plan| self.checkpoint.stored_bytes(plan, self.recipe.format);
+        let cut = builder.fewest(arch, self.recipe.free(arch.depth()), most, bytes)?;
+        if cut.least <= most {
+            return Ok(cut.blocks);
+        }
+        Err(Error::recipe("target.bytes", format!("is {most}, expected at least {}", cut.least)))
     }
 }

@@ -51,6 +51,17 @@ pub struct PlanBuilder {
     pub(super) model_sha256: Option<String>,
 }
 
+/// How far removal went for a limit.
+#[derive(Debug)]
+pub(crate) struct Cut {
+    /// The blocks that go, or that halves make up: as few as meet the limit, or else as many as may go.
+    pub blocks: usize,
+    /// The plan that removes them.
+    pub plan: Plan,
+    /// The least size on the way; above the limit where nothing meets it.
+    pub least: u64,
+}
+
 impl PlanBuilder {
     /// Removes as many blocks as `target` asks for: the set that the method chose where it chose one of this size,
     /// else the blocks of least importance. Scores of halves remove halves, as many as have, as nearly as they can,
@@ -191,17 +202,34 @@ impl PlanBuilder {
         }
         let target = self.target.unwrap_or(Target::Blocks(0));
         let Target::Parameters(budget) = target else { return self.without(arch, target.blocks(arch)?) };
-        // What a number of blocks leaves depends on which they are: halves, or blocks that share.
-        let mut least = arch.parameter_count();
-        for count in 0..=free(arch, &self.protected).min(arch.depth().saturating_sub(1)) {
-            let plan = self.without(arch, count)?;
-            let parameters = plan.architecture(arch)?.parameter_count();
-            if parameters <= budget {
-                return Ok(plan);
+        let cut = self.fewest(arch, usize::MAX, budget as u64, |plan| plan.parameters(arch))?;
+        if cut.least <= budget as u64 { Ok(cut.plan) } else { Err(unmet(budget, cut.least as usize)) }
+    }
+
+    /// Removes ever more blocks by the scores that there are, until the model is no larger than `limit`: at most `most`
+    /// of those that are not protected, and never all. Nothing is shared.
+    ///
+    /// # Errors
+    /// Scores or blocks of another model, and what `size` fails with.
+    pub(crate) fn fewest(
+        &self,
+        arch: &Architecture,
+        most: usize,
+        limit: u64,
+        size: impl Fn(&Plan) -> Result<u64>,
+    ) -> Result<Cut> {
+        let free = free(arch, &self.protected).min(arch.depth().saturating_sub(1));
+        let most = if self.scores.is_some() { most.min(free) } else { 0 };
+        let (mut blocks, mut least) = (0, u64::MAX);
+        loop {
+            // What a number of blocks leaves depends on which they are: halves, or blocks that share.
+            let plan = self.without(arch, blocks)?;
+            least = least.min(size(&plan)?);
+            if least <= limit || blocks == most {
+                return Ok(Cut { blocks, plan, least });
             }
-            least = least.min(parameters);
+            blocks += 1;
         }
-        Err(unmet(budget, least))
     }
 
     /// The plan that removes so many blocks, or as many halves as make them up.
@@ -229,6 +257,11 @@ impl PlanBuilder {
 }
 
 impl Plan {
+    /// The parameters of the model that it makes of one of this architecture.
+    pub(crate) fn parameters(&self, arch: &Architecture) -> Result<u64> {
+        Ok(self.architecture(arch)?.parameter_count() as u64)
+    }
+
     /// What the whole model takes with these groups and all that their blocks keep for themselves, in a budget's unit;
     /// `types` are those of the blocks that stay.
     pub(crate) fn size(

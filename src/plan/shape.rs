@@ -25,11 +25,20 @@ enum Norms {
     Made(usize),
 }
 
-/// What becomes of one block that stays; `weights` and `own_norms` are not yet right.
+/// What becomes of one block that stays; `weights` and `own_norms` are not yet right, and `residual_of` is a depth of the
+/// original model: that of a residual which the block keeps, its own or another's.
 struct Folded {
     matrices: Holder,
     norms: Norms,
     block: FoldedBlock,
+}
+
+impl Folded {
+    /// Whether it keeps the residual that the other keeps, and shares its matrices.
+    fn has_residual_of(&self, other: &Self, projection: Projection) -> bool {
+        let kept = |folded: &Self| folded.block.adapters.get(&projection).and_then(|own| own.residual_of);
+        kept(self).is_some() && kept(self) == kept(other) && self.matrices == other.matrices
+    }
 }
 
 impl Plan {
@@ -45,7 +54,12 @@ impl Plan {
             let first = blocks.iter().position(|other| other.matrices == folded.matrices).unwrap_or(depth);
             // What holds its matrices holds its norms, if they are the same.
             let lends = first < depth && blocks.get(first).is_some_and(|holder| holder.norms == folded.norms);
-            FoldedBlock { weights: first, own_norms: !lends, ..folded.block.clone() }
+            let mut block = FoldedBlock { weights: first, own_norms: !lends, ..folded.block.clone() };
+            for (&projection, adapter) in &mut block.adapters {
+                let mut earlier = blocks.iter().take(depth);
+                adapter.residual_of = earlier.position(|other| folded.has_residual_of(other, projection));
+            }
+            block
         });
         let folded = Architecture { fold: FoldMap::new(map.collect()), ..arch.with_blocks(&kept)? };
         folded.fold.check(&folded)?;
@@ -83,6 +97,9 @@ impl Plan {
             let place = sharing.groups.iter().position(|group| group.blocks.contains(&block))?;
             Some((place, sharing, sharing.groups.get(place)?))
         }) else {
+            for adapter in folded.adapters.values_mut().filter(|adapter| adapter.rank > 0) {
+                adapter.residual_of.get_or_insert(block);
+            }
             let matrices = Holder::Kept(folded.weights, part);
             return Ok(Folded { matrices, norms: norms(block), block: folded });
         };
@@ -118,7 +135,7 @@ impl Plan {
         });
         let adapters = there.map(|projection| {
             let rank = ranks.and_then(|ranks| ranks.get(&projection)).copied().unwrap_or_default();
-            (projection, AdapterShape { scale: sharing.own.scales.is_some(), rank })
+            (projection, AdapterShape { scale: sharing.own.scales.is_some(), rank, residual_of: None })
         });
         adapters.filter(|(_, shape)| !shape.is_empty()).collect()
     }

@@ -4,9 +4,19 @@ use std::fmt::Write;
 use std::path::Path;
 
 use super::number::{fixed, list};
-use super::{escape, markdown, words};
+use super::{escape, markdown, roles, words};
 use crate::checkpoint::{ModelCard, name_of, tags};
 use crate::pipeline::Report;
+use crate::plan::Plan;
+
+/// What a plan does, as facts for a model card.
+pub(crate) fn plan_facts(plan: &Plan) -> Vec<(&'static str, String)> {
+    let mut facts = roles::removed(plan);
+    facts.extend(plan.scores().map(|scores| ("chosen by", escape::code(&scores.method))));
+    let groups = roles::groups(plan).iter();
+    facts.extend(groups.map(|group| ("blocks that share their matrices", list(&group.blocks))));
+    facts
+}
 
 impl Report {
     /// The card of the compressed model: what it was made of and how, its results and their protocol. Paths of this
@@ -36,18 +46,8 @@ impl Report {
         let mut facts = vec![
             ("base model", escape::code(name)),
             ("base model's weights, sha256", escape::code(&self.model_sha256)),
-            ("blocks removed", list(plan.removed())),
         ];
-        if !plan.removed_halves().is_empty() {
-            let halves: Vec<String> = plan.removed_halves().iter().map(ToString::to_string).collect();
-            facts.push(("halves of blocks removed", halves.join(", ")));
-        }
-        if let Some(scores) = plan.scores() {
-            facts.push(("chosen by", escape::code(&scores.method)));
-        }
-        for group in super::roles::groups(plan) {
-            facts.push(("blocks that share their matrices", list(&group.blocks)));
-        }
+        facts.extend(plan_facts(plan));
         facts.extend(recipe.heal.iter().map(|heal| ("healed", escape::markdown(&words::heal(heal)))));
         if let Some(heal) = &self.heal {
             let trained = format!(

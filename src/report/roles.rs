@@ -1,5 +1,6 @@
 //! What became of every block.
 
+use super::number::list;
 use crate::model::Part;
 use crate::plan::{Group, Matrices, Plan};
 
@@ -36,6 +37,16 @@ fn role(plan: &Plan, block: usize) -> Role {
     half.map_or(Role::Stays, |unit| Role::Lost(unit.part))
 }
 
+/// What is gone, as facts.
+pub(super) fn removed(plan: &Plan) -> Vec<(&'static str, String)> {
+    let mut facts = vec![("blocks that were removed", list(plan.removed()))];
+    if !plan.removed_halves().is_empty() {
+        let halves: Vec<String> = plan.removed_halves().iter().map(ToString::to_string).collect();
+        facts.push(("halves that were removed", halves.join(", ")));
+    }
+    facts
+}
+
 /// The groups of blocks that share.
 pub(super) fn groups(plan: &Plan) -> &[Group] {
     plan.sharing().map(|sharing| sharing.groups.as_slice()).unwrap_or_default()
@@ -65,7 +76,7 @@ pub(super) fn matrices(plan: &Plan, block: usize) -> String {
         Role::Stays | Role::Lost(_) => "its own".into(),
         Role::Shares(group) => match groups(plan).get(group).map(|group| (group.donor, &group.blocks)) {
             Some((Matrices::Block(donor), _)) => format!("those of block {donor}"),
-            Some((Matrices::Mean, blocks)) => format!("the mean of blocks {}", super::number::list(blocks)),
+            Some((Matrices::Mean, blocks)) => format!("the mean of blocks {}", list(blocks)),
             None => String::new(),
         },
     }

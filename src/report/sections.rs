@@ -2,7 +2,7 @@
 
 use super::document::{Cell, Document, Part, Section, Table, Text, Topic};
 use super::number::{fixed, list, signed, significant};
-use super::roles::{groups, letter, matrices, role_of, words as role_words};
+use super::roles::{groups, letter, matrices, removed, role_of, words as role_words};
 use super::words;
 use super::{Row, Value};
 use crate::error::{Error, Result};
@@ -134,12 +134,8 @@ impl Report {
             let mut facts: Vec<(&str, Text)> = vec![
                 ("method", Text::code(&scores.method)),
                 ("importance is", words::importance(&scores.method).into()),
-                ("blocks that were removed", list(plan.removed()).into()),
             ];
-            if !plan.removed_halves().is_empty() {
-                let halves: Vec<String> = plan.removed_halves().iter().map(ToString::to_string).collect();
-                facts.push(("halves that were removed", halves.join(", ").into()));
-            }
+            facts.extend(removed(plan).into_iter().map(|(name, fact)| (name, fact.into())));
             let stability =
                 |stability: f64| format!("{stability:.3}, Spearman's rank correlation of two halves");
             facts.extend(scores.stability.map(|found| ("stability", stability(found).into())));

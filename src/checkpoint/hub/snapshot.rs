@@ -3,11 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use hf_hub::{Cache, CacheRepo, Repo, RepoType};
-use serde_json::Value;
 
-use super::super::compact;
 use super::super::safetensors::{index, shard_names, single};
 use super::super::save::COMPANIONS;
+use super::super::{compact, read_config};
 use super::client::{Client, Failure, Listing, RemoteFile};
 use super::transfer::{Stop, Transfer, wait};
 use super::{HubOptions, Wanted, hub_error};
@@ -129,13 +128,6 @@ fn complete(directory: &Path) -> Result<(), String> {
     }
     let shards = shard_names(&index).map_err(|error| error.to_string())?;
     shards.iter().try_for_each(|shard| has(shard))
-}
-
-fn read_config(directory: &Path) -> Result<(PathBuf, Value)> {
-    let path = directory.join(CONFIG);
-    let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-    let config = serde_json::from_str(&text).map_err(|error| Error::format(&path, error.to_string()))?;
-    Ok((path, config))
 }
 
 /// The model on the hub.
