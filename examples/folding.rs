@@ -42,7 +42,7 @@ struct Args {
     /// Calibrate on at most this many windows
     #[arg(long, default_value_t = 16)]
     windows: usize,
-    /// Measure ties and mixes on at most this many of them
+    /// Measure ties and mixes on at most this many of them, and output errors on as many of those that evaluate
     #[arg(long, default_value_t = 4)]
     tie_windows: usize,
     /// Evaluate on at most this many windows
@@ -78,6 +78,8 @@ struct Bench<'a> {
     calibration: Windows,
     few: Windows,
     held_out: Windows,
+    /// Some of those, for the errors of outputs: these are means over many numbers a token.
+    few_held_out: Windows,
     work: cli::work::Work,
 }
 
@@ -109,6 +111,7 @@ fn main() -> anyhow::Result<()> {
     println!("\nnll in nats per token, in {dtype}, on {held_out}");
     println!("calibrated on {}", cli::protocol(&bench.calibration));
     println!("ties and mixes measured on {}", cli::protocol(&bench.few));
+    println!("output errors on {}", cli::protocol(&bench.few_held_out));
     if args.decode > 0 {
         bench.speed()?;
     }
@@ -121,11 +124,12 @@ impl<'a> Bench<'a> {
         let (windows, evaluated) = (Some(args.windows), Some(args.eval_windows));
         let (calibration, held_out) = args.window.split(&tokenizer, &text, windows, evaluated)?;
         let few = calibration.spread(args.tie_windows)?;
+        let few_held_out = held_out.spread(args.tie_windows)?;
         let model = checkpoint.sha256(&mut cli::Bars::default())?;
         let [calibrated, tied, evaluated] = [&calibration, &few, &held_out].map(cli::protocol);
         let protocol = [model, args.model.dtype.to_string(), calibrated, tied, evaluated];
         let work = cli::work::Work::open(&args.work, &protocol)?;
-        Ok(Self { args, dense, calibration, few, held_out, work })
+        Ok(Self { args, dense, calibration, few, held_out, few_held_out, work })
     }
 
     /// The scores that removal goes by: a third of the blocks, one after the other.
@@ -151,7 +155,7 @@ impl<'a> Bench<'a> {
             let nll = perplexity(&folded, &self.held_out, &mut bars)?.mean_nll;
             let mut found = Vec::new();
             if errors {
-                found = output_errors(self.dense, &folded, &self.held_out, &mut bars)?;
+                found = output_errors(self.dense, &folded, &self.few_held_out, &mut bars)?;
             }
             let total: f64 = found.iter().map(|error| error.relative).sum();
             let output_error = Some(total / found.len() as f64).filter(|_| !found.is_empty());

@@ -12,25 +12,39 @@ use foldgpt::{Decoder, Windows};
 
 pub const TOKENS: usize = 512;
 
-/// SmolLM2-135M: 30 blocks of 576, 9 query heads and 3 key heads of 64, vocabulary 49152.
+/// SmolLM2-135M: 30 of its blocks, vocabulary 49152.
 pub fn architecture() -> Architecture {
+    smollm2(30, 49152)
+}
+
+/// Blocks of SmolLM2-135M's shape: 576 wide, 9 query heads and 3 key heads of 64.
+pub fn smollm2(blocks: usize, vocab: usize) -> Architecture {
     let config = serde_json::json!({
-        "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152,
+        "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": blocks,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "vocab_size": vocab,
         "rms_norm_eps": 1e-5, "rope_theta": 100_000.0, "tie_word_embeddings": true,
     });
     Architecture::from_config(&config).unwrap()
 }
 
 pub fn decoder() -> Decoder {
-    Decoder::random(architecture(), 0, DType::F32, &Device::Cpu).unwrap()
+    random(architecture())
+}
+
+pub fn random(architecture: Architecture) -> Decoder {
+    Decoder::random(architecture, 0, DType::F32, &Device::Cpu).unwrap()
 }
 
 /// Windows of tokens; which ones makes no difference to the work.
 pub fn windows(count: usize) -> Windows {
-    let vocab = architecture().vocab_size as u32;
-    let window = |index: u32| (0..TOKENS as u32).map(|i| (i * 97 + index * 31) % vocab).collect();
-    Windows::from_ids((0..count as u32).map(window).collect()).unwrap()
+    windows_of(count, TOKENS, architecture().vocab_size)
+}
+
+/// The same of any length and vocabulary.
+pub fn windows_of(count: usize, tokens: usize, vocab: usize) -> Windows {
+    let id = |place: usize, window: usize| ((place * 97 + window * 31) % vocab) as u32;
+    let window = |index| (0..tokens).map(|place| id(place, index)).collect();
+    Windows::from_ids((0..count).map(window).collect()).unwrap()
 }
 
 pub fn seconds(work: impl FnOnce()) -> f64 {

@@ -35,13 +35,15 @@ pub fn forward(decoder: &Decoder, windows: &Windows) {
     }
 }
 
-/// One window forward and back to a gate on every block.
+/// Every window forward and back to a gate on every block.
 pub fn gate_step(decoder: &Decoder, windows: &Windows) {
     let units = Unit::blocks(decoder.depth());
-    let (window, ids) = first(windows);
-    let walk = Walk::forward(decoder, &units, &vec![0.9; units.len()], &ids).unwrap();
-    let (_, upstream) = decoder.loss_vjp(walk.output(), &window[1..]).unwrap();
-    black_box(walk.gate_gradients(&upstream, |_| true).unwrap());
+    for window in windows.iter() {
+        let ids = Tensor::from_slice(window, (1, window.len()), &Device::Cpu).unwrap();
+        let walk = Walk::forward(decoder, &units, &vec![0.9; units.len()], &ids).unwrap();
+        let (_, upstream) = decoder.loss_vjp(walk.output(), &window[1..]).unwrap();
+        black_box(walk.gate_gradients(&upstream, |_| true).unwrap());
+    }
 }
 
 /// Steps of healing on LoRA of rank 8, all windows in each; adapters stay, so that nothing but steps is timed.
