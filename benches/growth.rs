@@ -10,6 +10,7 @@
 
 mod support;
 
+use foldgpt::heal::Losses;
 use foldgpt::importance::{BlockInfluence, Importance};
 use foldgpt::model::Unit;
 use foldgpt::{Decoder, Windows};
@@ -42,7 +43,7 @@ const WORKS: [Work; 4] = [
         BlockInfluence::default().score(decoder, windows, &mut ()).unwrap();
     }),
     ("gate step", work::gate_step),
-    ("healing step on lora", |decoder, windows| work::lora(decoder, windows, 1, Default::default(), None)),
+    ("healing step on lora", |decoder, windows| work::lora(decoder, windows, 1, Losses::default(), None)),
 ];
 
 /// Work that grows with the pairs of blocks.
@@ -51,45 +52,42 @@ const COUPLING: Work = ("exact coupling", |decoder, windows| {
 });
 
 fn main() {
-    let times = |count: usize| move |step: u32| count << step;
-    let mut with_coupling = WORKS.to_vec();
-    with_coupling.push(COUPLING);
-    table("blocks", &with_coupling, |step| Size { blocks: times(SMALL.blocks)(step), ..SMALL });
-    table("windows", &WORKS, |step| Size { windows: times(SMALL.windows)(step), ..SMALL });
-    table("vocabulary", &WORKS, |step| Size { vocab: times(SMALL.vocab)(step), ..SMALL });
-    table("window length", &WORKS, |step| Size { seq_len: times(SMALL.seq_len)(step), ..SMALL });
+    let works = WORKS.to_vec();
+    let with_coupling = [works.clone(), vec![COUPLING]].concat();
+    table("blocks", SMALL.blocks, &with_coupling, |blocks| Size { blocks, ..SMALL });
+    table("windows", SMALL.windows, &works, |windows| Size { windows, ..SMALL });
+    table("vocabulary", SMALL.vocab, &works, |vocab| Size { vocab, ..SMALL });
+    table("window length", SMALL.seq_len, &works, |seq_len| Size { seq_len, ..SMALL });
 }
 
-fn table(axis: &str, works: &[Work], size: impl Fn(u32) -> Size) {
-    let heads: String = works.iter().map(|(name, _)| format!(" {name}, ms | MB |")).collect();
-    println!("\n| {axis} |{heads}\n|---:|{}", "---:|---:|".repeat(works.len()));
-    let mut before: Option<Vec<Figures>> = None;
-    for step in 0..4 {
-        let size = size(step);
-        let now: Vec<Figures> = works.iter().map(|(_, work)| measure(size, *work)).collect();
-        let cells = now.iter().enumerate().map(|(place, figures)| {
-            let smaller = before.as_ref().and_then(|before| before.get(place));
-            let by = |value: fn(&Figures) -> f64| {
-                smaller.map(|smaller| format!(" ({:.1})", value(figures) / value(smaller))).unwrap_or_default()
-            };
-            let Figures { milliseconds, megabytes } = figures;
-            let (time, memory) = (by(|figures| figures.milliseconds), by(|figures| figures.megabytes));
-            format!(" {milliseconds:.1}{time} | {megabytes:.1}{memory} |")
-        });
-        let value = match axis {
-            "blocks" => size.blocks,
-            "windows" => size.windows,
-            "vocabulary" => size.vocab,
-            _ => size.seq_len,
-        };
-        println!("| {value} |{}", cells.collect::<String>());
-        before = Some(now);
+/// A row for every doubling of `first`, the value of what grows.
+fn table(axis: &str, first: usize, works: &[Work], size: impl Fn(usize) -> Size) {
+    let heads: Vec<String> = works.iter().map(|(name, _)| format!(" {name}, ms | MB |")).collect();
+    println!("\n| {axis} |{}\n|---:|{}", heads.concat(), "---:|---:|".repeat(works.len()));
+    let mut before: Vec<Figures> = Vec::new();
+    for value in (0..4).map(|doublings| first << doublings) {
+        let now: Vec<Figures> = works.iter().map(|(_, work)| measure(size(value), *work)).collect();
+        let cells: Vec<String> =
+            now.iter().enumerate().map(|(place, figures)| figures.cells(before.get(place))).collect();
+        println!("| {value} |{}", cells.concat());
+        before = now;
     }
 }
 
 struct Figures {
     milliseconds: f64,
     megabytes: f64,
+}
+
+impl Figures {
+    /// Both, each with how many times that of `smaller` it is.
+    fn cells(&self, smaller: Option<&Self>) -> String {
+        let cell = |value: fn(&Self) -> f64| {
+            let growth = smaller.map(|smaller| format!(" ({:.1})", value(self) / value(smaller)));
+            format!(" {:.1}{} |", value(self), growth.unwrap_or_default())
+        };
+        cell(|figures| figures.milliseconds) + &cell(|figures| figures.megabytes)
+    }
 }
 
 fn measure(size: Size, work: fn(&Decoder, &Windows)) -> Figures {

@@ -191,7 +191,9 @@ impl<'a> Bench<'a> {
                 let builder = scaled().residual(Ranks::Uniform(rank), start);
                 lines.push(self.line(&format!("pairs, mean, scales, rank {rank} {name}"), builder, true)?);
             }
-            // The same number of parameters, where they help most.
+        }
+        if let Some(&rank) = self.args.ranks.first() {
+            // As many parameters, where they help most.
             let uniform = pairs(Donor::Mean).residual(Ranks::Uniform(rank), ResidualStart::Svd);
             let size = |builder: PlanBuilder| -> anyhow::Result<usize> {
                 let arch = self.dense.architecture();
@@ -199,11 +201,8 @@ impl<'a> Bench<'a> {
             };
             let budget = size(uniform)? - size(pairs(Donor::Mean))?;
             let builder = scaled().residual(Ranks::Parameters(budget), ResidualStart::Whitened);
-            lines.push(self.line(
-                &format!("pairs, mean, scales, rank {rank} spread, whitened"),
-                builder,
-                true,
-            )?);
+            let name = format!("pairs, mean, scales, rank {rank} spread, whitened");
+            lines.push(self.line(&name, builder, true)?);
         }
         Ok(lines)
     }
@@ -225,7 +224,7 @@ impl<'a> Bench<'a> {
         let mut candidates = Vec::new();
         let third = scores.chosen.as_ref().map(Vec::len).unwrap_or_default().div_ceil(3);
         for &share in &self.args.budgets {
-            for mix in Mix::new(self.parameters(share)).variants(&[0, third, 2 * third], &[0.0, 0.1, 0.2]) {
+            for mix in Mix::new(self.parameters(share)).variants(&[0, third, 2 * third], &[0.0, 0.1]) {
                 let name = format!("mix {share} {} {}", mix.removed, mix.residual_share);
                 let measured = || match mix.measure(self.dense, scores, &self.few, &mut cli::Bars::default())
                 {
