@@ -1,91 +1,22 @@
-//! The whole job by a recipe: what it makes, what it does not do twice, and what it refuses.
+//! The whole job by a recipe: what it makes, what it forecasts, and what it refuses.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod compressions;
+
 use std::fmt::Write;
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
+use compressions::{MODEL, SEQ_LEN, Watch, compressor, directory, files, heal, weights};
 use foldgpt::candle::{DType, Device};
 use foldgpt::data::json_lines;
-use foldgpt::heal::{Budget, Losses, Teacher, Trainable, hold_out};
+use foldgpt::heal::{Teacher, Trainable, hold_out};
 use foldgpt::importance::{BlockInfluence, Gates, Method};
 use foldgpt::pipeline::{Goal, MixOptions, Report, Share, Stage, Total};
 use foldgpt::plan::{Groups, Ranks, ResidualStart};
 use foldgpt::{
-    Account, Bos, Bytes, Checkpoint, Compressor, Error, Format, Heal, Importance, LatencyOptions, Observer,
-    Plan, Recipe, SaveOptions, Target, Windows, fold_on, perplexity,
+    Bos, Bytes, Checkpoint, Compressor, Error, Format, Importance, LatencyOptions, Plan, Recipe, SaveOptions,
+    Target, Windows, fold_on, perplexity,
 };
-use tempfile::TempDir;
-
-const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/tiny-stories");
-const SEQ_LEN: usize = 32;
-
-/// A directory with a text in it.
-fn directory() -> TempDir {
-    let directory = tempfile::tempdir().unwrap();
-    let mut text = String::new();
-    for line in 0..60 {
-        let (who, what) = (["Anna", "Ben", "Tom"][line % 3], ["kite", "ball", "dog", "hat"][line % 4]);
-        writeln!(text, "{who} lost the red {what} near the old bridge, and day {line} was sad.").unwrap();
-    }
-    std::fs::write(directory.path().join("text.txt"), text).unwrap();
-    directory
-}
-
-fn heal(steps: usize) -> Heal {
-    let mut heal = Heal::default();
-    (heal.budget, heal.batch, heal.losses) = (Budget::Steps(steps), 2, Losses::tail());
-    heal.save_every = 1;
-    heal
-}
-
-fn compressor(directory: &Path, out: &str) -> Compressor {
-    let text = directory.join("text.txt");
-    let mut compressor = Compressor::new(MODEL, text, directory.join(out))
-        .work(directory.join("work"))
-        .method(Method::BlockInfluence)
-        .target(Goal::Blocks(2));
-    let windows = &mut compressor.recipe.windows;
-    (windows.seq_len, windows.calibrate, windows.evaluate) = (SEQ_LEN, 3, 2);
-    compressor
-}
-
-/// Notes the stages, and stops at the first step of one of them.
-#[derive(Default)]
-struct Watch {
-    stages: Vec<&'static str>,
-    stop: Option<(&'static str, u64)>,
-}
-
-impl Observer for Watch {
-    fn started(&mut self, stage: &'static str, _: u64) {
-        self.stages.push(stage);
-    }
-
-    fn advanced(&mut self, stage: &'static str, done: u64, _: u64) -> ControlFlow<()> {
-        match self.stop {
-            Some((name, at)) if name == stage && done >= at => ControlFlow::Break(()),
-            _ => ControlFlow::Continue(()),
-        }
-    }
-}
-
-impl Watch {
-    fn compressing(&self) -> Vec<&'static str> {
-        self.stages.iter().copied().filter(|stage| stage.starts_with("compress: ")).collect()
-    }
-}
-
-fn weights(directory: &Path) -> Vec<u8> {
-    std::fs::read(directory.join("model.safetensors")).unwrap()
-}
-
-fn files(directory: &Path) -> Vec<PathBuf> {
-    let mut found: Vec<PathBuf> =
-        std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()).collect();
-    found.sort();
-    found
-}
 
 #[test]
 fn the_result_is_that_of_the_calls_by_hand() {
@@ -161,118 +92,6 @@ fn json_lines_are_read_by_their_field() {
     };
     refused("text.jsonl", None, "line 1 has no string in its field `text`");
     refused("text.txt", Some("body"), "text_field");
-}
-
-#[test]
-fn a_rerun_does_only_what_changed() {
-    let directory = directory();
-    let path = directory.path();
-    let one = compressor(path, "one").heal(heal(2));
-    one.run(&mut ()).unwrap();
-    let before = weights(&path.join("one"));
-    let mut watch = Watch::default();
-    assert!(one.run(&mut watch).unwrap().ran.is_empty());
-    assert_eq!(watch.compressing(), [] as [&str; 0]);
-    assert!(!watch.stages.contains(&"load"));
-
-    // Another healing begins there; the dense and the folded model's losses are known.
-    let other = compressor(path, "other").heal(heal(3)).run(&mut ()).unwrap();
-    assert_eq!(other.ran, [Stage::Fold, Stage::Heal, Stage::Evaluate, Stage::Save]);
-    // Another place is written to from what is kept, with the same bytes.
-    let moved = compressor(path, "moved").heal(heal(2)).run(&mut ()).unwrap();
-    assert_eq!(moved.ran, [Stage::Save]);
-    assert!(before == weights(&path.join("moved")));
-    // A gate changes no result, only whether it is one.
-    assert!(
-        compressor(path, "one").heal(heal(2)).max_nll_increase(50.0).run(&mut ()).unwrap().ran.is_empty()
-    );
-    // What is at the destination and not ours stays.
-    std::fs::write(path.join("one/model.safetensors"), b"mine").unwrap();
-    assert!(one.run(&mut ()).is_err());
-    assert_eq!(weights(&path.join("one")), b"mine");
-}
-
-#[test]
-fn an_interrupted_run_goes_on_and_ends_with_the_same_bytes() {
-    let whole = directory();
-    compressor(whole.path(), "out").heal(heal(4)).run(&mut ()).unwrap();
-    let broken = directory();
-    let compressor = compressor(broken.path(), "out").heal(heal(4));
-    let stops = [
-        ("block-influence", 1),
-        ("compress: score", 1),
-        ("compress: plan", 1),
-        ("heal", 2),
-        ("perplexity", 1),
-        ("verify", 1),
-    ];
-    for stop in stops {
-        let mut watch = Watch { stop: Some(stop), ..Watch::default() };
-        let error = compressor.run(&mut watch).unwrap_err();
-        assert!(matches!(error, Error::Cancelled { .. }), "{stop:?}: {error}");
-        assert!(!broken.path().join("out").exists(), "{stop:?}");
-    }
-    let mut watch = Watch::default();
-    compressor.run(&mut watch).unwrap();
-    assert!(!watch.stages.contains(&"block-influence"));
-    assert!(weights(&whole.path().join("out")) == weights(&broken.path().join("out")));
-}
-
-#[test]
-fn speed_is_measured_where_asked_and_once() {
-    let directory = directory();
-    let path = directory.path();
-    let mut options = LatencyOptions::default();
-    (options.prompt, options.new_tokens, options.runs) = (8, 2, 3);
-    let plain = || compressor(path, "out").heal(heal(1));
-    let timed = || plain().latency(options);
-    assert!(timed().dry_run(&mut ()).unwrap().to_string().contains("speed in 3 runs"));
-    let report = timed().run(&mut ()).unwrap();
-    let (dense, compressed) = (report.dense.latency.unwrap(), report.compressed.latency.clone().unwrap());
-    assert!(report.folded.unwrap().latency.is_none());
-    assert_eq!((dense.prefill.runs, compressed.decode.runs), (3, 3));
-    let reloaded = Checkpoint::open(path.join("out")).unwrap().decoder(DType::F32, &Device::Cpu).unwrap();
-    let saved = Account::counted(&reloaded, 1).unwrap();
-    assert_eq!(compressed.kv_bytes_per_token, saved.kv_bytes_per_token);
-    assert!(dense.resident_bytes > compressed.resident_bytes);
-
-    // What was measured is known, and nothing else depends on it.
-    let mut watch = Watch::default();
-    let again = timed().run(&mut watch).unwrap();
-    assert!(again.ran.is_empty() && !watch.stages.contains(&"latency"));
-    assert_eq!(again.compressed.latency, Some(compressed));
-    let without = plain().run(&mut ()).unwrap();
-    assert!(without.ran.is_empty() && without.dense.latency.is_none());
-    let json: serde_json::Value = serde_json::from_str(&again.to_json().unwrap()).unwrap();
-    assert_eq!(json["compressed"]["latency"]["decode"]["runs"], 3);
-
-    options.runs = 2;
-    let other = plain().latency(options);
-    let forecast = other.dry_run(&mut ()).unwrap();
-    let unknown: Vec<Stage> =
-        forecast.stages.iter().filter(|stage| !stage.known).map(|stage| stage.stage).collect();
-    assert_eq!(unknown, [Stage::Evaluate]);
-    let mut watch = Watch { stop: Some(("latency", 2)), ..Watch::default() };
-    assert!(matches!(other.run(&mut watch).unwrap_err(), Error::Cancelled { stage: "latency" }));
-    assert_eq!(other.run(&mut ()).unwrap().ran, [Stage::Evaluate]);
-}
-
-#[test]
-fn a_model_that_lost_too_much_is_not_saved() {
-    let directory = directory();
-    let path = directory.path();
-    let gated = |limit| compressor(path, "out").target(Goal::Blocks(6)).max_nll_increase(limit);
-    let error = gated(0.01).run(&mut ()).unwrap_err();
-    let Error::QualityGate { dense, compressed, limit } = &error else { panic!("{error}") };
-    assert!(*limit < 0.011 && compressed - dense > *limit);
-    for part in [format!("{dense:.4}"), format!("{compressed:.4}"), "0.01".into()] {
-        assert!(error.to_string().contains(&part), "{error}");
-    }
-    assert!(!path.join("out").exists());
-    assert!(path.join("work").is_dir());
-    let report = gated(f64::from(u16::MAX)).run(&mut ()).unwrap();
-    // What evaluates now is the samples, which no model was asked for that is not saved.
-    assert_eq!(report.ran, [Stage::Fold, Stage::Evaluate, Stage::Save]);
 }
 
 #[test]
