@@ -3,10 +3,13 @@
 
 mod compressions;
 
-use compressions::{Watch, compressor, directory, heal, weights};
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+use compressions::{MODEL, SEQ_LEN, Watch, compressor, directory, files, heal, weights};
 use foldgpt::candle::{DType, Device};
 use foldgpt::pipeline::{Goal, Stage};
-use foldgpt::{Account, Checkpoint, Error, LatencyOptions};
+use foldgpt::{Account, Bos, Checkpoint, Error, LatencyOptions, Observer, Windows};
 
 #[test]
 fn a_rerun_does_only_what_changed() {
@@ -118,4 +121,46 @@ fn a_model_that_lost_too_much_is_not_saved() {
     let report = gated(f64::from(u16::MAX)).run(&mut ()).unwrap();
     // What evaluates now is the samples, which no model was asked for that is not saved.
     assert_eq!(report.ran, [Stage::Fold, Stage::Evaluate, Stage::Save]);
+}
+
+#[test]
+fn a_speed_is_known_of_the_same_number_of_threads_alone() {
+    let directory = directory();
+    let path = directory.path();
+    let mut options = LatencyOptions::default();
+    (options.prompt, options.new_tokens, options.runs) = (8, 2, 2);
+    let timed = compressor(path, "out").latency(options);
+    let with = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| timed.run(&mut ()).unwrap())
+    };
+    assert_eq!(with(1).compressed.latency.unwrap().threads, 1);
+    let two = with(2);
+    assert_eq!((two.ran.as_slice(), two.dense.latency.unwrap().threads), (&[Stage::Evaluate][..], 2));
+    assert!(with(1).ran.is_empty());
+}
+
+#[test]
+fn a_text_that_changed_beside_its_windows_is_measured_anew_and_named_as_it_is() {
+    let directory = directory();
+    let path = directory.path();
+    let text = path.join("text.txt");
+    let compressor = compressor(path, "out");
+    let before = compressor.run(&mut ()).unwrap();
+    let old = std::fs::read_to_string(&text).unwrap();
+    let new = old.strip_suffix("sad.\n").unwrap().to_string() + "bad.\n";
+    std::fs::write(&text, &new).unwrap();
+    let tokenizer = Checkpoint::open(MODEL).unwrap().tokenizer().unwrap();
+    let evaluated = |text| Windows::split_from_text(&tokenizer, text, SEQ_LEN, Some(2), Bos::Auto).unwrap().1;
+    let (old, new) = (evaluated(&old), evaluated(&new));
+    assert!(old.iter().eq(new.iter()) && old.text_sha256() != new.text_sha256());
+
+    let after = compressor.run(&mut ()).unwrap();
+    assert_eq!(after.ran, [Stage::Fold, Stage::Evaluate]);
+    assert_eq!(before.dense.perplexity.text_sha256, old.text_sha256());
+    for found in [&after.dense.perplexity, &after.compressed.perplexity] {
+        assert_eq!(found.text_sha256, new.text_sha256());
+    }
+    let card = std::fs::read_to_string(path.join("out/README.md")).unwrap();
+    assert!(card.contains(new.text_sha256()) && !card.contains(old.text_sha256()), "{card}");
 }

@@ -156,7 +156,10 @@ impl<'a> Inputs<'a> {
 
     pub(super) fn keys(&self) -> Result<Keys> {
         let recipe = self.recipe;
-        let calibration = (self.calibration.ids_sha256(), self.calibration.bos());
+        // Results name the whole text, of which windows are a part.
+        let cut =
+            |windows: &Windows| (windows.text_sha256().to_string(), windows.ids_sha256(), windows.bos());
+        let calibration = cut(&self.calibration);
         let score = self.needs_scores().then(|| {
             let options = recipe.method.relevant(&self.method_options());
             Key::of(Stage::Score.name(), &(self.model(), recipe.dtype, &calibration, recipe.method, options))
@@ -174,10 +177,12 @@ impl<'a> Inputs<'a> {
         let items = self.tasks.iter().map(|task| (&task.name, format!("{:?}", task.items)));
         let tokenizer = self.tokenizer.to_json()?;
         let reader = (!self.tasks.is_empty()).then_some(&tokenizer);
-        let questions = (self.evaluation.ids_sha256(), items.collect::<Vec<_>>(), reader);
+        let questions = (cut(&self.evaluation), items.collect::<Vec<_>>(), reader);
         let evaluate = |weights: &Key| Key::of(Stage::Evaluate.name(), &(weights, &questions));
         let weights = heal.as_ref().unwrap_or(&plan);
-        let timed = |options| Key::of(LATENCY, &(self.model(), weights, options));
+        // As many as computed belong to what is said of the speed.
+        let threads = rayon::current_num_threads();
+        let timed = |options| Key::of(LATENCY, &(self.model(), weights, options, threads));
         let beginnings = (self.prompts()?, recipe.samples.tokens, &tokenizer);
         let out = std::path::absolute(&recipe.out).map_err(Error::io("find", &recipe.out))?;
         Ok(Keys {
