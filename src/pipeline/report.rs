@@ -78,8 +78,6 @@ pub struct Measured {
     pub parameters: usize,
     /// The loss on the evaluation windows, in f32.
     pub perplexity: Perplexity,
-    /// Seconds that this took.
-    pub seconds: f64,
     /// The accuracy on each task, by its name.
     pub tasks: BTreeMap<String, Accuracy>,
     /// How fast it is and what it takes in memory, in f32, where the recipe asks; of the dense model and of what was

@@ -1,7 +1,6 @@
 //! The stages, one after the other, each only where its result is not known.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Instant;
 
 use candle_core::{DType, Device};
 use serde::Serialize;
@@ -317,24 +316,20 @@ pub(super) const REPORT: &str = "report";
 impl Inputs<'_> {
     /// The numbers of a model in memory.
     fn measure(&self, decoder: &Decoder, observer: &mut dyn Observer) -> Result<Measured> {
-        let start = Instant::now();
         let perplexity = perplexity(decoder, &self.evaluation, observer)?;
-        let seconds = start.elapsed().as_secs_f64();
         let answer = |task: &Task| -> Result<(String, Accuracy)> {
             Ok((task.name.clone(), accuracy(decoder, &self.tokenizer, task, &mut *observer)?))
         };
         let tasks = self.tasks.iter().map(answer).collect::<Result<BTreeMap<_, _>>>()?;
         let (blocks, parameters) = (decoder.depth(), decoder.parameter_count());
-        Ok(Measured { blocks, parameters, perplexity, seconds, tasks, latency: None })
+        Ok(Measured { blocks, parameters, perplexity, tasks, latency: None })
     }
 
     /// Those of the blocks `kept`, read from disk.
     fn measure_streamed(&self, kept: &[usize], observer: &mut dyn Observer) -> Result<Measured> {
-        let start = Instant::now();
         let model = self.stream(DType::F32)?.with_blocks(kept)?;
         let perplexity = perplexity_streamed(&model, &self.evaluation, observer)?;
-        let seconds = start.elapsed().as_secs_f64();
         let (blocks, parameters) = (model.depth(), model.architecture().parameter_count());
-        Ok(Measured { blocks, parameters, perplexity, seconds, tasks: BTreeMap::new(), latency: None })
+        Ok(Measured { blocks, parameters, perplexity, tasks: BTreeMap::new(), latency: None })
     }
 }

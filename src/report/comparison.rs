@@ -70,7 +70,6 @@ impl Report {
             ),
             self.row("NLL", "nats per token", 4, &|model| some(model.perplexity.mean_nll)),
             self.row("perplexity", "", 2, &|model| some(model.perplexity.perplexity)),
-            self.row("evaluation speed", "tokens per second", 0, &speed),
             self.row("prefill", "tokens per second", 0, &|model| {
                 Some(model.latency.as_ref()?.prefill.into())
             }),
@@ -130,10 +129,4 @@ impl Row {
 #[allow(clippy::unnecessary_wraps)] // what most rows have
 fn some(value: f64) -> Option<Value> {
     Some(value.into())
-}
-
-/// Tokens that were read in each second of the evaluation, head included.
-fn speed(model: &Measured) -> Option<Value> {
-    let tokens = (model.perplexity.windows * model.perplexity.seq_len) as f64;
-    (model.seconds > 0.0).then(|| (tokens / model.seconds).into())
 }
