@@ -164,3 +164,56 @@ fn a_text_that_changed_beside_its_windows_is_measured_anew_and_named_as_it_is() 
     let card = std::fs::read_to_string(path.join("out/README.md")).unwrap();
     assert!(card.contains(new.text_sha256()) && !card.contains(old.text_sha256()), "{card}");
 }
+
+/// Puts something in the way of a checkpoint that is about to be renamed.
+struct Obstruct<'a> {
+    saving: bool,
+    out: &'a Path,
+}
+
+impl Observer for Obstruct<'_> {
+    fn started(&mut self, stage: &'static str, _: u64) {
+        self.saving |= stage == "compress: save";
+    }
+
+    fn advanced(&mut self, stage: &'static str, done: u64, total: u64) -> ControlFlow<()> {
+        if self.saving && stage == "hash" && done == total {
+            std::fs::create_dir(self.out).unwrap();
+            std::fs::write(self.out.join("config.json"), "{}").unwrap();
+        }
+        ControlFlow::Continue(())
+    }
+}
+
+#[test]
+fn a_run_that_was_killed_after_its_checkpoint_was_in_place_knows_it_as_its_own() {
+    let directory = directory();
+    let path = directory.path();
+    let out = path.join("out");
+    let compressor = compressor(path, "out");
+    // Nothing has run since the renaming, which failed here.
+    let error = compressor.run(&mut Obstruct { saving: false, out: &out }).unwrap_err();
+    assert!(matches!(error, Error::Io { action: "rename to", .. }), "{error}");
+    let records = || {
+        let name = |path: &PathBuf| path.file_name().unwrap().to_string_lossy().into_owned();
+        files(&path.join("work")).iter().map(name).filter(|name| name.starts_with("saved-")).count()
+    };
+    assert_eq!(records(), 1);
+    // What is in its place and another model's is not taken for it.
+    std::fs::remove_dir_all(&out).unwrap();
+    let other = compressions::compressor(path, "other").target(Goal::Blocks(3));
+    other.run(&mut ()).unwrap();
+    std::fs::rename(path.join("other"), &out).unwrap();
+    let error = compressor.run(&mut ()).unwrap_err().to_string();
+    assert!(error.contains("exists and is not empty"), "{error}");
+    // Its own checkpoint is.
+    std::fs::remove_dir_all(&out).unwrap();
+    let twin = compressions::compressor(path, "twin").work(path.join("twin.work"));
+    twin.run(&mut ()).unwrap();
+    std::fs::rename(path.join("twin"), &out).unwrap();
+    assert!(compressor.dry_run(&mut ()).unwrap().stages.iter().all(|stage| stage.known));
+    assert!(compressor.run(&mut ()).unwrap().ran.is_empty());
+    // Where nothing is in its place, it is written.
+    std::fs::remove_dir_all(&out).unwrap();
+    assert_eq!(compressor.run(&mut ()).unwrap().ran, [Stage::Fold, Stage::Save]);
+}

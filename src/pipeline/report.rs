@@ -133,13 +133,12 @@ pub struct Other {
     pub healed: bool,
 }
 
-/// What was written.
+/// What was written, or is about to be.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct SavedRecord {
     pub directory: PathBuf,
     pub tensor_bytes: u64,
-    /// Absent while it is hashed.
-    pub weights_sha256: Option<String>,
+    pub weights_sha256: String,
     /// SHA-256 of the model card that was written with it.
     pub card_sha256: String,
 }
