@@ -217,3 +217,19 @@ fn a_run_that_was_killed_after_its_checkpoint_was_in_place_knows_it_as_its_own()
     std::fs::remove_dir_all(&out).unwrap();
     assert_eq!(compressor.run(&mut ()).unwrap().ran, [Stage::Fold, Stage::Save]);
 }
+
+#[test]
+fn a_stricter_gate_says_what_an_earlier_run_has_saved() {
+    let directory = directory();
+    let path = directory.path();
+    let gated = |limit| compressor(path, "out").max_nll_increase(limit);
+    gated(100.0).run(&mut ()).unwrap();
+    let error = gated(-100.0).run(&mut ()).unwrap_err();
+    let Error::QualityGate { targeted: false, saved: Some(saved), .. } = &error else { panic!("{error}") };
+    assert_eq!(*saved, path.join("out"));
+    assert!(error.to_string().contains(&format!("{} still holds", saved.display())), "{error}");
+    std::fs::remove_dir_all(saved).unwrap();
+    let error = gated(-100.0).run(&mut ()).unwrap_err();
+    assert!(matches!(error, Error::QualityGate { saved: None, .. }), "{error}");
+    assert!(error.to_string().ends_with("nothing was saved"), "{error}");
+}

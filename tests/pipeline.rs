@@ -114,6 +114,20 @@ fn a_loss_can_be_the_target() {
     let error = compressor(path, "none").target(Goal::NllIncrease(0.0)).run(&mut ()).unwrap_err();
     assert!(error.to_string().contains("target.nll-increase"), "{error}");
     assert!(!path.join("none").exists());
+    // The methods with which it works are named.
+    let coupling = compressor(path, "none").target(Goal::NllIncrease(1.0)).method(Method::Coupling);
+    let error = coupling.run(&mut ()).unwrap_err().to_string();
+    assert!(error.contains("block-influence, perplexity") && !error.contains("angular"), "{error}");
+    // A target that is met where it calibrates and not where it evaluates says so.
+    let story = std::fs::read_to_string(path.join("text.txt")).unwrap();
+    std::fs::write(path.join("text.txt"), story + &"Xyzzy qux 123 !! foo? ".repeat(50)).unwrap();
+    let mut elsewhere = compressor(path, "elsewhere").target(Goal::NllIncrease(4.0));
+    elsewhere.recipe.windows.evaluate = 8;
+    let error = elsewhere.run(&mut ()).unwrap_err();
+    assert!(matches!(error, Error::QualityGate { targeted: true, saved: None, .. }), "{error}");
+    for part in ["`target.nll-increase`", "calibration windows", "`max_nll_increase`"] {
+        assert!(error.to_string().contains(part), "{error}");
+    }
 }
 
 #[test]

@@ -92,10 +92,12 @@ impl Recipe {
                 let field = "target.nll-increase";
                 let sound = limit.is_finite() && limit >= 0.0;
                 refuse(!sound, field, &format!("is {limit}, expected a number from 0 on"))?;
-                let sized = self.method.depends_on_count();
-                let reason =
-                    format!("the method {} finds sets of one size and no order of blocks", self.method);
-                refuse(sized, field, &reason)?;
+                let ordering = Method::names(|method| !method.depends_on_count());
+                let reason = format!(
+                    "the method {} finds sets of one size and no order of blocks, expected `method` to be one of {ordering}",
+                    self.method
+                );
+                refuse(self.method.depends_on_count(), field, &reason)?;
                 let more = self.share.is_some() || self.mix.is_some();
                 refuse(more, field, "is met by removal alone: it goes with neither `share` nor `mix`")
             }

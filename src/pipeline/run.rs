@@ -261,7 +261,11 @@ impl<'a> Run<'a> {
     fn check_gate(&self, dense: &Measured, compressed: &Measured) -> Result<()> {
         let (dense, compressed) = (dense.perplexity.mean_nll, compressed.perplexity.mean_nll);
         match self.inputs.recipe.gate() {
-            Some(limit) if compressed - dense > limit => Err(Error::QualityGate { dense, compressed, limit }),
+            Some(limit) if compressed - dense > limit => {
+                let targeted = self.inputs.recipe.max_nll_increase.is_none();
+                let saved = self.saved.as_ref().map(|saved| saved.directory.clone());
+                Err(Error::QualityGate { dense, compressed, limit, targeted, saved })
+            }
             limit => {
                 tracing::debug!(dense, compressed, limit, "lost no more than it may");
                 Ok(())
