@@ -77,13 +77,7 @@ impl Inputs<'_> {
         };
         let importance = (0..arch.depth()).map(|block| f64::from(u8::from(named.contains(&block))));
         let scores = Scores::new("assumed", &self.calibration, importance.collect())?;
-        let (freed, _) = self.checkpoint.freed_bytes(self.recipe.format);
-        if self.remove > 0 && freed.first() != freed.last() {
-            assumed.push("blocks of the end go, and blocks differ in size".to_string());
-        }
-        if self.recipe.gates.as_ref().is_some_and(|gates| gates.halves) {
-            assumed.push("whole blocks go, and not their halves".to_string());
-        }
+        assumed.extend(self.assumed_of_removal());
         let some = (self.remove > 0).then_some(&scores);
         let builder = match (self.recipe.mix, self.recipe.target) {
             (Some(mix), _) => self.mix(&mix).removal(arch, &scores)?,
@@ -105,6 +99,24 @@ impl Inputs<'_> {
             self.fit(budget, compact, &mut sizes);
         }
         Ok(Some(sizes))
+    }
+
+    /// What is taken for granted of the blocks that go, where the sizes depend on which these are.
+    fn assumed_of_removal(&self) -> Vec<String> {
+        let mut assumed = Vec::new();
+        let (freed, _) = self.checkpoint.freed_bytes(self.recipe.format);
+        if self.remove > 0 && freed.first() != freed.last() {
+            assumed.push("blocks of the end go, and blocks differ in size".to_string());
+        }
+        let groups = self.recipe.share.as_ref().map(|share| &share.groups).filter(|_| self.remove > 0);
+        if let Some(Groups::Consecutive { within: Some((first, last)), .. }) = groups {
+            let which = format!("how many of blocks {first} to {last} share depends on which");
+            assumed.push(format!("blocks of the end go, and {which}"));
+        }
+        if self.recipe.gates.as_ref().is_some_and(|gates| gates.halves) {
+            assumed.push("whole blocks go, and not their halves".to_string());
+        }
+        assumed
     }
 
     /// Sharing that is measured goes on until the budget is met; so far the model takes `compact` bytes where what is
