@@ -86,6 +86,11 @@ impl<'a> Memory<'a> {
         Footprint::new(self.arch, dtype, &self.inputs.calibration)
     }
 
+    /// The dense model's weights.
+    pub(super) fn weights(&self) -> u64 {
+        self.counted(DType::F32).weights()
+    }
+
     /// The dense model, and the activations of one block on every core; of a run that reads blocks from disk, all of it.
     pub(super) fn plain(&self) -> u64 {
         if let Some(options) = &self.inputs.streamed {
@@ -116,14 +121,17 @@ impl<'a> Memory<'a> {
         scoring.max(takes(evaluated, Method::BlockInfluence, &MethodOptions::default()))
     }
 
-    /// What is trained with its moments and its best values, in f32, and one input of every block.
+    /// What is trained with its moments and its best values, in f32, one input of every block, and whichever takes more
+    /// on the way back: the activations of a block or the logits of a few rows.
     pub(super) fn healing(&self) -> u64 {
         let Some(heal) = self.inputs.heal() else { return self.plain() };
         let groups = heal.groups.iter().map(|group| self.trained(group) as u64);
         let trained = groups.fold(0, u64::saturating_add).saturating_mul(5 * 4);
-        let states = self.arch.depth() as u64 * self.counted(DType::F32).state();
+        let counted = self.counted(DType::F32);
+        let states = self.arch.depth() as u64 * counted.state();
         let inputs = states.saturating_mul(heal.micro_batch as u64);
-        self.plain().saturating_add(trained).saturating_add(inputs)
+        let back = counted.back(heal.micro_batch as u64);
+        [trained, inputs, back].into_iter().fold(self.plain(), u64::saturating_add)
     }
 
     /// How many numbers a group trains, at most.
@@ -147,4 +155,12 @@ impl<'a> Memory<'a> {
             Trainable::Everything => arch.parameter_count(),
         }
     }
+}
+
+/// What the process has in memory beyond so many bytes, where the system tells.
+pub(super) fn resident_beside(counted: u64) -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let kilobytes = line.trim().strip_suffix(" kB")?.parse::<u64>().ok()?;
+    Some((kilobytes * 1024).saturating_sub(counted))
 }
