@@ -266,6 +266,16 @@ fn every_saved_directory_has_a_card() {
     assert_eq!(front["library_name"].as_str(), Some("transformers"));
     assert!(front["base_model"].is_badvalue());
     assert!(body.contains("# llama, compressed") && body.contains("blocks: 4 of 4"), "{body}");
+    assert!(!body.contains("removed") && body.contains("not measured"), "{body}");
+    // What was copied without a plan says which blocks it lost.
+    let dropped = directory.path().join("dropped");
+    checkpoint.save_blocks(&[0, 2], None, &dropped, &SaveOptions::default(), &mut ()).unwrap();
+    let (front, body) = card(&dropped);
+    assert!(body.contains("blocks: 2 of 4\n") && body.contains("removed: 1, 3\n"), "{body}");
+    assert_eq!(front["tags"][1].as_str(), Some("depth-pruning"));
+    // Results are whoever's who measured them.
+    let own = checkpoint.card(&dense.with_blocks(&[0, 2]).unwrap(), None);
+    assert!(own.body.contains("removed: 1, 3\n") && !own.body.contains("not measured"), "{}", own.body);
     // A snapshot of the hub's cache says whose it is, and what is made of what was made of it says so too.
     let fetched = Checkpoint::open(&first).unwrap();
     let scores = foldgpt::Scores::new("test", &support::windows("llama"), vec![0.4, 0.1, 0.3, 0.2]).unwrap();

@@ -6,23 +6,24 @@ use std::time::Instant;
 
 use foldgpt::eval::Throughput;
 use foldgpt::report::{self, Value};
-use foldgpt::{Checkpoint, Decoder, Latency, Observer, Perplexity, Windows, perplexity};
+use foldgpt::{Decoder, Latency, Observer, Perplexity, Windows, perplexity};
 
 /// A model's line of the table.
 pub struct Row {
     name: &'static str,
     blocks: usize,
     parameters: usize,
-    bytes: u64,
-    result: Perplexity,
+    /// Bytes of its tensors as they are stored.
+    pub bytes: u64,
+    pub result: Perplexity,
     tokens_per_second: f64,
 }
 
 impl Row {
-    /// Evaluates `decoder`, loaded from `checkpoint`, on `windows`; speed is that of the evaluation, in tokens read per second.
+    /// Evaluates `decoder` on `windows`; speed is that of the evaluation, in tokens read per second.
     pub fn measure(
         name: &'static str,
-        checkpoint: &Checkpoint,
+        bytes: u64,
         decoder: &Decoder,
         windows: &Windows,
         observer: &mut dyn Observer,
@@ -36,7 +37,7 @@ impl Row {
             name,
             blocks: decoder.depth(),
             parameters: decoder.parameter_count(),
-            bytes: checkpoint.tensor_bytes(),
+            bytes,
             result,
             tokens_per_second: tokens / start.elapsed().as_secs_f64(),
         })

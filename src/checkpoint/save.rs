@@ -42,7 +42,8 @@ pub struct SaveOptions {
     pub format: Format,
     /// Tensors are split into files of at most this many bytes; a larger tensor has a file of its own.
     pub max_shard_bytes: u64,
-    /// The model card, `README.md`. Where absent, one that says what was done, without results.
+    /// The model card, `README.md`. Where absent, that of [`Checkpoint::card`], which says what was done and has no
+    /// results.
     pub card: Option<ModelCard>,
 }
 
@@ -179,7 +180,7 @@ impl Checkpoint {
             staging.write(PLAN, plan.to_json()?.as_bytes())?;
         }
         self.write_companions(&staging)?;
-        let card = options.card.clone().unwrap_or_else(|| self.card(&written.model, plan));
+        let card = options.card.clone().unwrap_or_else(|| self.unmeasured(written, plan));
         staging.write(CARD, card.to_markdown(options.format).as_bytes())?;
         let (weight_files, tensor_bytes) = write_weights(written, &staging, options, observer)?;
         let checkpoint = compare(written, &staging.path, observer)?;

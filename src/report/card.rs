@@ -18,6 +18,13 @@ pub(crate) fn plan_facts(plan: &Plan) -> Vec<(&'static str, String)> {
     facts
 }
 
+/// Which of so many blocks are gone where only `kept` are left, as facts for a model card without a plan. None where
+/// all are there: others may have gone before.
+pub(crate) fn removed_facts(depth: usize, kept: &[usize]) -> Vec<(&'static str, String)> {
+    let gone: Vec<usize> = (0..depth).filter(|block| !kept.contains(block)).collect();
+    if gone.is_empty() { Vec::new() } else { vec![roles::removed_blocks(&gone)] }
+}
+
 impl Report {
     /// The card of the compressed model: what it was made of and how, its results and their protocol. Paths of this
     /// machine stay out of it.
