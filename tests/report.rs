@@ -128,9 +128,15 @@ fn markdown_leaves_out_what_was_not_done() {
     for heading in ["Asked", "Before and after", "Protocol", "Blocks", "Provenance"] {
         assert!(text.contains(&format!("\n## {heading}\n")), "{heading}");
     }
-    for absent in ["## Healing", "## Samples", "strongest couplings", "Mixes", "| cut", "± is"] {
+    for absent in ["## Healing", "## Samples", "strongest couplings", "Mixes", "| cut", "± is", "task file"]
+    {
         assert!(!text.contains(absent), "{absent}");
     }
+    // Its part is a figure.
+    assert!(!text.contains("## Size and loss"));
+    let filled =
+        text.split("\n## ").all(|section| section.lines().filter(|line| !line.is_empty()).count() > 1);
+    assert!(filled, "a heading stands over nothing: {text}");
     assert_eq!(text, plain().to_markdown().unwrap());
 }
 
