@@ -17,6 +17,7 @@ use foldgpt::plan::Groups;
 use foldgpt::{Checkpoint, Compressor, Format, Heal, SaveOptions, Target, perplexity};
 use pulldown_cmark::{Event, Options, Parser, Tag};
 use reports::{HOSTILE, full, plain};
+use sha2::{Digest, Sha256};
 use yaml_rust2::{Yaml, YamlLoader};
 
 const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/tiny-stories");
@@ -214,6 +215,28 @@ fn the_pipeline_reports_what_it_did_and_keeps_it() {
     let third = compressor(path, "third").target(Goal::Blocks(5)).run(&mut ()).unwrap();
     let outs: Vec<_> = third.others.iter().map(|other| other.out.clone()).collect();
     assert_eq!(outs, [path.join("other"), path.join("one")]);
+}
+
+#[test]
+fn the_files_of_tasks_are_named_by_their_hashes() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path();
+    let task = path.join("copa.jsonl");
+    let item = r#"{"premise": "Ben fell.", "choice1": "He cried.", "choice2": "He ate.", "question": "effect", "label": 0}"#;
+    let expected = |text: &str| {
+        std::fs::write(&task, text).unwrap();
+        let digest = Sha256::digest(text).iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+        let mut compressor = compressor(path, "out");
+        compressor.recipe.tasks = vec![task.clone()];
+        let report = compressor.run(&mut ()).unwrap();
+        let text = report.to_markdown().unwrap();
+        assert!(text.contains(&format!("- task file, sha256: `{digest}  copa`\n")), "{digest}: {text}");
+        (report.ran, digest)
+    };
+    let (_, first) = expected(&format!("{item}\n"));
+    // The same items need no work, and are of another file.
+    let (ran, second) = expected(&format!("{item}\n\n"));
+    assert!(ran.is_empty() && first != second, "{ran:?}");
 }
 
 #[test]

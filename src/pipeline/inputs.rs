@@ -1,14 +1,17 @@
 //! What a compression works on, opened and checked, and the hashes of what each stage depends on.
 
+use std::collections::BTreeMap;
+
 use candle_core::{DType, Device};
 use serde::Serialize;
+use sha2::{Digest, Sha256};
 
 use super::recipe::{Goal, Recipe};
 use super::run::{LATENCY, REPORT, SAMPLES};
 use super::stage::Stage;
 use super::work::{Key, Work};
 use crate::checkpoint::{Checkpoint, StreamOptions, StreamedDecoder};
-use crate::data::{Tokenizer, Windows, read_documents};
+use crate::data::{Tokenizer, Windows, hex, read_documents};
 use crate::error::{Error, Result};
 use crate::eval::Task;
 use crate::heal::{Heal, hold_out};
@@ -28,6 +31,8 @@ pub(super) struct Inputs<'a> {
     /// Windows to heal on, and those that choose the weights that are kept.
     pub healing: Option<(Windows, Windows)>,
     pub tasks: Vec<Task>,
+    /// SHA-256 of each task's file, by the task's name.
+    pub task_files: BTreeMap<String, String>,
     /// How many blocks the method chooses: what is removed, or at most removed.
     pub remove: usize,
     pub work: Work,
@@ -54,9 +59,9 @@ pub(super) struct Keys {
 }
 
 impl Keys {
-    /// The key of the report: it tells of every stage, and of what was asked for.
-    pub(super) fn report(&self, recipe: &Recipe) -> Result<Key> {
-        Key::of(REPORT, &(recipe, self))
+    /// The key of the report: it tells of every stage, of what was asked for, and of the files that tasks are in.
+    pub(super) fn report(&self, inputs: &Inputs<'_>) -> Result<Key> {
+        Key::of(REPORT, &(inputs.recipe, &inputs.task_files, self))
     }
 }
 
@@ -78,6 +83,11 @@ impl<'a> Inputs<'a> {
         recipe.check_model(arch, remove, recipe.most_left(&checkpoint, remove))?;
         let tasks = recipe.tasks.iter().map(|path| Task::read(path, recipe.task_items));
         let tasks = tasks.collect::<Result<Vec<_>>>()?;
+        let task_files = tasks.iter().zip(&recipe.tasks).map(|(task, path)| {
+            let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
+            Ok((task.name.clone(), hex(&Sha256::digest(bytes))))
+        });
+        let task_files = task_files.collect::<Result<_>>()?;
         let twice = tasks
             .iter()
             .enumerate()
@@ -103,6 +113,7 @@ impl<'a> Inputs<'a> {
             evaluation,
             healing,
             tasks,
+            task_files,
             remove,
             work,
             streamed: None,

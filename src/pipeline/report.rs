@@ -29,6 +29,9 @@ pub struct Report {
     pub model_sha256: String,
     /// SHA-256 of the weights that were saved.
     pub saved_sha256: String,
+    /// SHA-256 of each task's file, by the task's name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub task_files: BTreeMap<String, String>,
     /// The windows that calibrated.
     pub calibration: Calibration,
     /// The model as it was.

@@ -86,6 +86,7 @@ impl<'a> Run<'a> {
             recipe: inputs.recipe.clone(),
             model_sha256: inputs.model_sha256.clone(),
             saved_sha256: String::new(),
+            task_files: inputs.task_files.clone(),
             calibration: Calibration::from(&inputs.calibration),
             dense,
             folded,
@@ -104,7 +105,7 @@ impl<'a> Run<'a> {
         };
         report.saved_sha256 = self.save(&report, observer)?;
         report.others = self.others(&report)?;
-        self.inputs.work.keep(REPORT, &self.keys.report(self.inputs.recipe)?, &report)?;
+        self.inputs.work.keep(REPORT, &self.keys.report(&self.inputs)?, &report)?;
         report.ran = self.ran.into_iter().collect();
         Ok(report)
     }

@@ -310,6 +310,8 @@ impl Report {
             ("calibration text, sha256", Text::code(&self.calibration.text_sha256)),
             ("evaluation text, sha256", Text::code(&self.dense.perplexity.text_sha256)),
         ];
+        let task = |(name, sha256): (&String, &String)| Text::code(format!("{sha256}  {name}"));
+        facts.extend(self.task_files.iter().map(|file| ("task file, sha256", task(file))));
         facts.extend(self.command.iter().map(|command| ("command", Text::code(command))));
         let unwritable = |error: serde_json::Error| Error::Report(error.to_string());
         let mut recipe = serde_json::to_value(&self.recipe).map_err(unwritable)?;
