@@ -145,13 +145,13 @@ pub enum Precision {
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct WindowOptions {
-    /// Tokens in each window.
+    /// Tokens in each window; 512 by default.
     pub seq_len: usize,
-    /// Whether windows begin with the begin-of-text token.
+    /// Whether windows begin with the begin-of-text token; as the tokenizer does it by default.
     pub bos: Bos,
-    /// Windows that calibrate, at most, spread over the first 80 %. Healing trains on all that there are.
+    /// Windows that calibrate, at most, spread over the first 80 %; 16 by default. Healing trains on all that there are.
     pub calibrate: usize,
-    /// Windows that evaluate, at most, the first of the last 20 %.
+    /// Windows that evaluate, at most, the first of the last 20 %; 32 by default.
     pub evaluate: usize,
 }
 
@@ -166,9 +166,9 @@ impl Default for WindowOptions {
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct SampleOptions {
-    /// Beginnings of texts. Where there are none, two windows of the evaluation text begin them.
+    /// Beginnings of texts. Where there are none, as by default, two windows of the evaluation text begin them.
     pub prompts: Vec<String>,
-    /// Tokens that are made for each, at most, always the likeliest; 0 for no samples.
+    /// Tokens that are made for each, at most, always the likeliest; 0 for no samples, 40 by default.
     pub tokens: usize,
 }
 
