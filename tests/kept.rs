@@ -233,3 +233,21 @@ fn a_stricter_gate_says_what_an_earlier_run_has_saved() {
     assert!(matches!(error, Error::QualityGate { saved: None, .. }), "{error}");
     assert!(error.to_string().ends_with("nothing was saved"), "{error}");
 }
+
+#[test]
+fn a_damaged_result_says_what_to_do_about_it() {
+    let directory = directory();
+    let path = directory.path();
+    let compressor = compressor(path, "out");
+    compressor.run(&mut ()).unwrap();
+    let plan = files(&path.join("work")).into_iter().find(|path| {
+        let name = path.file_name().unwrap().to_string_lossy();
+        name.starts_with("plan-")
+    });
+    let plan = plan.unwrap();
+    std::fs::write(&plan, "{").unwrap();
+    let error = compressor.run(&mut ()).unwrap_err().to_string();
+    assert!(error.contains(&plan.display().to_string()) && error.contains("delete it"), "{error}");
+    std::fs::remove_file(&plan).unwrap();
+    assert_eq!(compressor.run(&mut ()).unwrap().ran, [Stage::Plan]);
+}

@@ -290,9 +290,16 @@ fn toml_and_json_are_the_same_recipe() {
     assert_eq!(recipe.coupling.unwrap().gates.steps, 120);
     assert_eq!(work, PathBuf::from("out.work"));
 
+    for (target, found) in [("{ \"rate\": 0.2, \"bytes\": 9 }", "`rate` and `bytes`"), ("{}", "nothing")] {
+        let error = Recipe::from_json(&format!("{{\"target\": {target}}}")).unwrap_err().to_string();
+        assert!(error.contains(&format!("`target` is {found}, expected exactly one")), "{error}");
+    }
+    assert_eq!(Recipe::from_json("{\"target\": null}").unwrap().target, None);
+
     let directory = tempfile::tempdir().unwrap();
     let unknown = [
         "target = { share = 0.2 }",
+        "target = { rate = 0.2, blocks = 2 }",
         "remove = 3",
         "[heal]\nstep = 3",
         "[heal.losses]\nkl = 1.0",
@@ -306,7 +313,18 @@ fn toml_and_json_are_the_same_recipe() {
         let path = directory.path().join("recipe.toml");
         std::fs::write(&path, text).unwrap();
         let error = Recipe::read(&path).unwrap_err().to_string();
-        let names = ["share", "remove", "step", "kl", "length", "magic", "steep", "`b`", "repeats"];
+        let names = [
+            "share",
+            "`rate` and `blocks`",
+            "remove",
+            "step",
+            "kl",
+            "length",
+            "magic",
+            "steep",
+            "`b`",
+            "repeats",
+        ];
         assert!(error.contains("recipe.toml") && names.iter().any(|name| error.contains(name)), "{error}");
     }
 }
@@ -346,6 +364,22 @@ fn a_dry_run_writes_nothing_and_knows_what_comes() {
 }
 
 #[test]
+fn a_dry_run_says_what_its_sizes_take_for_granted() {
+    let directory = directory();
+    let path = directory.path();
+    let within = |blocks| {
+        let share = Share::new(Groups::of_within(2, 2..=9));
+        compressor(path, "out").share(share).target(Goal::Blocks(blocks)).format(Format::Compact)
+    };
+    let forecast = within(2).dry_run(&mut ()).unwrap().compressed.unwrap();
+    let report = within(2).protect(&[10, 11]).run(&mut ()).unwrap();
+    assert_ne!(forecast.parameters, report.compressed.parameters);
+    assert_eq!(forecast.assumed.len(), 1, "{:?}", forecast.assumed);
+    assert!(forecast.assumed[0].contains("blocks 2 to 9"), "{:?}", forecast.assumed);
+    assert!(within(0).dry_run(&mut ()).unwrap().compressed.unwrap().assumed.is_empty());
+}
+
+#[test]
 fn a_dry_run_counts_absurd_numbers_too() {
     let directory = directory();
     let huge = Recipe::from_toml(
@@ -377,22 +411,6 @@ fn a_dry_run_counts_absurd_numbers_too() {
     (compressor.recipe.share, compressor.recipe.heal) = (None, None);
     let error = compressor.dry_run(&mut ()).unwrap_err().to_string();
     assert!(error.contains("max_memory"), "{error}");
-}
-
-#[test]
-fn a_dry_run_says_what_its_sizes_take_for_granted() {
-    let directory = directory();
-    let path = directory.path();
-    let within = |blocks| {
-        let share = Share::new(Groups::of_within(2, 2..=9));
-        compressor(path, "out").share(share).target(Goal::Blocks(blocks)).format(Format::Compact)
-    };
-    let forecast = within(2).dry_run(&mut ()).unwrap().compressed.unwrap();
-    let report = within(2).protect(&[10, 11]).run(&mut ()).unwrap();
-    assert_ne!(forecast.parameters, report.compressed.parameters);
-    assert_eq!(forecast.assumed.len(), 1, "{:?}", forecast.assumed);
-    assert!(forecast.assumed[0].contains("blocks 2 to 9"), "{:?}", forecast.assumed);
-    assert!(within(0).dry_run(&mut ()).unwrap().compressed.unwrap().assumed.is_empty());
 }
 
 #[test]

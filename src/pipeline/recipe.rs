@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 
 use candle_core::DType;
 use serde::de::value::MapAccessDeserializer;
-use serde::de::{MapAccess, Visitor};
+use serde::de::{Error as _, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::Value;
 
 use crate::bytes::Bytes;
 use crate::checkpoint::Format;
@@ -71,6 +72,7 @@ pub struct Recipe {
     /// Options of the method `coupling`, likewise.
     pub coupling: Option<GatesWithCoupling>,
     /// How much is removed. Nothing where absent, but for what `mix` removes.
+    #[serde(deserialize_with = "target")]
     pub target: Option<Goal>,
     /// Blocks that stay, by index from 0.
     pub protect: Vec<usize>,
@@ -126,6 +128,21 @@ fn latency<'de, D: Deserializer<'de>>(
         }
     }
     deserializer.deserialize_any(Asked)
+}
+
+/// A goal, or none; of several at once it says which.
+fn target<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<Goal>, D::Error> {
+    let Some(asked) = Option::<serde_json::Map<String, Value>>::deserialize(deserializer)? else {
+        return Ok(None);
+    };
+    if asked.len() != 1 {
+        let found = asked.keys().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(" and ");
+        let found = if found.is_empty() { "nothing".into() } else { found };
+        return Err(D::Error::custom(format!(
+            "`target` is {found}, expected exactly one goal, such as `rate`"
+        )));
+    }
+    Goal::deserialize(Value::Object(asked)).map(Some).map_err(D::Error::custom)
 }
 
 /// What blocks are scored in.
