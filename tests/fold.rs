@@ -254,10 +254,14 @@ fn ranks_go_where_they_help_and_keep_their_budget() {
     let error =
         |plan: &Plan| mean_error(&decoder, &fold_on(&decoder, plan, &windows, &mut ()).unwrap(), &windows);
     assert!(error(&spread) < error(&uniform));
-    assert!(
-        pairs().residual(Ranks::Parameters(9), ResidualStart::Svd).build(arch).is_err(),
-        "has to be measured"
-    );
+    let spread = |count| pairs().residual(Ranks::Parameters(count), ResidualStart::Svd);
+    assert!(spread(budget).build(arch).is_err(), "has to be measured");
+    // Keys and values have the smallest matrices; one parameter less is no rank at all.
+    let unit = arch.key_width() + arch.hidden_size;
+    let error = spread(unit - 1).measure(&decoder, &windows, &mut ()).unwrap_err().to_string();
+    assert!(error.contains(&format!("is {}, expected at least {unit}", unit - 1)), "{error}");
+    let least = spread(unit).measure(&decoder, &windows, &mut ()).unwrap();
+    assert_eq!(least.sharing().unwrap().ranks.len(), 1);
 }
 
 #[test]

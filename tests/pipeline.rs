@@ -12,7 +12,7 @@ use foldgpt::data::json_lines;
 use foldgpt::heal::{Teacher, Trainable, hold_out};
 use foldgpt::importance::{BlockInfluence, Gates, Method};
 use foldgpt::pipeline::{Goal, MixOptions, Report, Share, Stage, Total};
-use foldgpt::plan::{Groups, Ranks, ResidualStart};
+use foldgpt::plan::{Groups, Ranks, Residual, ResidualStart};
 use foldgpt::{
     Bos, Bytes, Checkpoint, Compressor, Error, Format, Importance, LatencyOptions, Plan, Recipe, SaveOptions,
     Target, Windows, fold_on, perplexity,
@@ -201,7 +201,15 @@ fn recipes_that_cannot_be_are_refused_by_field() {
     refused(base().protect(&[12]), "protect");
     refused(base().target(Goal::Blocks(3)).protect(&[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]), "target");
     refused(base().share(Share::new(Groups::of(2))).mix(mix), "share");
-    refused(base().share(Share::new(Groups::of(0))), "share.groups");
+    for groups in [Groups::of(0), Groups::of(1), Groups::of_within(2, 30..=40), Groups::of_within(2, 3..=12)]
+    {
+        refused(base().share(Share::new(groups)), "share.groups");
+    }
+    for ranks in [Ranks::Uniform(0), Ranks::Parameters(9)] {
+        let mut share = Share::new(Groups::of(2));
+        share.own.residual = Some(Residual { ranks, start: ResidualStart::Svd });
+        refused(base().share(share), "share.own.residual.ranks");
+    }
     refused(base().mix(MixOptions::new(Total::Share(1.5))), "mix.total.share");
     refused(base().heal(heal(0)), "heal");
     refused(

@@ -1,12 +1,12 @@
 //! What can be known to be wrong before any work is done.
 
-use super::recipe::{Goal, MixOptions, Recipe, Total};
+use super::recipe::{Goal, MixOptions, Recipe, Share, Total};
 use crate::checkpoint::Checkpoint;
 use crate::data::holds_json_lines;
 use crate::error::{Error, Result};
 use crate::importance::{Gates, GatesWithCoupling, Method};
-use crate::model::Architecture;
-use crate::plan::{Budget, Groups, Ranks, Target, fewest};
+use crate::model::{Architecture, Projection};
+use crate::plan::{Budget, Groups, Target, fewest};
 
 impl Recipe {
     /// Fails for what contradicts itself, whatever the model.
@@ -108,20 +108,8 @@ impl Recipe {
     fn check_sharing(&self) -> Result<()> {
         let Some(share) = &self.share else { return Ok(()) };
         refuse(self.mix.is_some(), "share", "contradicts `mix`, which decides what is shared")?;
-        match &share.groups {
-            Groups::Consecutive { size: 0, .. } => Err(Error::recipe("share.groups", "groups of 0 blocks")),
-            Groups::Consecutive { within: Some((first, last)), .. } if first > last => {
-                Err(Error::recipe("share.groups", format!("no block is from {first} to {last}")))
-            }
-            Groups::Budget { largest: Some(largest), .. } if *largest < 2 => {
-                Err(Error::recipe("share.groups", format!("largest is {largest}, expected at least 2")))
-            }
-            _ => {
-                let ranks = share.own.residual.map(|residual| residual.ranks);
-                let none = matches!(ranks, Some(Ranks::Uniform(0) | Ranks::Parameters(0)));
-                refuse(none, "share.own.residual.ranks", "is 0, expected at least 1")
-            }
-        }
+        share.groups.check().map_err(|error| in_field("share.groups", &error))?;
+        check_ranks(share, 1)
     }
 
     fn check_mix(&self, mix: &MixOptions) -> Result<()> {
@@ -158,11 +146,10 @@ impl Recipe {
             let found = format!("is {}, and the model knows {limit} positions", self.windows.seq_len);
             refuse(self.windows.seq_len > limit, "windows.seq_len", &found)?;
         }
-        if let Some(Groups::Explicit(groups)) = self.share.as_ref().map(|share| &share.groups) {
-            let unknown = groups.iter().flatten().find(|&&index| index >= depth);
-            if let Some(&index) = unknown {
-                return Err(in_field("share.groups", &Error::NoSuchBlock { index, depth }));
-            }
+        if let Some(share) = &self.share {
+            share.groups.check_depth(depth).map_err(|error| in_field("share.groups", &error))?;
+            let shapes = Projection::ALL.into_iter().filter_map(|at| arch.projection_shape(at));
+            check_ranks(share, shapes.map(|(output, input)| output + input).min().unwrap_or(1))?;
         }
         if let Some(options) = &self.latency {
             options.check_model(arch).map_err(|error| in_field("latency", &error))?;
@@ -238,6 +225,13 @@ impl Recipe {
         };
         arch.depth() - least.min(remove)
     }
+}
+
+/// Fails where residuals are asked for that get no rank.
+fn check_ranks(share: &Share, unit: usize) -> Result<()> {
+    let ranks = share.own.residual.map(|residual| residual.ranks.check(unit));
+    ranks.transpose().map_err(|error| in_field("share.own.residual.ranks", &error))?;
+    Ok(())
 }
 
 fn in_field(field: &str, error: &Error) -> Error {

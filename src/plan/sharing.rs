@@ -260,30 +260,40 @@ impl Groups {
         Self::Budget { budget, largest: None }
     }
 
-    /// The blocks of each group of two or more, of those that stay with the halves that each will have; `None` where
-    /// they have to be measured. Blocks that lost a half share only with others that have the same one.
-    ///
-    /// # Errors
-    /// A size of 0, or a range that is empty.
-    pub(super) fn decide(&self, kept: &[(usize, Part)]) -> Result<Option<Vec<Vec<usize>>>> {
+    /// Fails for groups that tie nothing, whatever the model.
+    pub(crate) fn check(&self) -> Result<()> {
         match self {
-            Self::Budget { largest: Some(largest), .. } if *largest < 2 => {
-                Err(Error::argument("largest group", largest, "at least 2"))
+            Self::Consecutive { size, .. } if *size < 2 => {
+                Err(Error::argument("group size", size, "at least 2"))
             }
-            Self::Budget { .. } => Ok(None),
-            Self::Explicit(groups) => Ok(Some(groups.clone())),
-            Self::Consecutive { size: 0, .. } => Err(Error::argument("group size", 0, "at least 1")),
-            Self::Consecutive { within: Some((first, last)), .. } if first > last => {
+            Self::Consecutive { within: Some((first, last)), .. } if first >= last => {
                 let found = format!("{first} to {last}");
-                Err(Error::argument("range of blocks", found, "the first no greater than the last"))
+                Err(Error::argument(
+                    "range of blocks",
+                    found,
+                    "two blocks or more, the first before the last",
+                ))
             }
             Self::Consecutive { size, within } => {
                 let inside =
                     |(block, _): &&(usize, Part)| within.is_none_or(|(a, b)| (a..=b).contains(block));
                 let blocks: Vec<(usize, Part)> = kept.iter().filter(inside).copied().collect();
                 let runs = blocks.chunk_by(|a, b| a.1 == b.1);
-                let groups = runs.flat_map(|run| run.chunks(*size)).filter(|group| group.len() > 1);
-                Ok(Some(groups.map(|group| group.iter().map(|(block, _)| *block).collect()).collect()))
+                let groups = runs.flat_map(|run| run.chunks((*size).max(1))).filter(|group| group.len() > 1);
+                Some(groups.map(|group| group.iter().map(|(block, _)| *block).collect()).collect())
+            }
+        }
+    }
+}
+
+impl Ranks {
+    /// Fails where no residual gets any rank; `unit` is what the smallest one of rank 1 has of parameters.
+    pub(crate) fn check(self, unit: usize) -> Result<()> {
+        match self {
+            Self::Uniform(0) => Err(Error::argument("rank", 0, "at least 1")),
+            Self::Parameters(count) if count < unit => {
+                let expected = format!("at least {unit}, the parameters of one unit of rank");
+                Err(Error::argument("parameters for ranks", count, expected))
             }
         }
     }
@@ -301,6 +311,32 @@ impl Own {
         self.scales.is_some() || self.residual.is_some()
     }
 
+            Self::Budget { largest: Some(largest), .. } if *largest < 2 => {
+                Err(Error::argument("largest group", largest, "at least 2"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Fails for blocks that a model of this depth does not have.
+    pub(crate) fn check_depth(&self, depth: usize) -> Result<()> {
+        let largest = match self {
+            Self::Consecutive { within, .. } => within.map(|(_, last)| last),
+            Self::Explicit(groups) => groups.iter().flatten().copied().find(|&block| block >= depth),
+            Self::Budget { .. } => None,
+        };
+        match largest {
+            Some(index) if index >= depth => Err(Error::NoSuchBlock { index, depth }),
+            _ => Ok(()),
+        }
+    }
+
+    /// The blocks of each group of two or more, of those that stay with the halves that each will have; `None` where
+    /// they have to be measured. Blocks that lost a half share only with others that have the same one.
+    pub(crate) fn decide(&self, kept: &[(usize, Part)]) -> Option<Vec<Vec<usize>>> {
+        match self {
+            Self::Budget { .. } => None,
+            Self::Explicit(groups) => Some(groups.clone()),
     /// Whether its starts depend on calibration windows.
     #[must_use]
     pub fn needs_windows(&self) -> bool {
