@@ -8,7 +8,9 @@ use std::sync::Arc;
 use foldgpt::candle::{DType, Device, Tensor};
 use foldgpt::model::{BlockParam, NormSite, Param, Part, Projection, Unit};
 use foldgpt::plan::{Budget, Donor, Groups, Matrices, Ranks, Residual, ResidualStart, ScaleStart};
-use foldgpt::{Account, Decoder, Error, Held, Plan, Scores, Target, Windows, fold, fold_on, output_errors};
+use foldgpt::{
+    Account, Decoder, Error, Held, Observer, Plan, Scores, Target, Windows, fold, fold_on, output_errors,
+};
 use support::{FAMILIES, distance, folded, input_ids, kinds, load, windows};
 
 fn resident_bytes(decoder: &Decoder) -> usize {
@@ -336,6 +338,86 @@ fn tied_by_hand(decoder: &Decoder, windows: &Windows, donor: Donor, ties: usize)
     for age in 0..ties {
         let without = |pair: &[usize]| {
             let mut with: Vec<Vec<usize>> =
+#[test]
+fn ties_that_make_a_model_no_smaller_are_not_made() {
+    #[derive(Default)]
+    struct Stages(Vec<&'static str>);
+    impl Observer for Stages {
+        fn started(&mut self, stage: &'static str, _: u64) {
+            self.0.push(stage);
+        }
+    }
+    let (decoder, windows) = (load("llama"), windows("llama"));
+    let (arch, total) = (decoder.architecture(), decoder.parameter_count());
+    let until = |limit, rank, donor| {
+        let groups = Groups::until(Budget::Parameters(limit));
+        Plan::builder().share(groups).donor(donor).residual(Ranks::Uniform(rank), ResidualStart::Svd)
+    };
+    let size = |plan: &Plan| plan.architecture(arch).unwrap().parameter_count();
+    let pair = |rank, donor| {
+        let pair = Plan::builder().share(Groups::Explicit(vec![vec![0, 1]])).donor(donor);
+        size(&pair.residual(Ranks::Uniform(rank), ResidualStart::Svd).build(arch).unwrap())
+    };
+    // The least rank at which two residuals take more than one block's matrices: one residual takes less.
+    let rank = (1..).find(|&rank| pair(rank, Donor::Mean) >= total).unwrap();
+    assert!(pair(rank, Donor::First) < total);
+    for limit in [total - 1, 10] {
+        let mut stages = Stages::default();
+        let error = until(limit, rank, Donor::Mean).measure(&decoder, &windows, &mut stages).unwrap_err();
+        let Error::Budget { budget, least, .. } = error else { panic!("{error}") };
+        assert_eq!((budget, least), (limit, total));
+        assert_eq!(stages.0, [] as [&str; 0], "nothing is measured for it");
+    }
+    // Of all donors those are left that help.
+    let plan = until(total - 1, rank, Donor::Best).measure(&decoder, &windows, &mut ()).unwrap();
+    let groups = &plan.sharing().unwrap().groups;
+    assert!(size(&plan) < total);
+    assert!(groups.iter().all(|group| group.donor != Matrices::Mean), "{groups:?}");
+    assert!(groups.iter().flat_map(|group| &group.tried).all(|(donor, _)| *donor != Matrices::Mean));
+}
+
+#[test]
+fn a_budget_says_what_all_ties_would_leave() {
+    let (decoder, windows) = (load("qwen3"), windows("qwen3"));
+    let arch = decoder.architecture();
+    for (largest, groups) in [(None, Groups::of(4)), (Some(3), Groups::of(3)), (Some(2), Groups::of(2))] {
+        for donor in [Donor::First, Donor::Mean, Donor::Best] {
+            let all = Plan::builder().share(groups.clone());
+            let all = all.donor(if donor == Donor::Best { Donor::First } else { donor });
+            let all = all.scales(ScaleStart::Ones).build(arch).unwrap();
+            let least = all.architecture(arch).unwrap().parameter_count();
+            let until = |limit| {
+                let groups = Groups::Budget { budget: Budget::Parameters(limit), largest };
+                let builder = Plan::builder().share(groups).donor(donor).scales(ScaleStart::Ones);
+                builder.measure(&decoder, &windows, &mut ())
+            };
+            let error = until(least - 1).unwrap_err();
+            assert!(
+                matches!(error, Error::Budget { least: found, .. } if found == least),
+                "{largest:?} {donor:?} {least}: {error}"
+            );
+            if largest.is_none() && donor != Donor::Best {
+                assert!(until(least).is_ok(), "{donor:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_folded_model_is_tied_further_until_a_budget_is_met() {
+    let (decoder, windows) = (load("llama"), windows("llama"));
+    for groups in [vec![vec![0, 1], vec![2, 3]], vec![vec![0, 2], vec![1, 3]]] {
+        let first = Plan::builder().share(Groups::Explicit(groups.clone())).donor(Donor::First);
+        let folded = fold(&decoder, &first.build(decoder.architecture()).unwrap()).unwrap();
+        for donor in [Donor::First, Donor::Mean] {
+            let limit = folded.parameter_count() - 1;
+            let until = Plan::builder().share(Groups::until(Budget::Parameters(limit))).donor(donor);
+            let plan = until.measure(&folded, &windows, &mut ()).unwrap();
+            assert!(fold(&folded, &plan).unwrap().parameter_count() <= limit, "{groups:?} {donor:?}");
+        }
+    }
+}
+
                 groups.iter().filter(|group| !pair.contains(&group[0])).cloned().collect();
             with.push(pair.to_vec());
             with.sort();
