@@ -130,7 +130,7 @@ pub fn folded(family: &str, plan: &Plan) -> Decoder {
     fold_on(&load(family), plan, &windows(family), &mut ()).unwrap()
 }
 
-/// The largest distance of two tensors, as a share of the largest magnitude of `expected`.
+/// The largest distance of two tensors, as a share of the largest magnitude of `expected`; both have to be finite.
 pub fn distance(found: &Tensor, expected: &Tensor) -> f32 {
     assert_eq!(found.dims(), expected.dims());
     let largest =
@@ -148,5 +148,10 @@ pub fn changed_fixture(family: &str, change: impl FnOnce(&mut serde_json::Value)
     let mut config = serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
     change(&mut config);
     std::fs::write(&path, config.to_string()).unwrap();
+    let values = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    for (name, tensor) in [("found", found), ("expected", expected)] {
+        let wrong = values(tensor).into_iter().find(|value| !value.is_finite());
+        assert_eq!(wrong, None, "a value of what was {name} is not finite");
+    }
     directory
 }
