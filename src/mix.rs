@@ -54,7 +54,7 @@ impl Mix {
     /// No more than `parameters`, with no block removed, 5 % of the budget for residuals, and means as donors.
     #[must_use]
     pub fn new(parameters: usize) -> Self {
-        Self { parameters, removed: 0, protected: Vec::new(), residual_share: 0.05, donor: Donor::Mean }
+        Self { parameters, removed: 0, protected: Vec::new(), residual_share: 0.05, donor: Donor::default() }
     }
 
     /// The plan of this mix for a decoder whose blocks have these scores.
@@ -179,16 +179,20 @@ pub(crate) fn measure_mixes(
     let mut candidates: Vec<Candidate> = Vec::with_capacity(mixes.len());
     let mut passed_over = None;
     for mix in mixes {
-        let plan = match mix.plan(decoder, scores, windows, observer) {
-            Ok(plan) => plan,
-            Err(error @ Error::Budget { .. }) => {
+        let planned = mix.plan(decoder, scores, windows, observer);
+        let measured = planned.and_then(|plan| {
+            if candidates.iter().any(|known| known.plan == plan) {
+                return Ok(None);
+            }
+            mix.measure_plan(plan, decoder, windows, observer).map(Some)
+        });
+        match measured {
+            Ok(candidate) => candidates.extend(candidate),
+            Err(error @ (Error::Budget { .. } | Error::NotFinite { .. })) => {
                 tracing::warn!(%error, "a mix was passed over");
                 passed_over = Some(error);
             }
             Err(error) => return Err(error),
-        };
-        if candidates.iter().all(|known| known.plan != plan) {
-            candidates.push(mix.measure_plan(plan, decoder, windows, observer)?);
         }
     }
     if candidates.is_empty() {

@@ -222,7 +222,7 @@ pub struct Share {
     /// Which blocks.
     pub groups: Groups,
     /// Whose matrices they use; means where absent.
-    #[serde(default = "mean")]
+    #[serde(default)]
     pub donor: Donor,
     /// What each keeps for itself; its norms where absent.
     #[serde(default)]
@@ -233,12 +233,8 @@ impl Share {
     /// These blocks share the means of their matrices, and keep their norms.
     #[must_use]
     pub fn new(groups: Groups) -> Self {
-        Self { groups, donor: mean(), own: Own::default() }
+        Self { groups, donor: Donor::default(), own: Own::default() }
     }
-}
-
-fn mean() -> Donor {
-    Donor::Mean
 }
 
 /// A total that removal, sharing and rank meet together, as a [`Mix`](crate::Mix) does.
@@ -252,7 +248,7 @@ pub struct MixOptions {
     #[serde(default = "residual_share")]
     pub residual_share: f64,
     /// Whose matrices tied blocks use; means where absent.
-    #[serde(default = "mean")]
+    #[serde(default)]
     pub donor: Donor,
     /// Whether mixes in several proportions are tried, and the one of the lowest loss is taken: with none, half and all
     /// of the blocks removed that may go, each with nothing, `residual_share` and three times as much (below 1) kept for
@@ -265,7 +261,7 @@ impl MixOptions {
     /// One mix of the usual proportions.
     #[must_use]
     pub fn new(total: Total) -> Self {
-        Self { total, residual_share: residual_share(), donor: mean(), search: false }
+        Self { total, residual_share: residual_share(), donor: Donor::default(), search: false }
     }
 
     /// The shares for residuals that are tried.

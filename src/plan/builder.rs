@@ -91,7 +91,7 @@ impl PlanBuilder {
         self
     }
 
-    /// Whose matrices a group uses; those of its first block unless this says otherwise.
+    /// Whose matrices a group uses; the mean of its blocks' unless this says otherwise.
     pub fn donor(mut self, donor: Donor) -> Self {
         self.donor = Some(donor);
         self

@@ -56,10 +56,10 @@ pub enum Budget {
 #[non_exhaustive]
 pub enum Donor {
     /// Those of its first block.
-    #[default]
     First,
     /// The mean of all its blocks' matrices.
     Mean,
+    #[default]
     /// Whichever of the mean and its blocks costs the least loss on calibration windows, before scales and residuals make
     /// up for what they can: with them another donor could be the best.
     Best,
