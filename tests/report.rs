@@ -13,8 +13,8 @@ use foldgpt::heal::{Budget, Losses};
 use foldgpt::importance::Method;
 use foldgpt::model::Unit;
 use foldgpt::pipeline::{Goal, Share, Stage};
-use foldgpt::plan::Groups;
-use foldgpt::{Checkpoint, Compressor, Format, Heal, SaveOptions, Target, perplexity};
+use foldgpt::plan::{Donor, Groups, Ranks, ResidualStart, ScaleStart};
+use foldgpt::{Account, Checkpoint, Compressor, Format, Heal, Plan, SaveOptions, Target, perplexity};
 use pulldown_cmark::{Event, Options, Parser, Tag};
 use reports::{HOSTILE, full, plain};
 use sha2::{Digest, Sha256};
@@ -338,6 +338,59 @@ fn every_saved_directory_has_a_card() {
         perplexity(&decoder, &support::windows("llama"), &mut ()).unwrap().mean_nll.to_bits()
     };
     assert_eq!(nll(&second), nll(&third));
+}
+
+#[test]
+fn a_card_says_what_blocks_share_and_what_each_keeps() {
+    let (checkpoint, dense) = (support::open("llama"), support::load("llama"));
+    let pairs = |donor| Plan::builder().share(Groups::of(2)).donor(donor);
+    let ranked = pairs(Donor::First).scales(ScaleStart::Ones).residual(Ranks::Uniform(2), ResidualStart::Svd);
+    let cases = [
+        (pairs(Donor::Mean), "their mean", "norms of their own\n"),
+        (pairs(Donor::First).share_norms(), "those of block 2", "no norms of their own\n"),
+        (ranked, "those of block 2", "norms of their own, scales, residuals of rank 2\n"),
+    ];
+    for (place, (builder, donor, own)) in cases.into_iter().enumerate() {
+        let plan = builder.build(dense.architecture()).unwrap();
+        let folded = foldgpt::fold(&dense, &plan).unwrap();
+        let scratch = tempfile::tempdir().unwrap();
+        let options = SaveOptions::from(Format::Compact);
+        let out = scratch.path().join("out");
+        checkpoint.save(&folded, Some(&plan), &out, &options, &mut ()).unwrap();
+        let (_, body) = card(&out);
+        assert!(body.contains(&format!("share matrices: 2, 3: {donor}\n")), "{place}: {body}");
+        assert!(body.contains(&format!("what blocks that share keep: {own}")), "{place}: {body}");
+    }
+}
+
+#[test]
+fn work_and_memory_are_those_of_the_saved_model_in_every_report() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path();
+    let report = compressor(path, "out").share(Share::new(Groups::of(2))).run(&mut ()).unwrap();
+    assert!(report.dense.latency.is_none(), "nothing is measured for it");
+    let counted = |place: &Path| {
+        let decoder = Checkpoint::open(place).unwrap().decoder(DType::F32, &Device::Cpu).unwrap();
+        Account::counted(&decoder, 32).unwrap()
+    };
+    let (dense, compressed) = (counted(Path::new(MODEL)), counted(&path.join("out")));
+    assert_eq!((report.dense.account, report.compressed.account), (Some(dense), Some(compressed)));
+    let (_, body) = card(&path.join("out"));
+    for text in [body, report.to_markdown().unwrap()] {
+        let rows = table(&text, "Before and after");
+        for (name, before, after) in [
+            ("FLOPs per token", dense.flops_per_token, compressed.flops_per_token),
+            ("resident bytes", dense.resident_bytes, compressed.resident_bytes),
+            ("KV bytes per token", dense.kv_bytes_per_token, compressed.kv_bytes_per_token),
+        ] {
+            assert!(after < before, "{name}");
+            let shown = [number(rows[name][0]), number(rows[name][1])];
+            assert!(
+                (shown[0] - before as f64).abs() < 0.5 && (shown[1] - after as f64).abs() < 0.5,
+                "{name}"
+            );
+        }
+    }
 }
 
 #[test]

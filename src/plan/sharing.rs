@@ -1,6 +1,7 @@
 //! Which blocks share matrices, whose matrices these are, and what each block keeps for itself.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::ops::RangeInclusive;
 
 use serde::{Deserialize, Serialize};
@@ -58,8 +59,8 @@ pub enum Donor {
     /// Those of its first block.
     First,
     /// The mean of all its blocks' matrices.
-    Mean,
     #[default]
+    Mean,
     /// Whichever of the mean and its blocks costs the least loss on calibration windows, before scales and residuals make
     /// up for what they can: with them another donor could be the best.
     Best,
@@ -207,6 +208,29 @@ impl From<&Windows> for Calibration {
     }
 }
 
+impl fmt::Display for Matrices {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Block(block) => write!(f, "those of block {block}"),
+            Self::Mean => f.write_str("their mean"),
+        }
+    }
+}
+
+impl fmt::Display for Own {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.norms { "norms of their own" } else { "no norms of their own" })?;
+        if self.scales.is_some() {
+            f.write_str(", scales")?;
+        }
+        match self.residual.map(|residual| residual.ranks) {
+            Some(Ranks::Uniform(rank)) => write!(f, ", residuals of rank {rank}"),
+            Some(Ranks::Parameters(count)) => write!(f, ", residuals of up to {count} parameters in all"),
+            None => Ok(()),
+        }
+    }
+}
+
 impl Budget {
     /// The most that a model may take.
     pub(crate) fn limit(self) -> usize {
@@ -274,43 +298,6 @@ impl Groups {
                     "two blocks or more, the first before the last",
                 ))
             }
-            Self::Consecutive { size, within } => {
-                let inside =
-                    |(block, _): &&(usize, Part)| within.is_none_or(|(a, b)| (a..=b).contains(block));
-                let blocks: Vec<(usize, Part)> = kept.iter().filter(inside).copied().collect();
-                let runs = blocks.chunk_by(|a, b| a.1 == b.1);
-                let groups = runs.flat_map(|run| run.chunks((*size).max(1))).filter(|group| group.len() > 1);
-                Some(groups.map(|group| group.iter().map(|(block, _)| *block).collect()).collect())
-            }
-        }
-    }
-}
-
-impl Ranks {
-    /// Fails where no residual gets any rank; `unit` is what the smallest one of rank 1 has of parameters.
-    pub(crate) fn check(self, unit: usize) -> Result<()> {
-        match self {
-            Self::Uniform(0) => Err(Error::argument("rank", 0, "at least 1")),
-            Self::Parameters(count) if count < unit => {
-                let expected = format!("at least {unit}, the parameters of one unit of rank");
-                Err(Error::argument("parameters for ranks", count, expected))
-            }
-        }
-    }
-}
-
-/// The half that a block lost.
-pub(super) fn lost(block: usize, halves: &[Unit]) -> Option<&Unit> {
-    halves.iter().find(|unit| unit.block == block)
-}
-
-impl Own {
-    /// Whether blocks get scales or residuals.
-    #[must_use]
-    pub fn adapts(&self) -> bool {
-        self.scales.is_some() || self.residual.is_some()
-    }
-
             Self::Budget { largest: Some(largest), .. } if *largest < 2 => {
                 Err(Error::argument("largest group", largest, "at least 2"))
             }
@@ -337,6 +324,44 @@ impl Own {
         match self {
             Self::Budget { .. } => None,
             Self::Explicit(groups) => Some(groups.clone()),
+            Self::Consecutive { size, within } => {
+                let inside =
+                    |(block, _): &&(usize, Part)| within.is_none_or(|(a, b)| (a..=b).contains(block));
+                let blocks: Vec<(usize, Part)> = kept.iter().filter(inside).copied().collect();
+                let runs = blocks.chunk_by(|a, b| a.1 == b.1);
+                let groups = runs.flat_map(|run| run.chunks((*size).max(1))).filter(|group| group.len() > 1);
+                Some(groups.map(|group| group.iter().map(|(block, _)| *block).collect()).collect())
+            }
+        }
+    }
+}
+
+impl Ranks {
+    /// Fails where no residual gets any rank; `unit` is what the smallest one of rank 1 has of parameters.
+    pub(crate) fn check(self, unit: usize) -> Result<()> {
+        match self {
+            Self::Uniform(0) => Err(Error::argument("rank", 0, "at least 1")),
+            Self::Parameters(count) if count < unit => {
+                let expected = format!("at least {unit}, the parameters of one unit of rank");
+                Err(Error::argument("parameters for ranks", count, expected))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The half that a block lost.
+pub(super) fn lost(block: usize, halves: &[Unit]) -> Option<&Unit> {
+    halves.iter().find(|unit| unit.block == block)
+}
+
+impl Own {
+    /// Whether blocks get scales or residuals.
+    #[must_use]
+    pub fn adapts(&self) -> bool {
+        self.scales.is_some() || self.residual.is_some()
+    }
+
     /// Whether its starts depend on calibration windows.
     #[must_use]
     pub fn needs_windows(&self) -> bool {

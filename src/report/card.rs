@@ -13,8 +13,10 @@ use crate::plan::Plan;
 pub(crate) fn plan_facts(plan: &Plan) -> Vec<(&'static str, String)> {
     let mut facts = roles::removed(plan);
     facts.extend(plan.scores().map(|scores| ("chosen by", escape::code(&scores.method))));
-    let groups = roles::groups(plan).iter();
-    facts.extend(groups.map(|group| ("blocks that share their matrices", list(&group.blocks))));
+    let Some(sharing) = plan.sharing().filter(|sharing| !sharing.groups.is_empty()) else { return facts };
+    let groups = sharing.groups.iter().map(|group| format!("{}: {}", list(&group.blocks), group.donor));
+    facts.extend(groups.map(|group| ("blocks that share matrices", group)));
+    facts.push(("what blocks that share keep", sharing.own.to_string()));
     facts
 }
 
