@@ -6,7 +6,7 @@ mod support;
 use std::path::Path;
 
 use foldgpt::candle::{DType, Device, Tensor};
-use foldgpt::model::{BlockParam, Param, Part, Projection, Unit};
+use foldgpt::model::{Architecture, BlockParam, Param, Part, Projection, Unit};
 use foldgpt::plan::{Budget, Donor, Groups, Ranks, ResidualStart, ScaleStart};
 use foldgpt::{Account, Bos, Checkpoint, Decoder, Format, Held, Plan, SaveOptions, Windows, fold, fold_on};
 use serde_json::{Value, json};
