@@ -286,7 +286,7 @@ fn toml_and_json_are_the_same_recipe() {
     let recipe = Recipe::from_toml(toml).unwrap();
     assert_eq!(recipe, Recipe::from_json(json).unwrap());
     assert_eq!(recipe, Recipe::from_json(&serde_json::to_string(&recipe).unwrap()).unwrap());
-    assert_eq!((recipe.target, recipe.format), (Some(Goal::Rate(0.2)), Format::Compact));
+    assert_eq!((recipe.target, recipe.format), (Some(Goal::Rate(0.2)), Some(Format::Compact)));
     assert_eq!((recipe.windows.seq_len, recipe.windows.calibrate), (128, 16));
     let work = recipe.work_directory();
     let latency = |text: &str| Recipe::from_toml(text).unwrap().latency;
@@ -484,7 +484,6 @@ fn a_mix_meets_its_total() {
     let mut compressor = compressor(directory.path(), "out").mix(MixOptions::new(Total::Share(0.8)));
     compressor = compressor.target(Goal::Blocks(1)).protect(&all_but_5);
     compressor.recipe.windows.calibrate = 1;
-    compressor.recipe.format = Format::Compact;
     let report = compressor.run(&mut ()).unwrap();
     assert!(report.compressed.parameters as f64 <= 0.8 * report.dense.parameters as f64);
     assert!(report.plan.removed().iter().all(|block| !all_but_5.contains(block)));

@@ -49,5 +49,10 @@ pub fn print(report: &Report) {
     }
     let ran: Vec<&str> = report.ran.iter().map(|stage| stage.name()).collect();
     println!("done now: {}", if ran.is_empty() { "nothing".into() } else { ran.join(", ") });
-    println!("saved to {} ({} bytes of tensors)", report.recipe.out.display(), report.saved_bytes);
+    println!(
+        "saved to {} in the {} format ({} bytes of tensors)",
+        report.recipe.out.display(),
+        report.format,
+        report.saved_bytes
+    );
 }

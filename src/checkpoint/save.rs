@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 use candle_core::DType;
@@ -32,6 +33,15 @@ pub enum Format {
     Expanded,
     /// Each shared tensor once, as docs/format.md specifies it.
     Compact,
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Expanded => "expanded",
+            Self::Compact => "compact",
+        })
+    }
 }
 
 /// How a checkpoint is written.

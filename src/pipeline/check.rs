@@ -195,7 +195,7 @@ impl Recipe {
             Some(Goal::Blocks(count)) => named("blocks", Target::Blocks(count)),
             Some(Goal::Parameters(most)) => named("parameters", Target::Parameters(most)),
             Some(Goal::Bytes(most)) => {
-                let (freed, bytes) = checkpoint.freed_bytes(self.format);
+                let (freed, bytes) = checkpoint.freed_bytes(self.expected_format(arch));
                 let found = |least| format!("is {most}, expected at least {least}, with one block left");
                 fewest(&freed, bytes, most).map_err(|least| Error::recipe("target.bytes", found(least)))
             }
@@ -220,7 +220,7 @@ impl Recipe {
                 let freed = arch.freed(|_, shape| shape.iter().product::<usize>() as u64);
                 removed((freed, arch.parameter_count() as u64), most as u64)
             }
-            Some(Goal::Bytes(most)) => removed(checkpoint.freed_bytes(self.format), most),
+            Some(Goal::Bytes(most)) => removed(checkpoint.freed_bytes(self.expected_format(arch)), most),
             Some(Goal::Rate(_) | Goal::Blocks(_)) | None => remove,
         };
         arch.depth() - least.min(remove)

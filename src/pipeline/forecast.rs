@@ -136,7 +136,7 @@ pub(super) fn forecast(recipe: &Recipe, observer: &mut dyn Observer) -> Result<D
     let planned: Option<Planned> = inputs.work.known(PLAN, &keys.plan)?;
     let dense = inputs.dense_sizes();
     let compressed = match &planned {
-        Some(planned) => Some(inputs.planned_sizes(&planned.plan)?),
+        Some(planned) => Some(inputs.planned_sizes(&planned.plan, inputs.format(&planned.plan))?),
         None => inputs.assumed_sizes()?,
     };
     let speed = if known.all() { Speed::default() } else { Speed::measure(&inputs, observer)? };

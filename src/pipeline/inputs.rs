@@ -10,12 +10,13 @@ use super::recipe::{Goal, Recipe};
 use super::run::{LATENCY, REPORT, SAMPLES};
 use super::stage::Stage;
 use super::work::{Key, Work};
-use crate::checkpoint::{Checkpoint, StreamOptions, StreamedDecoder};
+use crate::checkpoint::{Checkpoint, Format, StreamOptions, StreamedDecoder};
 use crate::data::{Tokenizer, Windows, hex, read_documents};
 use crate::error::{Error, Result};
 use crate::eval::Task;
 use crate::heal::{Heal, hold_out};
 use crate::importance::MethodOptions;
+use crate::plan::Plan;
 use crate::progress::Observer;
 
 /// All that is known before a model is in memory.
@@ -160,6 +161,17 @@ impl<'a> Inputs<'a> {
         Some(Heal { seed: self.recipe.seed, ..heal })
     }
 
+    /// How what a plan makes is written.
+    pub(super) fn format(&self, plan: &Plan) -> Format {
+        let shares = plan.sharing().is_some_and(|sharing| !sharing.groups.is_empty());
+        self.recipe.format_where(shares || !self.checkpoint.architecture().fold.is_plain())
+    }
+
+    /// The same before there is a plan.
+    pub(super) fn expected_format(&self) -> Format {
+        self.recipe.expected_format(self.checkpoint.architecture())
+    }
+
     /// What tells this model from others.
     pub(super) fn model(&self) -> impl Serialize {
         (self.model_sha256.clone(), self.checkpoint.config().clone())
@@ -177,7 +189,7 @@ impl<'a> Inputs<'a> {
         });
         let score = score.transpose()?;
         // How many bytes a plan leaves depends on the format.
-        let format = matches!(recipe.target, Some(Goal::Bytes(_))).then_some(recipe.format);
+        let format = matches!(recipe.target, Some(Goal::Bytes(_))).then_some(self.expected_format());
         let mix = recipe.mix.map(|mix| (mix, self.proportions(&mix)));
         let asked = (recipe.target, format, &recipe.protect, &recipe.share, mix);
         let plan = Key::of(Stage::Plan.name(), &(self.model(), &score, asked, &calibration))?;

@@ -33,7 +33,7 @@ impl Inputs<'_> {
             )
         })?;
         let all: Vec<usize> = (0..self.depth()).collect();
-        let copied = self.checkpoint.bytes_to_copy(&all, self.recipe.format);
+        let copied = self.checkpoint.bytes_to_copy(&all, self.expected_format());
         copied.map_err(|error| Error::recipe("format", error.to_string()))?;
         tracing::debug!(%needed, limit = %most, "blocks are read from disk one at a time");
         // Beside the results: the system's directory for temporary files may itself be in memory.

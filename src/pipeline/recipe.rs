@@ -14,8 +14,9 @@ use crate::checkpoint::Format;
 use crate::data::Bos;
 use crate::error::{Error, Result};
 use crate::eval::LatencyOptions;
-use crate::heal::Heal;
+use crate::heal::{Heal, ParamGroup, Trainable};
 use crate::importance::{Gates, GatesWithCoupling, Method};
+use crate::model::Architecture;
 use crate::plan::{Donor, Groups, Own};
 
 /// All that a compression is told. A TOML or JSON file of these fields is a recipe; what it leaves out is as it is by
@@ -95,8 +96,9 @@ pub struct Recipe {
     /// are by default.
     #[serde(deserialize_with = "latency")]
     pub latency: Option<LatencyOptions>,
-    /// How a model whose blocks share is written.
-    pub format: Format,
+    /// How the model is written; where absent, compact if its blocks share, if it was made of a compact one, or if
+    /// adapters of healing stay beside their matrices, and expanded otherwise.
+    pub format: Option<Format>,
     /// Texts that the models before and after continue, for the report.
     pub samples: SampleOptions,
     /// The model's id on the hub, for the model card; what was fetched from there needs none.
@@ -338,6 +340,18 @@ impl Recipe {
             name.push(".work");
             self.out.with_file_name(name)
         })
+    }
+
+    /// How a model is written, by whether its blocks share or it was made of a compact one.
+    pub(crate) fn format_where(&self, shared: bool) -> Format {
+        let kept = |group: &ParamGroup| matches!(&group.params, Trainable::Lora(lora) if !lora.merge);
+        let adapted = || self.heal.iter().flat_map(|heal| &heal.groups).any(kept);
+        self.format.unwrap_or_else(|| if shared || adapted() { Format::Compact } else { Format::Expanded })
+    }
+
+    /// The same before it is known what blocks share, of a model of this architecture.
+    pub(crate) fn expected_format(&self, arch: &Architecture) -> Format {
+        self.format_where(self.share.is_some() || self.mix.is_some() || !arch.fold.is_plain())
     }
 
     /// The greatest increase of the loss that lets the model be saved.

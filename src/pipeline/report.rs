@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 use super::curve::HealPoint;
 use super::recipe::Recipe;
 use super::stage::Stage;
+use crate::account::Account;
+use crate::checkpoint::Format;
 use crate::error::{Error, Result};
 use crate::eval::{Accuracy, Latency, Perplexity};
 use crate::heal::HealReport;
@@ -62,6 +64,9 @@ pub struct Report {
     /// How the models before and after go on with a text.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub samples: Vec<Sample>,
+    /// The format in which the result was saved.
+    #[serde(default)]
+    pub format: Format,
     /// What other recipes made of the same model, with the same working directory and the same evaluation windows; the
     /// smallest model first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

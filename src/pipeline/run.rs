@@ -94,6 +94,7 @@ impl<'a> Run<'a> {
             dense_bytes: inputs.checkpoint.tensor_bytes(),
             saved_bytes,
             plan,
+            format: inputs.format(&plan),
             mixes,
             calibration_nll: dense_loss,
             heal,

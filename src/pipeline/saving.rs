@@ -8,7 +8,7 @@ use super::inputs::{Inputs, Keys};
 use super::report::{Other, Report, SavedRecord};
 use super::run::{REPORT, Run, SAVED};
 use super::stage::Stage;
-use crate::checkpoint::{CARD, Checkpoint, ModelCard, SaveOptions};
+use crate::checkpoint::{CARD, Checkpoint, Format, ModelCard, SaveOptions};
 use crate::data::hex;
 use crate::error::{Error, Result};
 use crate::file;
@@ -18,7 +18,7 @@ use crate::progress::Observer;
 impl Run<'_> {
     /// Bytes of all tensors that will be saved.
     pub(super) fn bytes_to_save(&mut self, plan: &Plan, observer: &mut dyn Observer) -> Result<u64> {
-        let format = self.inputs.recipe.format;
+        let format = self.inputs.format(plan);
         if self.streams() {
             return self.inputs.checkpoint.bytes_to_copy(&plan.kept(), format);
         }
@@ -31,7 +31,7 @@ impl Run<'_> {
         let card = report.model_card(self.inputs.base_model());
         if let Some(saved) = self.saved.take().filter(SavedRecord::is_there) {
             let sha256 = saved.weights_sha256.clone();
-            self.inputs.keep_card_in_step(&self.keys, saved, &card)?;
+            self.inputs.keep_card_in_step(&self.keys, saved, &card, report.format)?;
             return Ok(sha256);
         }
         let plan = &report.plan;
@@ -39,8 +39,8 @@ impl Run<'_> {
         let key = self.keys.save.clone();
         self.begin(Stage::Save, observer, |run, observer| {
             let Inputs { checkpoint, recipe, work, .. } = &run.inputs;
-            let card_sha256 = sha256_of(&card.to_markdown(recipe.format));
-            let options = SaveOptions { card: Some(card), ..SaveOptions::from(recipe.format) };
+            let card_sha256 = sha256_of(&card.to_markdown(report.format));
+            let options = SaveOptions { card: Some(card), ..SaveOptions::from(report.format) };
             let out = recipe.out.as_path();
             let prepared = match &result {
                 Some(result) => {
@@ -115,8 +115,14 @@ impl Inputs<'_> {
 
     /// Writes the card anew where the weights are known and what is said of them has changed, as when other tasks were
     /// answered. A card that is no more what was written is somebody's, and stays.
-    fn keep_card_in_step(&self, keys: &Keys, mut saved: SavedRecord, card: &ModelCard) -> Result<()> {
-        let (card, path) = (card.to_markdown(self.recipe.format), saved.directory.join(CARD));
+    fn keep_card_in_step(
+        &self,
+        keys: &Keys,
+        mut saved: SavedRecord,
+        card: &ModelCard,
+        format: Format,
+    ) -> Result<()> {
+        let (card, path) = (card.to_markdown(format), saved.directory.join(CARD));
         let new = sha256_of(&card);
         if new == saved.card_sha256 || !path.is_file() {
             return Ok(());

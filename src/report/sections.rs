@@ -75,6 +75,7 @@ impl Report {
         let gate = |limit: f64| format!("at most {limit} nats per token above the dense model").into();
         facts.extend(recipe.gate().map(|limit| ("quality gate", gate(limit))));
         facts.push(("written to", Text::code(recipe.out.display().to_string())));
+        facts.push(("in the format", self.format.to_string().into()));
         vec![Part::Facts(facts)]
     }
 
