@@ -1,12 +1,14 @@
 //! A plan applied to a decoder in memory.
 
 mod donors;
+mod footprint;
 mod low_rank;
 mod moments;
 mod ranks;
 mod starts;
 mod ties;
 
+pub(crate) use footprint::FoldFootprint;
 pub(crate) use ranks::spread_ranks;
 pub use starts::{OutputError, output_errors};
 pub(crate) use ties::{Ties, measured_groups};

@@ -248,11 +248,11 @@ impl Known {
             stages.push(of(Stage::Score, what, self.scores, cost, memory.scoring()));
         }
         let what = format!("{} of {} blocks may go", inputs.remove, inputs.depth());
-        stages.push(of(Stage::Plan, what, self.plan, inputs.planning_cost(), memory.plain()));
+        stages.push(of(Stage::Plan, what, self.plan, inputs.planning_cost(), memory.planning()));
         let unfolded = self.unfolded(recipe.heal.is_some());
         if !streams {
             let what = "the plan applied, not kept".to_string();
-            stages.push(of(Stage::Fold, what, unfolded, inputs.folding_cost(), memory.plain()));
+            stages.push(of(Stage::Fold, what, unfolded, inputs.folding_cost(), memory.folding()));
         }
         if let Some((train, _)) = &inputs.healing {
             let what = format!("a fine-tune on {} windows of {}", train.len(), train.seq_len());

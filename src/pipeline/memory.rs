@@ -7,16 +7,19 @@ use super::recipe::{Goal, Precision, Recipe};
 use crate::bytes::Bytes;
 use crate::checkpoint::StreamOptions;
 use crate::error::{Error, Result};
+use crate::fold::FoldFootprint;
 use crate::heal::{ParamGroup, Trainable};
 use crate::importance::{Footprint, Method, MethodOptions, with_overhead, without_overhead};
 use crate::model::{Architecture, Part, Projection};
+use crate::plan::{Own, Ranks, Residual, ResidualStart, ScaleStart};
 
 impl Inputs<'_> {
     /// How blocks are read from disk, where the run would take more memory than it may otherwise.
     pub(super) fn residence(&self) -> Result<Option<StreamOptions>> {
         let Some(most) = self.recipe.max_memory else { return Ok(None) };
         let memory = Memory::of(self);
-        let needed = Bytes(with_overhead(memory.plain().max(memory.scoring()).max(memory.healing())));
+        let stages = [memory.scoring(), memory.planning(), memory.folding(), memory.healing()];
+        let needed = Bytes(with_overhead(stages.into_iter().fold(memory.plain(), u64::max)));
         if needed <= most {
             return Ok(None);
         }
@@ -106,6 +109,53 @@ impl<'a> Memory<'a> {
         let recipe = self.inputs.recipe;
         let copy = if recipe.dtype == Precision::Bf16 { self.counted(DType::BF16).weights() } else { 0 };
         self.plain() + copy + self.counted(DType::F32).kept(recipe.method)
+    }
+
+    /// What blocks that share keep, where any do.
+    fn shared(&self) -> Option<Own> {
+        let recipe = self.inputs.recipe;
+        let mix = recipe.mix.map(|mix| {
+            let residual = Residual {
+                ranks: Ranks::Parameters(self.inputs.total(&mix)),
+                start: ResidualStart::Whitened,
+            };
+            let ranked = mix.residual_shares().into_iter().any(|share| share > 0.0);
+            Own {
+                scales: Some(ScaleStart::LeastSquares),
+                residual: Some(residual).filter(|_| ranked),
+                ..Own::default()
+            }
+        });
+        recipe.share.as_ref().map(|share| share.own).or(mix)
+    }
+
+    fn fold(&self) -> FoldFootprint<'_> {
+        let windows = self.inputs.calibration.len() as u64;
+        FoldFootprint { arch: self.arch, windows, state: self.counted(DType::F32).state() }
+    }
+
+    /// The dense model, and beside it the folded one.
+    fn both(&self) -> u64 {
+        let block = 4 * self.arch.parameters_of(Part::Whole) as u64;
+        self.plain().saturating_add(self.fold().made(block))
+    }
+
+    /// Planning: ties are measured where blocks share, ranks spread, and mixes folded.
+    pub(super) fn planning(&self) -> u64 {
+        let Some(own) = self.shared() else { return self.plain() };
+        let ranks = own.residual.map(|residual| residual.ranks);
+        let started = if matches!(ranks, Some(Ranks::Parameters(_))) || self.inputs.recipe.mix.is_some() {
+            self.fold().starts(own)
+        } else {
+            0
+        };
+        self.both().saturating_add(self.fold().ties().max(started))
+    }
+
+    /// Folding: both models, and starts.
+    pub(super) fn folding(&self) -> u64 {
+        let Some(own) = self.shared() else { return self.plain() };
+        self.both().saturating_add(self.fold().starts(own))
     }
 
     /// Scoring or evaluating, whichever takes more, with blocks read from disk and room for so many bytes of states.
