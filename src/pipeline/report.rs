@@ -88,6 +88,9 @@ pub struct Measured {
     pub perplexity: Perplexity,
     /// The accuracy on each task, by its name.
     pub tasks: BTreeMap<String, Accuracy>,
+    /// What it takes in f32, counted, for tokens that see an evaluation window.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub account: Option<Account>,
     /// How fast it is and what it takes in memory, in f32, where the recipe asks; of the dense model and of what was
     /// saved, measured in turns.
     #[serde(default, skip_serializing_if = "Option::is_none")]

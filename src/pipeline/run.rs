@@ -14,13 +14,14 @@ use super::recipe::Precision;
 use super::report::{Measured, Report, SavedRecord};
 use super::stage::Stage;
 use super::work::Key;
+use crate::account::{Account, Held};
 use crate::checkpoint::{Checkpoint, Format, SaveOptions, check_destination};
 use crate::error::{Error, Result};
 use crate::eval::{Accuracy, Latency, Task, accuracy, latency, perplexity, perplexity_streamed};
 use crate::fold::fold_on;
 use crate::heal::{Teacher, read_log};
 use crate::importance::Scores;
-use crate::model::Decoder;
+use crate::model::{Architecture, Decoder, StoredTypes};
 use crate::plan::{Calibration, Plan};
 use crate::progress::{self, Observer};
 
@@ -93,8 +94,8 @@ impl<'a> Run<'a> {
             compressed,
             dense_bytes: inputs.checkpoint.tensor_bytes(),
             saved_bytes,
-            plan,
             format: inputs.format(&plan),
+            plan,
             mixes,
             calibration_nll: dense_loss,
             heal,
@@ -328,7 +329,8 @@ impl Inputs<'_> {
         };
         let tasks = self.tasks.iter().map(answer).collect::<Result<BTreeMap<_, _>>>()?;
         let (blocks, parameters) = (decoder.depth(), decoder.parameter_count());
-        Ok(Measured { blocks, parameters, perplexity, tasks, latency: None })
+        let account = self.account(decoder.architecture(), decoder.stored_types());
+        Ok(Measured { blocks, parameters, perplexity, tasks, account, latency: None })
     }
 
     /// Those of the blocks `kept`, read from disk.
@@ -336,6 +338,14 @@ impl Inputs<'_> {
         let model = self.stream(DType::F32)?.with_blocks(kept)?;
         let perplexity = perplexity_streamed(&model, &self.evaluation, observer)?;
         let (blocks, parameters) = (model.depth(), model.architecture().parameter_count());
-        Ok(Measured { blocks, parameters, perplexity, tasks: BTreeMap::new(), latency: None })
+        let account = self.account(model.architecture(), self.checkpoint.stored_types().of_blocks(kept));
+        Ok(Measured { blocks, parameters, perplexity, tasks: BTreeMap::new(), account, latency: None })
+    }
+
+    /// What a model takes in f32.
+    #[allow(clippy::unnecessary_wraps)] // what older results lack
+    fn account(&self, arch: &Architecture, stored: StoredTypes) -> Option<Account> {
+        let held = Held { stored, resident: DType::F32, context: self.evaluation.seq_len() };
+        Some(Account::planned(arch, &held))
     }
 }

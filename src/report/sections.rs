@@ -91,6 +91,13 @@ impl Report {
         if !self.dense.tasks.is_empty() {
             parts.push(Part::Text("± is one standard error.".into()));
         }
+        if self.dense.account.is_some() {
+            parts.push(Part::Text(format!(
+                "FLOPs are those of a token that sees {} tokens, itself among them; resident bytes are those of weights in \
+                 f32. Both are counted, and so are keys and values.",
+                self.dense.perplexity.seq_len
+            )));
+        }
         if let Some(latency) = &self.dense.latency {
             let (prompt, new, runs) = (latency.prompt, latency.new_tokens, latency.prefill.runs);
             parts.push(Part::Text(format!(
