@@ -3,8 +3,8 @@
 //!
 //! ```text
 //! cargo run --release --example compress -- --model M --text F --remove 0.2 --out DIR
-//! cargo run --release --example compress -- --model M --text F --group-size 2 --rank 8 --format compact --out DIR
-//! cargo run --release --example compress -- --model M --text F --budget-params 0.6 --format compact --out DIR
+//! cargo run --release --example compress -- --model M --text F --group-size 2 --rank 8 --out DIR
+//! cargo run --release --example compress -- --model M --text F --budget-params 0.6 --out DIR
 //! cargo run --release --example compress -- --recipe FILE.toml --dry-run
 //! cargo run --release --example compress -- --recipe FILE.toml --report FILE.html
 //! ```
@@ -23,7 +23,7 @@ use clap::Parser;
 use foldgpt::importance::{Gates, GatesWithCoupling, Method};
 use foldgpt::pipeline::Precision;
 use foldgpt::report::ReportFiles;
-use foldgpt::{Bytes, Checkpoint, Compressor, LatencyOptions, Recipe};
+use foldgpt::{Bytes, Checkpoint, Compressor, Format, LatencyOptions, Recipe};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -63,9 +63,9 @@ struct Args {
     scoring: cli::ScoringArgs,
     #[command(flatten)]
     sharing: cli::SharingArgs,
-    /// How a model whose blocks share is written
-    #[arg(long, value_enum, default_value_t = cli::FormatArg::Expanded)]
-    format: cli::FormatArg,
+    /// How the model is written: compact by default where blocks share, in --out or in --model, and expanded otherwise
+    #[arg(long, value_enum)]
+    format: Option<cli::FormatArg>,
     /// Blocks that have to stay, by index from 0
     #[arg(long, value_delimiter = ',')]
     protect: Vec<usize>,
@@ -172,8 +172,8 @@ fn recipe(args: &Args) -> anyhow::Result<Recipe> {
     recipe.max_nll_increase = args.max_nll_increase;
     recipe.max_memory = args.max_memory;
     recipe.latency = args.latency.then(LatencyOptions::default);
-    recipe.format = args.format.into();
-    args.heal.check_format(recipe.format)?;
+    recipe.format = args.format.map(Format::from);
+    recipe.format.map_or(Ok(()), |format| args.heal.check_format(format))?;
     recipe.samples.prompts.clone_from(&args.prompt);
     recipe.base_model.clone_from(&args.base_model);
     Ok(recipe)

@@ -90,22 +90,17 @@ fn main() -> anyhow::Result<()> {
     let bench = Bench::new(&args, &checkpoint, &dense)?;
     let scores = bench.scores()?;
     println!("| | parameters | share | nll | output error |\n|---|---:|---:|---:|---:|");
-    let print = |line: Line| {
-        let share = line.parameters as f64 / dense.parameter_count() as f64;
-        let error = line.output_error.map(|error| format!("{error:.4}")).unwrap_or_default();
-        println!("| {} | {} | {share:.3} | {:.4} | {error} |", line.name, line.parameters, line.nll);
-    };
-    print(bench.line("dense", Plan::builder(), false)?);
-    bench.removals(&scores)?.into_iter().for_each(print);
-    bench.pairs()?.into_iter().for_each(print);
-    bench.budgets()?.into_iter().for_each(print);
+    bench.print(&bench.line("dense", Plan::builder(), false)?);
+    bench.removals(&scores)?;
+    bench.pairs()?;
+    bench.budgets()?;
     for Candidate { mix, plan, .. } in bench.mixes(&scores)? {
         let removed = plan.removed().len();
         let name = format!(
             "mix: {} parameters, {removed} removed, {} for residuals",
             mix.parameters, mix.residual_share
         );
-        print(bench.planned(&name, &plan, false)?);
+        bench.print(&bench.planned(&name, &plan, false)?);
     }
     let (dtype, held_out) = (args.model.dtype, cli::protocol(&bench.held_out));
     println!("\nnll in nats per token, in {dtype}, on {held_out}");
@@ -163,33 +158,42 @@ impl<'a> Bench<'a> {
         })
     }
 
-    fn removals(&self, scores: &Scores) -> anyhow::Result<Vec<Line>> {
+    fn print(&self, Line { name, parameters, nll, output_error }: &Line) {
+        let share = *parameters as f64 / self.dense.parameter_count() as f64;
+        let error = output_error.map(|error| format!("{error:.4}")).unwrap_or_default();
+        println!("| {name} | {parameters} | {share:.3} | {nll:.4} | {error} |");
+    }
+
+    fn removals(&self, scores: &Scores) -> anyhow::Result<()> {
         let most = scores.chosen.as_ref().map(Vec::len).unwrap_or_default();
         let counts = [1, 2, 3].into_iter().map(|third| (most * third).div_ceil(3));
-        let lines = counts.map(|count| {
+        for count in counts {
             // In the order of removal: the first of them are what fewer removals would have chosen.
             let mut scores = scores.clone();
             if let Some(chosen) = &mut scores.chosen {
                 chosen.truncate(count);
             }
             let builder = Plan::builder().remove(Target::Blocks(count), &scores);
-            self.line(&format!("{count} blocks removed"), builder, false)
-        });
-        lines.collect()
+            self.print(&self.line(&format!("{count} blocks removed"), builder, false)?);
+        }
+        Ok(())
     }
 
-    fn pairs(&self) -> anyhow::Result<Vec<Line>> {
+    fn pairs(&self) -> anyhow::Result<()> {
         let pairs = |donor| Plan::builder().share(Groups::of(2)).donor(donor);
-        let mut lines = Vec::new();
+        let print = |name: &str, builder| -> anyhow::Result<()> {
+            self.print(&self.line(name, builder, true)?);
+            Ok(())
+        };
         for (name, donor) in [("first", Donor::First), ("mean", Donor::Mean), ("best", Donor::Best)] {
-            lines.push(self.line(&format!("pairs, {name} donor"), pairs(donor), true)?);
+            print(&format!("pairs, {name} donor"), pairs(donor))?;
         }
         let scaled = || pairs(Donor::Mean).scales(ScaleStart::LeastSquares);
-        lines.push(self.line("pairs, mean, scales", scaled(), true)?);
+        print("pairs, mean, scales", scaled())?;
         for &rank in &self.args.ranks {
             for (name, start) in [("plain", ResidualStart::Svd), ("whitened", ResidualStart::Whitened)] {
                 let builder = scaled().residual(Ranks::Uniform(rank), start);
-                lines.push(self.line(&format!("pairs, mean, scales, rank {rank} {name}"), builder, true)?);
+                print(&format!("pairs, mean, scales, rank {rank} {name}"), builder)?;
             }
         }
         if let Some(&rank) = self.args.ranks.first() {
@@ -201,23 +205,30 @@ impl<'a> Bench<'a> {
             };
             let budget = size(uniform)? - size(pairs(Donor::Mean))?;
             let builder = scaled().residual(Ranks::Parameters(budget), ResidualStart::Whitened);
-            let name = format!("pairs, mean, scales, rank {rank} spread, whitened");
-            lines.push(self.line(&name, builder, true)?);
+            print(&format!("pairs, mean, scales, rank {rank} spread, whitened"), builder)?;
         }
-        Ok(lines)
+        Ok(())
     }
 
     fn parameters(&self, share: f64) -> usize {
         (share * self.dense.parameter_count() as f64) as usize
     }
 
-    fn budgets(&self) -> anyhow::Result<Vec<Line>> {
-        let lines = self.args.budgets.iter().map(|&share| {
+    fn budgets(&self) -> anyhow::Result<()> {
+        for &share in &self.args.budgets {
             let groups = Groups::until(Budget::Parameters(self.parameters(share)));
             let builder = Plan::builder().share(groups).donor(Donor::Mean).scales(ScaleStart::LeastSquares);
-            self.line(&format!("groups for a budget of {share}, mean, scales"), builder, true)
-        });
-        lines.collect()
+            match self.line(&format!("groups for a budget of {share}, mean, scales"), builder, true) {
+                Ok(line) => self.print(&line),
+                Err(error) => match error.downcast_ref() {
+                    Some(foldgpt::Error::Budget { .. }) => {
+                        println!("| no groups for a budget of {share}: {error} | | | | |")
+                    }
+                    _ => return Err(error),
+                },
+            }
+        }
+        Ok(())
     }
 
     fn mixes(&self, scores: &Scores) -> anyhow::Result<Vec<Candidate>> {
@@ -229,8 +240,8 @@ impl<'a> Bench<'a> {
                 let measured = || match mix.measure(self.dense, scores, &self.few, &mut cli::Bars::default())
                 {
                     Ok(candidate) => Ok(Some(candidate)),
-                    // A budget that this mix cannot meet.
-                    Err(foldgpt::Error::Budget { .. }) => Ok(None),
+                    // A budget that this mix cannot meet, or by nothing that computes.
+                    Err(foldgpt::Error::Budget { .. } | foldgpt::Error::NotFinite { .. }) => Ok(None),
                     Err(error) => Err(error.into()),
                 };
                 candidates.extend(self.work.kept(&name, measured)?);

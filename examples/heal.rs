@@ -20,6 +20,7 @@ use foldgpt::candle::DType;
 use foldgpt::checkpoint::check_destination;
 use foldgpt::heal::{CacheOptions, Losses, Teacher, TeacherCache, hold_out};
 use foldgpt::{Checkpoint, SaveOptions, Windows};
+use table::Row;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -80,7 +81,8 @@ fn main() -> anyhow::Result<()> {
 
     let original = args.teacher.as_ref().map(|name| cli::open(name, None)).transpose()?;
     // No two models are in memory together but a student and the teacher that it shares tensors with.
-    let before = measure("before", &checkpoint, &held_out)?;
+    let bytes = checkpoint.tensor_bytes();
+    let before = Row::measure("before", bytes, &cli::load(&checkpoint, DType::F32)?, &held_out, &mut bars)?;
     let cache = match (&original, &args.teacher_cache) {
         (Some(original), Some(path)) => Some(cached(&args, original, path, &train, &heal.losses)?),
         _ => None,
@@ -96,22 +98,19 @@ fn main() -> anyhow::Result<()> {
     let teacher = cache.as_ref().map(Teacher::Cache).or(dense.as_ref().map(Teacher::Model));
     let healed = heal.run(&student, &train, Some(&choosing), teacher, &mut bars)?;
 
-    let options = SaveOptions::from(format);
-    let saved = checkpoint.save(&healed.decoder, None, &args.out, &options, &mut bars)?;
-    let report = healed.report;
-    drop((healed.decoder, student, dense));
-    let rows = [before, measure("healed", &Checkpoint::open(&args.out)?, &held_out)?];
-    println!("{}", table::table(&rows));
+    let (decoder, report) = (healed.decoder, healed.report);
+    drop((student, dense));
+    let mut after = Row::measure("healed", 0, &decoder.to_dtype(DType::F32)?, &held_out, &mut bars)?;
+    let mut options = SaveOptions::from(format);
+    let (card, found) = (checkpoint.card(&decoder, None), [&before.result, &after.result]);
+    options.card = Some(cli::heal::card(card, &report, original.is_some(), found));
+    let saved = checkpoint.save(&decoder, None, &args.out, &options, &mut bars)?;
+    after.bytes = saved.tensor_bytes;
+    println!("{}", table::table(&[before, after]));
     println!("nll in nats per token, {}", cli::protocol(&held_out));
     println!("{}", cli::heal::summary(&report));
     println!("saved to {} ({} bytes of tensors)", saved.directory.display(), saved.tensor_bytes);
     Ok(())
-}
-
-/// What a checkpoint is worth, in f32.
-fn measure(name: &'static str, checkpoint: &Checkpoint, windows: &Windows) -> anyhow::Result<table::Row> {
-    let decoder = cli::load(checkpoint, DType::F32)?;
-    Ok(table::Row::measure(name, checkpoint, &decoder, windows, &mut cli::Bars::default())?)
 }
 
 /// What the teacher has to say, from the file or into it.

@@ -7,7 +7,7 @@
 //! - [Own architecture](#own-architecture): a `model_type` that the crate does not know
 //! - [A compact checkpoint](#a-compact-checkpoint): write one, load it and generate
 //! - [On CUDA or Metal](#on-cuda-or-metal)
-//! - [What takes the time](#what-takes-the-time): spans of `tracing`
+//! - [What takes the time](#what-takes-the-time): stages by an observer, and as spans of `tracing`
 //!
 //! The whole job by one recipe is [`Compressor`](crate::Compressor)'s, and [`pipeline`](crate::pipeline) shows it.
 //!
@@ -210,11 +210,37 @@
 //!
 //! # What takes the time
 //!
-//! Every stage that an [`Observer`](crate::Observer) hears of is a span of `tracing` too, called `stage`, with its `name`
-//! and its `total` of steps, at the level of info; those within it are inside. What is decided on the way is an event at
-//! the level of debug: what was known from an earlier run, which blocks go, when a search ends. The library installs no
-//! subscriber; with `tracing-subscriber` in the application this prints the time of every stage when it is over:
+//! An [`Observer`](crate::Observer) hears of every stage when it begins and when it is over. Stages lie within one
+//! another: the last one that began is the first to be over.
 //!
-//! ```text
-//! tracing_subscriber::fmt().with_max_level(tracing::Level::DEBUG).with_span_events(FmtSpan::CLOSE).init();
 //! ```
+//! use foldgpt::candle::{DType, Device};
+//! use foldgpt::{Bos, Checkpoint, Observer, Windows};
+//! use std::time::{Duration, Instant};
+//!
+//! #[derive(Default)]
+//! struct Times { running: Vec<Instant>, taken: Vec<(&'static str, Duration)> }
+//!
+//! impl Observer for Times {
+//!     fn started(&mut self, _: &'static str, _: u64) {
+//!         self.running.push(Instant::now());
+//!     }
+//!     fn finished(&mut self, stage: &'static str) {
+//!         self.taken.extend(self.running.pop().map(|start| (stage, start.elapsed())));
+//!     }
+//! }
+//!
+//! let mut times = Times::default();
+//! let checkpoint = Checkpoint::open("examples/tiny-stories")?;
+//! let decoder = checkpoint.decoder_observed(DType::F32, &Device::Cpu, &mut times)?;
+//! let text = "Anna lost her red kite near the old bridge. ".repeat(20);
+//! let windows = Windows::from_text(&checkpoint.tokenizer()?, &text, 32, Some(2), Bos::Auto)?;
+//! foldgpt::perplexity(&decoder, &windows, &mut times)?;
+//! assert_eq!(times.taken.iter().map(|(stage, _)| *stage).collect::<Vec<_>>(), ["load", "perplexity"]);
+//! # Ok::<(), foldgpt::Error>(())
+//! ```
+//!
+//! Each of these stages is a span of `tracing` too, called `stage`, with its `name` and its `total` of steps, at the
+//! level of info; those within it are inside. What is decided on the way is an event at the level of debug: what was
+//! known from an earlier run, which blocks go, when a search ends. The library installs no subscriber; one of
+//! `tracing-subscriber`'s with `with_span_events(FmtSpan::CLOSE)` prints the time of every stage when it is over.

@@ -124,9 +124,11 @@ pub enum Error {
 
     /// A compressed model that has lost more than it may.
     #[error(
-        "the compressed model has a loss of {compressed:.4} nats per token and the dense one {dense:.4}: {:.4} more, \
-         where at most {limit} are allowed; nothing was saved",
-        compressed - dense
+        "the compressed model has a loss of {compressed:.4} nats per token on the evaluation windows and the dense one \
+         {dense:.4}: {:.4} more, where at most {limit} are allowed{}; nothing was saved{}",
+        compressed - dense,
+        of_target(*targeted),
+        of_earlier(saved.as_deref())
     )]
     QualityGate {
         /// Loss of the dense model on the evaluation windows, in nats per token.
@@ -135,6 +137,10 @@ pub enum Error {
         compressed: f64,
         /// The greatest increase that was allowed.
         limit: f64,
+        /// Whether the limit is the recipe's target, which was met on the calibration windows, and no gate of its own.
+        targeted: bool,
+        /// Where an earlier run, whose gate it passed, saved this very model, and it still is.
+        saved: Option<PathBuf>,
     },
 
     /// A report that cannot be read, or a figure that cannot be drawn.
@@ -269,4 +275,17 @@ fn in_file(path: Option<&Path>) -> String {
 
 fn of_field(field: Option<&str>) -> String {
     field.map(|field| format!(" field `{field}`")).unwrap_or_default()
+}
+
+fn of_target(targeted: bool) -> &'static str {
+    if !targeted {
+        return "";
+    }
+    " by `target.nll-increase`, which holds on the calibration windows alone: expected a lower target, or a \
+     `max_nll_increase` for these"
+}
+
+fn of_earlier(saved: Option<&Path>) -> String {
+    let there = |path: &Path| format!(" now, and {} still holds what an earlier run saved", path.display());
+    saved.map(there).unwrap_or_default()
 }

@@ -5,11 +5,11 @@ use serde::{Deserialize, Serialize};
 use crate::data::Windows;
 use crate::error::{Error, Result};
 use crate::eval::perplexity;
-use crate::fold::fold_on;
+use crate::fold::{Ties, fold_on};
 use crate::importance::Scores;
 use crate::model::{Architecture, Decoder};
 use crate::plan::{
-    Budget, Donor, Groups, Plan, PlanBuilder, Ranks, Residual, ResidualStart, ScaleStart, Target,
+    Budget, Donor, Groups, Own, Plan, PlanBuilder, Ranks, Residual, ResidualStart, ScaleStart, Target,
 };
 use crate::progress::Observer;
 
@@ -17,7 +17,8 @@ use crate::progress::Observer;
 ///
 /// 1. Blocks are removed by their scores: [`removed`](Self::removed) of them, or fewer where fewer do.
 /// 2. Where that is not enough, the neighbours whose tying costs the least loss are tied, each block keeping its
-///    norms and getting scales, until the model is smaller than the budget by the share that is kept for residuals.
+///    norms and getting scales, until the model is smaller than the budget by the share that is kept for residuals, or
+///    all are tied.
 /// 3. What is then left of the budget becomes rank, each unit where it removes the most error (whitened).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
@@ -53,7 +54,7 @@ impl Mix {
     /// No more than `parameters`, with no block removed, 5 % of the budget for residuals, and means as donors.
     #[must_use]
     pub fn new(parameters: usize) -> Self {
-        Self { parameters, removed: 0, protected: Vec::new(), residual_share: 0.05, donor: Donor::Mean }
+        Self { parameters, removed: 0, protected: Vec::new(), residual_share: 0.05, donor: Donor::default() }
     }
 
     /// The plan of this mix for a decoder whose blocks have these scores.
@@ -76,18 +77,29 @@ impl Mix {
         if cut.parameters(arch)? <= self.parameters as u64 {
             return Ok(cut);
         }
-        let without_rank = (self.parameters as f64 * (1.0 - self.residual_share)) as usize;
         let builder = builder
-            .share(Groups::until(Budget::Parameters(without_rank)))
+            .share(Groups::until(Budget::Parameters(self.tied_to(decoder, &cut)?)))
             .donor(self.donor)
             .scales(ScaleStart::LeastSquares);
         let tied = builder.measure(decoder, windows, observer)?;
         let left = self.parameters.saturating_sub(tied.architecture(arch)?.parameter_count());
-        if self.residual_share <= 0.0 {
+        if self.residual_share <= 0.0 || tied.unit_of_rank(arch)?.is_none_or(|unit| left < unit) {
             return Ok(tied);
         }
         let residual = Residual { ranks: Ranks::Parameters(left), start: ResidualStart::Whitened };
         tied.with_residual(decoder, residual, windows, observer)
+    }
+
+    /// The parameters down to which blocks are tied: the total less the share for residuals, or what ties can reach, where
+    /// that is more and still meets the total.
+    fn tied_to(&self, decoder: &Decoder, cut: &Plan) -> Result<usize> {
+        let without_rank = (self.parameters as f64 * (1.0 - self.residual_share)) as usize;
+        let own = Own { scales: Some(ScaleStart::LeastSquares), ..Own::default() };
+        let budget = Budget::Parameters(without_rank);
+        let ties = Ties { budget, largest: None, donor: self.donor, own };
+        let types = decoder.stored_types().of_blocks(&cut.kept());
+        let least = ties.least(decoder.architecture(), cut, &types)?;
+        Ok(without_rank.max(least).min(self.parameters))
     }
 
     /// Removal alone: of as few blocks as meet the total, else of as many as may go.
@@ -141,8 +153,8 @@ impl Mix {
 }
 
 /// Measures every mix, and returns those that no other beats in both parameters and loss (the Pareto front), the
-/// smallest model first. A mix whose budget cannot be met is passed over, and so is one whose plan is that of an earlier
-/// one.
+/// smallest model first. A mix whose budget cannot be met is passed over, and so is one whose loss is not finite, and one
+/// whose plan is that of an earlier one.
 ///
 /// # Errors
 /// No mix that can be met, a failed computation, or a cancelling observer.
@@ -156,7 +168,7 @@ pub fn search_mixes(
     Ok(pareto_front(measure_mixes(decoder, scores, mixes, windows, observer)?))
 }
 
-/// Measures every mix whose budget can be met, in their order, and of those that come to the same plan the first.
+/// Measures every mix whose budget can be met by a finite loss, in their order, and of those that come to the same plan the first.
 pub(crate) fn measure_mixes(
     decoder: &Decoder,
     scores: &Scores,
@@ -165,23 +177,26 @@ pub(crate) fn measure_mixes(
     observer: &mut dyn Observer,
 ) -> Result<Vec<Candidate>> {
     let mut candidates: Vec<Candidate> = Vec::with_capacity(mixes.len());
-    let mut unmet = None;
+    let mut passed_over = None;
     for mix in mixes {
-        let plan = match mix.plan(decoder, scores, windows, observer) {
-            Ok(plan) => plan,
-            Err(error @ Error::Budget { .. }) => {
+        let planned = mix.plan(decoder, scores, windows, observer);
+        let measured = planned.and_then(|plan| {
+            if candidates.iter().any(|known| known.plan == plan) {
+                return Ok(None);
+            }
+            mix.measure_plan(plan, decoder, windows, observer).map(Some)
+        });
+        match measured {
+            Ok(candidate) => candidates.extend(candidate),
+            Err(error @ (Error::Budget { .. } | Error::NotFinite { .. })) => {
                 tracing::warn!(%error, "a mix was passed over");
-                unmet = Some(error);
-                continue;
+                passed_over = Some(error);
             }
             Err(error) => return Err(error),
-        };
-        if candidates.iter().all(|known| known.plan != plan) {
-            candidates.push(mix.measure_plan(plan, decoder, windows, observer)?);
         }
     }
     if candidates.is_empty() {
-        return Err(unmet.unwrap_or_else(|| Error::argument("mixes", 0, "at least one")));
+        return Err(passed_over.unwrap_or_else(|| Error::argument("mixes", 0, "at least one")));
     }
     Ok(candidates)
 }

@@ -24,7 +24,7 @@ fn parse(flags: &str) -> Result<Args, clap::Error> {
 fn flags_of_sharing_need_what_they_are_about() {
     for flags in [
         "--remove 0.2",
-        "--group-size 2 --donor best --scales --rank 8 --start svd",
+        "--group-size 2 --donor best --no-norms --scales --rank 8 --start svd",
         "--budget-params 0.6 --remove 0.1 --donor first",
         "--budget-params 0.6 --search",
         "--budget-params 0.6 --groups budget --donor best --scales --rank 8 --start svd",
@@ -33,6 +33,8 @@ fn flags_of_sharing_need_what_they_are_about() {
     }
     for (flags, kind) in [
         ("--remove 0.2 --donor first", ErrorKind::MissingRequiredArgument),
+        ("--remove 0.2 --no-norms", ErrorKind::MissingRequiredArgument),
+        ("--budget-params 0.6 --no-norms", ErrorKind::MissingRequiredArgument),
         ("--remove 0.2 --scales", ErrorKind::MissingRequiredArgument),
         ("--remove 0.2 --rank 8", ErrorKind::MissingRequiredArgument),
         ("--remove 0.2 --start svd", ErrorKind::MissingRequiredArgument),
@@ -42,6 +44,9 @@ fn flags_of_sharing_need_what_they_are_about() {
         ("--groups budget", ErrorKind::MissingRequiredArgument),
         ("--group-size 2 --budget-params 0.6", ErrorKind::ArgumentConflict),
         ("--group-size 2 --groups budget", ErrorKind::ArgumentConflict),
+        ("--group-size 2 --search", ErrorKind::ArgumentConflict),
+        ("--budget-params 0.6 --groups budget --search", ErrorKind::ArgumentConflict),
+        ("--remove 0.2 --search", ErrorKind::MissingRequiredArgument),
     ] {
         assert_eq!(parse(flags).unwrap_err().kind(), kind, "{flags}");
     }
@@ -52,6 +57,7 @@ fn flags_of_sharing_say_what_is_shared() {
     let of = |flags: &str| parse(flags).unwrap().sharing.share(|| Ok(1000)).unwrap().unwrap();
     let share = of("--group-size 2 --donor best --scales --rank 8 --start svd");
     assert_eq!((share.donor, share.own.scales), (Donor::Best, Some(ScaleStart::LeastSquares)));
+    assert!(share.own.norms && !of("--group-size 2 --no-norms").own.norms);
     let residual = share.own.residual.unwrap();
     assert_eq!((residual.ranks, residual.start), (Ranks::Uniform(8), ResidualStart::Svd));
     assert!(parse("--remove 0.2").unwrap().sharing.share(|| Ok(1000)).unwrap().is_none());

@@ -6,7 +6,7 @@ mod support;
 use std::path::Path;
 
 use foldgpt::candle::{DType, Device, Tensor};
-use foldgpt::model::{BlockParam, Param, Part, Projection, Unit};
+use foldgpt::model::{Architecture, BlockParam, Param, Part, Projection, Unit};
 use foldgpt::plan::{Budget, Donor, Groups, Ranks, ResidualStart, ScaleStart};
 use foldgpt::{Account, Bos, Checkpoint, Decoder, Format, Held, Plan, SaveOptions, Windows, fold, fold_on};
 use serde_json::{Value, json};
@@ -289,7 +289,12 @@ fn newer_versions_and_contradictions_are_refused_by_name() {
         "{error}"
     );
     assert!(refused(|section| section["version"] = json!(0)).contains("foldgpt.version"));
-    assert!(refused(|section| section["version"] = json!(1.0)).contains("foldgpt.version"));
+    for value in [json!(-1), json!(1.0), json!(2.5), json!("1"), json!(null)] {
+        let error = refused(|section| section["version"] = value.clone());
+        assert!(error.contains(&format!("`foldgpt.version`: {value} is no version")), "{value}: {error}");
+    }
+    let missing = refused(|section| drop(section.as_object_mut().unwrap().remove("version")));
+    assert!(missing.contains("`foldgpt.version`: missing"), "{missing}");
     let nameless = refused(|section| {
         section["blocks"][2].as_object_mut().unwrap().remove("weights");
     });
@@ -311,9 +316,44 @@ fn newer_versions_and_contradictions_are_refused_by_name() {
         assert!(error.contains("foldgpt.blocks"), "{field} {value}: {error}");
     }
     assert!(refused(|section| section["blocks"] = json!([])).contains("0 entries"));
+    let adapted = |adapters: Value| refused(move |section| section["blocks"][1]["adapters"] = adapters);
+    for (adapters, expected) in [
+        (
+            json!({ "q_proj": { "rank": 99 } }),
+            "block 1 adapts q_proj by rank 99, expected a scale or a rank up to",
+        ),
+        (json!({ "q_proj": {} }), "block 1 adapts q_proj by rank 0, expected a scale or a rank up to"),
+    ] {
+        let error = adapted(adapters);
+        assert!(error.contains(expected), "{error}");
+    }
     // A tensor too few, a tensor too many.
     assert!(refused(|section| section["blocks"][3]["weights"] = json!(3)).contains("missing"));
     assert!(refused(|section| section["blocks"][3]["adapters"] = json!({})).contains("not expected"));
+}
+
+/// The shapes of SmolLM2-135M, from its `config.json`.
+fn smollm2() -> Architecture {
+    let mut arch = load("llama").architecture().clone();
+    (arch.hidden_size, arch.intermediate_size, arch.vocab_size) = (576, 1536, 49_152);
+    (arch.num_attention_heads, arch.num_key_value_heads, arch.head_dim) = (9, 3, 64);
+    (arch.blocks, arch.tied) = (vec![arch.blocks[0]; 30], true);
+    assert_eq!(arch.parameter_count(), 134_515_008);
+    arch
+}
+
+#[test]
+fn headers_are_below_a_hundredth_of_a_real_model_whatever_its_blocks_keep() {
+    let arch = smollm2();
+    let pairs = || Plan::builder().share(Groups::of(2)).donor(Donor::Mean).scales(ScaleStart::LeastSquares);
+    let adapted = |rank| pairs().residual(Ranks::Uniform(rank), ResidualStart::Whitened);
+    for (name, builder) in [("scales", pairs()), ("rank 1", adapted(1)), ("rank 8", adapted(8))] {
+        let folded = builder.build(&arch).unwrap().architecture(&arch).unwrap();
+        let (tensors, bytes) = (folded.params().len(), 2 * folded.parameter_count());
+        // What docs/format.md says that a tensor's entry takes at most, and other tests hold it to.
+        let share = 160.0 * tensors as f64 / bytes as f64;
+        assert!(share < 0.002, "{name}: {share} of {bytes} bytes for {tensors} tensors");
+    }
 }
 
 #[test]

@@ -8,7 +8,7 @@ mod support;
 use clap::Parser;
 use foldgpt::heal::{Losses, Trainable};
 use foldgpt::model::Projection;
-use foldgpt::{Checkpoint, Format, Heal, SaveOptions};
+use foldgpt::{Checkpoint, Format, Heal, SaveOptions, perplexity};
 
 #[derive(Parser)]
 struct Args {
@@ -139,4 +139,27 @@ fn without_flags_a_healing_is_that_of_the_library() {
     assert_eq!(asked, usual);
     let rates: Vec<f64> = usual.groups.iter().map(|group| group.learning_rate).collect();
     assert_eq!(rates, [5e-3, 5e-3, 1e-3]);
+}
+
+#[test]
+fn the_card_of_a_healed_model_says_how_and_what_it_was_worth() {
+    let checkpoint = support::open("llama");
+    let (dense, windows) = (support::load("llama"), support::windows("llama"));
+    let cut = dense.with_blocks(&[0, 1, 3]).unwrap();
+    let mut heal = Heal::default();
+    (heal.budget, heal.batch) = (foldgpt::heal::Budget::Steps(2), 1);
+    let healed = heal.run(&cut, &windows, None, None, &mut ()).unwrap();
+    let found = [&cut, &healed.decoder].map(|decoder| perplexity(decoder, &windows, &mut ()).unwrap());
+    let plain = checkpoint.card(&healed.decoder, None);
+    let card = |taught| cli::heal::card(plain.clone(), &healed.report, taught, [&found[0], &found[1]]);
+    let body = card(true).body;
+    assert!(body.contains("blocks that were removed: 2\n") && !body.contains("not measured"), "{body}");
+    assert!(body.contains("healed for 2 steps") && body.contains("held to the original model"), "{body}");
+    for (name, found) in [("before", &found[0]), ("healed", &found[1])] {
+        assert!(body.contains(&format!("| {name} | {:.4} |", found.mean_nll)), "{body}");
+    }
+    assert!(body.contains(windows.text_sha256()), "{body}");
+    assert!(card(true).tags.contains(&"knowledge-distillation".to_string()));
+    assert!(!card(false).tags.contains(&"knowledge-distillation".to_string()));
+    assert!(card(false).body.contains("by the text alone"));
 }

@@ -8,7 +8,9 @@ use std::sync::Arc;
 use foldgpt::candle::{DType, Device, Tensor};
 use foldgpt::model::{BlockParam, NormSite, Param, Part, Projection, Unit};
 use foldgpt::plan::{Budget, Donor, Groups, Matrices, Ranks, Residual, ResidualStart, ScaleStart};
-use foldgpt::{Account, Decoder, Error, Held, Plan, Scores, Target, Windows, fold, fold_on, output_errors};
+use foldgpt::{
+    Account, Decoder, Error, Held, Observer, Plan, Scores, Target, Windows, fold, fold_on, output_errors,
+};
 use support::{FAMILIES, distance, folded, input_ids, kinds, load, windows};
 
 fn resident_bytes(decoder: &Decoder) -> usize {
@@ -211,29 +213,46 @@ fn least_squares_scales_are_those_of_the_normal_equations() {
     // One factor a row: the best approximation of W x by s V x over the tokens has s = Σ (w·x)(v·x) / Σ (v·x)².
     let decoder = load("llama");
     let windows = windows("llama");
-    let plan = Plan::builder().share(Groups::Explicit(vec![vec![0, 1]])).scales(ScaleStart::LeastSquares);
-    let plan = plan.build(decoder.architecture()).unwrap();
+    let plan = Plan::builder().share(Groups::Explicit(vec![vec![0, 1]])).donor(Donor::First);
+    let plan = plan.scales(ScaleStart::LeastSquares).build(decoder.architecture()).unwrap();
     let folded = fold_on(&decoder, &plan, &windows, &mut ()).unwrap();
-    let scale =
-        folded.blocks()[1].own.adapters[Projection::Up].scale.as_ref().unwrap().to_vec1::<f32>().unwrap();
-    let weight = |depth: usize| {
-        decoder.blocks()[depth].weights.tensor(Projection::Up).unwrap().unwrap().to_vec2::<f32>().unwrap()
+    let vector = |tensor: &Tensor| tensor.to_vec1::<f32>().unwrap();
+    let scale = vector(folded.blocks()[1].own.adapters[Projection::Q].scale.as_ref().unwrap());
+    let matrix = |depth: usize| {
+        decoder.blocks()[depth].weights.tensor(Projection::Q).unwrap().unwrap().to_vec2::<f32>().unwrap()
     };
-    let (shared, target) = (weight(0), weight(1));
-    let wrong: Vec<f32> = scale.iter().map(|s| s + 0.05).collect();
-    // The fit is where the error is stationary: a scale moved either way is worse. Checked through the errors.
-    let moved = |scale: Vec<f32>| {
-        let scale = Tensor::from_vec(scale, shared.len(), &Device::Cpu).unwrap();
-        let adapter = foldgpt::model::Adapter::new(Some(scale), None);
-        let decoder = folded.with_adapter(1, Projection::Up, adapter).unwrap();
-        let original = load("llama");
-        let errors = output_errors(&original, &decoder, &windows, &mut ()).unwrap();
-        errors.iter().find(|e| (e.depth, e.projection) == (1, Projection::Up)).unwrap().relative
-    };
-    assert_eq!(target.len(), scale.len());
-    let lower = scale.iter().map(|s| s - 0.05).collect();
-    let fitted = moved(scale);
-    assert!(fitted < moved(wrong) && fitted < moved(lower));
+    let (shared, target) = (matrix(0), matrix(1));
+    // What block 1's attention sees of every token behind block 0, which is its own: `x / rms(x) ⊙ gain`.
+    let gain = vector(&decoder.blocks()[1].own.norms[NormSite::AttentionIn].as_ref().unwrap().gain);
+    let epsilon = decoder.architecture().norm_eps;
+    let mut tokens: Vec<Vec<f64>> = Vec::new();
+    for window in 0..windows.len() {
+        let pass = decoder.pass(0, windows.seq_len()).unwrap();
+        let x = decoder.embed(&windows.tensor(window, &Device::Cpu).unwrap(), &pass).unwrap();
+        let x = decoder.run_block(0, &x, &pass).unwrap().squeeze(0).unwrap().to_vec2::<f32>().unwrap();
+        tokens.extend(x.into_iter().map(|x| {
+            let square: f64 = x.iter().map(|value| f64::from(*value).powi(2)).sum();
+            let rms = (square / x.len() as f64 + epsilon).sqrt();
+            x.iter().zip(&gain).map(|(value, gain)| f64::from(*value) / rms * f64::from(*gain)).collect()
+        }));
+    }
+    let product = |row: &[f32], x: &[f64]| -> f64 { row.iter().zip(x).map(|(w, x)| f64::from(*w) * x).sum() };
+    assert_eq!(scale.len(), target.len());
+    for (row, found) in scale.iter().enumerate() {
+        let (mut with_target, mut with_itself) = (0.0, 0.0);
+        for x in &tokens {
+            let (w, v) = (product(&target[row], x), product(&shared[row], x));
+            with_target += w * v;
+            with_itself += v * v;
+        }
+        let expected = with_target / with_itself;
+        assert!(
+            (f64::from(*found) - expected).abs() < 1e-4 * expected.abs().max(1.0),
+            "row {row}: {found}, expected {expected}"
+        );
+    }
+    let mean = scale.iter().sum::<f32>() / scale.len() as f32;
+    assert!(scale.iter().any(|factor| (factor - mean).abs() > 0.1), "rows have factors of their own");
 }
 
 #[test]
@@ -254,10 +273,14 @@ fn ranks_go_where_they_help_and_keep_their_budget() {
     let error =
         |plan: &Plan| mean_error(&decoder, &fold_on(&decoder, plan, &windows, &mut ()).unwrap(), &windows);
     assert!(error(&spread) < error(&uniform));
-    assert!(
-        pairs().residual(Ranks::Parameters(9), ResidualStart::Svd).build(arch).is_err(),
-        "has to be measured"
-    );
+    let spread = |count| pairs().residual(Ranks::Parameters(count), ResidualStart::Svd);
+    assert!(spread(budget).build(arch).is_err(), "has to be measured");
+    // Keys and values have the smallest matrices; one parameter less is no rank at all.
+    let unit = arch.key_width() + arch.hidden_size;
+    let error = spread(unit - 1).measure(&decoder, &windows, &mut ()).unwrap_err().to_string();
+    assert!(error.contains(&format!("is {}, expected at least {unit}", unit - 1)), "{error}");
+    let least = spread(unit).measure(&decoder, &windows, &mut ()).unwrap();
+    assert_eq!(least.sharing().unwrap().ranks.len(), 1);
 }
 
 #[test]
@@ -312,6 +335,86 @@ fn budgeted_groups_meet_their_budget_with_the_cheapest_ties() {
         let builder = Plan::builder().share(Groups::until(Budget::Bytes(10))).donor(donor);
         let error = builder.measure(&decoder, &windows, &mut ()).unwrap_err().to_string();
         assert!(error.contains("budget for sharing is 10 bytes"), "{error}");
+    }
+}
+
+#[test]
+fn ties_that_make_a_model_no_smaller_are_not_made() {
+    #[derive(Default)]
+    struct Stages(Vec<&'static str>);
+    impl Observer for Stages {
+        fn started(&mut self, stage: &'static str, _: u64) {
+            self.0.push(stage);
+        }
+    }
+    let (decoder, windows) = (load("llama"), windows("llama"));
+    let (arch, total) = (decoder.architecture(), decoder.parameter_count());
+    let until = |limit, rank, donor| {
+        let groups = Groups::until(Budget::Parameters(limit));
+        Plan::builder().share(groups).donor(donor).residual(Ranks::Uniform(rank), ResidualStart::Svd)
+    };
+    let size = |plan: &Plan| plan.architecture(arch).unwrap().parameter_count();
+    let pair = |rank, donor| {
+        let pair = Plan::builder().share(Groups::Explicit(vec![vec![0, 1]])).donor(donor);
+        size(&pair.residual(Ranks::Uniform(rank), ResidualStart::Svd).build(arch).unwrap())
+    };
+    // The least rank at which two residuals take more than one block's matrices: one residual takes less.
+    let rank = (1..).find(|&rank| pair(rank, Donor::Mean) >= total).unwrap();
+    assert!(pair(rank, Donor::First) < total);
+    for limit in [total - 1, 10] {
+        let mut stages = Stages::default();
+        let error = until(limit, rank, Donor::Mean).measure(&decoder, &windows, &mut stages).unwrap_err();
+        let Error::Budget { budget, least, .. } = error else { panic!("{error}") };
+        assert_eq!((budget, least), (limit, total));
+        assert_eq!(stages.0, [] as [&str; 0], "nothing is measured for it");
+    }
+    // Of all donors those are left that help.
+    let plan = until(total - 1, rank, Donor::Best).measure(&decoder, &windows, &mut ()).unwrap();
+    let groups = &plan.sharing().unwrap().groups;
+    assert!(size(&plan) < total);
+    assert!(groups.iter().all(|group| group.donor != Matrices::Mean), "{groups:?}");
+    assert!(groups.iter().flat_map(|group| &group.tried).all(|(donor, _)| *donor != Matrices::Mean));
+}
+
+#[test]
+fn a_budget_says_what_all_ties_would_leave() {
+    let (decoder, windows) = (load("qwen3"), windows("qwen3"));
+    let arch = decoder.architecture();
+    for (largest, groups) in [(None, Groups::of(4)), (Some(3), Groups::of(3)), (Some(2), Groups::of(2))] {
+        for donor in [Donor::First, Donor::Mean, Donor::Best] {
+            let all = Plan::builder().share(groups.clone());
+            let all = all.donor(if donor == Donor::Best { Donor::First } else { donor });
+            let all = all.scales(ScaleStart::Ones).build(arch).unwrap();
+            let least = all.architecture(arch).unwrap().parameter_count();
+            let until = |limit| {
+                let groups = Groups::Budget { budget: Budget::Parameters(limit), largest };
+                let builder = Plan::builder().share(groups).donor(donor).scales(ScaleStart::Ones);
+                builder.measure(&decoder, &windows, &mut ())
+            };
+            let error = until(least - 1).unwrap_err();
+            assert!(
+                matches!(error, Error::Budget { least: found, .. } if found == least),
+                "{largest:?} {donor:?} {least}: {error}"
+            );
+            if largest.is_none() && donor != Donor::Best {
+                assert!(until(least).is_ok(), "{donor:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_folded_model_is_tied_further_until_a_budget_is_met() {
+    let (decoder, windows) = (load("llama"), windows("llama"));
+    for groups in [vec![vec![0, 1], vec![2, 3]], vec![vec![0, 2], vec![1, 3]]] {
+        let first = Plan::builder().share(Groups::Explicit(groups.clone())).donor(Donor::First);
+        let folded = fold(&decoder, &first.build(decoder.architecture()).unwrap()).unwrap();
+        for donor in [Donor::First, Donor::Mean] {
+            let limit = folded.parameter_count() - 1;
+            let until = Plan::builder().share(Groups::until(Budget::Parameters(limit))).donor(donor);
+            let plan = until.measure(&folded, &windows, &mut ()).unwrap();
+            assert!(fold(&folded, &plan).unwrap().parameter_count() <= limit, "{groups:?} {donor:?}");
+        }
     }
 }
 

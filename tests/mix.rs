@@ -3,7 +3,9 @@
 
 mod support;
 
-use foldgpt::{Decoder, Error, Mix, Observer, Scores, fold_on, perplexity, search_mixes};
+use foldgpt::model::{BlockParam, NormSite, Param, Projection};
+use foldgpt::plan::{Donor, Groups, ScaleStart};
+use foldgpt::{Decoder, Error, Mix, Observer, Plan, Scores, fold_on, perplexity, search_mixes};
 use support::{load, windows};
 
 fn model() -> (Decoder, Scores) {
@@ -89,6 +91,52 @@ fn a_budget_that_cannot_be_met_says_what_could() {
     let error = search_mixes(&decoder, &scores, &[mix(10, 1, 0.0)], &windows, &mut ()).unwrap_err();
     assert!(matches!(error, Error::Budget { budget: 10, .. }), "{error}");
     assert!(mix(100, 0, 1.0).plan(&decoder, &scores, &windows, &mut ()).is_err());
+}
+
+#[test]
+fn a_total_between_full_tying_and_the_share_for_residuals_is_met() {
+    let (decoder, scores) = model();
+    let (windows, arch) = (windows("qwen3"), decoder.architecture());
+    let all = Plan::builder().share(Groups::of(4)).donor(Donor::Mean).scales(ScaleStart::LeastSquares);
+    let least = all.build(arch).unwrap().architecture(arch).unwrap().parameter_count();
+    let unit = arch.intermediate_size + arch.hidden_size;
+    for (more, ranks) in [(0, false), (unit, true)] {
+        let mix = mix(least + more, 0, 0.05);
+        assert!(mix.parameters as f64 * 0.95 < least as f64);
+        let plan = mix.plan(&decoder, &scores, &windows, &mut ()).unwrap();
+        let sharing = plan.sharing().unwrap();
+        assert_eq!(sharing.groups[0].blocks, [0, 1, 2, 3]);
+        assert_eq!(!sharing.ranks.is_empty(), ranks, "{more}");
+        let folded = fold_on(&decoder, &plan, &windows, &mut ()).unwrap();
+        assert!(folded.parameter_count() <= mix.parameters, "{more}");
+        assert_eq!(plan.to_builder().measure(&decoder, &windows, &mut ()).unwrap(), plan, "{more}");
+    }
+    // What cannot be met is named as it was asked for, with what could be.
+    let error = mix(least - 1, 0, 0.05).plan(&decoder, &scores, &windows, &mut ()).unwrap_err();
+    let Error::Budget { budget, least: found, .. } = error else { panic!("{error}") };
+    assert_eq!((budget, found), (least - 1, least));
+}
+
+#[test]
+fn a_mix_whose_loss_is_not_finite_is_passed_over() {
+    // Block 2 computes what it did, with matrices that overflow behind the norm of another block.
+    let huge = 1e30;
+    let decoder = load("qwen3").map(|param, value| match param {
+        Param::Block(2, BlockParam::Norm(NormSite::MlpIn, _)) => Ok((value / huge)?),
+        Param::Block(2, BlockParam::Weight(Projection::Gate | Projection::Up)) => Ok((value * huge)?),
+        _ => Ok(value.clone()),
+    });
+    let decoder = decoder.unwrap();
+    let (_, scores) = model();
+    let windows = windows("qwen3");
+    let (total, block) = (decoder.parameter_count(), block(&decoder));
+    // One tie, and then all four blocks in one group.
+    let [sound, broken] = [mix(total - block / 2, 0, 0.0), mix(total - 5 * block / 2, 0, 0.0)];
+    let search = |mixes: &[Mix]| search_mixes(&decoder, &scores, mixes, &windows, &mut ());
+    let front = search(&[broken.clone(), sound.clone()]).unwrap();
+    assert_eq!((front.len(), &front[0].mix), (1, &sound));
+    let error = search(&[broken]).unwrap_err();
+    assert!(matches!(error, Error::NotFinite { .. }), "{error}");
 }
 
 #[test]

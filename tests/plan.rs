@@ -167,15 +167,18 @@ fn groups_are_of_consecutive_blocks_that_stay() {
     assert_eq!(blocks(&plan), [vec![2, 3, 4], vec![5, 6, 7]], "block 8 is left alone");
     assert_eq!(blocks(&tied(9, 1, Groups::of(3)).unwrap()), [vec![1, 2, 3], vec![4, 5, 6], vec![7, 8]]);
     assert_eq!(blocks(&tied(9, 0, Groups::of_within(2, 3..=7)).unwrap()), [[3, 4], [5, 6]]);
-    assert!(blocks(&tied(9, 0, Groups::of(1)).unwrap()).is_empty());
     assert_eq!(blocks(&tied(6, 0, Groups::Explicit(vec![vec![0, 5]])).unwrap()), [[0, 5]]);
 }
 
 #[test]
 fn groups_that_cannot_be_are_refused() {
     let cases = [
-        (Groups::of(0), "group size"),
+        (Groups::of(0), "group size is 0"),
+        (Groups::of(1), "group size is 1, expected at least 2"),
         (Groups::Consecutive { size: 2, within: Some((5, 3)) }, "5 to 3"),
+        (Groups::of_within(2, 3..=3), "3 to 3"),
+        (Groups::of_within(2, 3..=6), "block 6 does not exist"),
+        (Groups::of_within(2, 30..=40), "block 40 does not exist"),
         (Groups::Explicit(vec![vec![3]]), "two or more"),
         (Groups::Explicit(vec![vec![4, 3]]), "ascending"),
         (Groups::Explicit(vec![vec![0, 3]]), "removed"),
@@ -250,6 +253,54 @@ fn a_tampered_sharing_does_not_load() {
         let mut value = value.clone();
         value["sharing"]["groups"][0][place] = wrong;
         assert!(Plan::from_json(&value.to_string()).is_err(), "{place}");
+    }
+}
+
+#[test]
+fn ranks_are_those_that_were_asked_for_or_the_plan_does_not_load() {
+    let decoder = load("llama");
+    let arch = decoder.architecture();
+    let pairs = || Plan::builder().share(Groups::of(2)).donor(Donor::First);
+    let residual = pairs().residual(Ranks::Uniform(2), ResidualStart::Svd).build(arch).unwrap();
+    let value: serde_json::Value = serde_json::from_str(&residual.to_json().unwrap()).unwrap();
+    let changed = |change: &dyn Fn(&mut serde_json::Value)| {
+        let mut value = value.clone();
+        change(&mut value["sharing"]);
+        Plan::from_json(&value.to_string())
+    };
+    assert!(fold(&decoder, &changed(&|_| {}).unwrap()).is_ok());
+    let error = changed(&|sharing| sharing["own"]["residual"] = serde_json::Value::Null).unwrap_err();
+    assert!(error.to_string().contains("own.residual"), "{error}");
+    // Whether ranks are uniform depends on how large the model's matrices are.
+    for change in [
+        |sharing: &mut serde_json::Value| sharing["ranks"]["1"]["q_proj"] = 3.into(),
+        |sharing: &mut serde_json::Value| {
+            drop(sharing["ranks"]["1"].as_object_mut().unwrap().remove("q_proj"))
+        },
+        |sharing: &mut serde_json::Value| drop(sharing["ranks"].as_object_mut().unwrap().remove("3")),
+        |sharing: &mut serde_json::Value| drop(sharing.as_object_mut().unwrap().remove("ranks")),
+    ] {
+        let plan = changed(&change).unwrap();
+        for error in [plan.architecture(arch).map(drop), fold(&decoder, &plan).map(drop)] {
+            let error = error.unwrap_err().to_string();
+            assert!(error.contains("uniform rank 2"), "{error}");
+        }
+    }
+    // As high as the smaller side of a matrix allows.
+    let high = pairs().residual(Ranks::Uniform(10_000), ResidualStart::Svd).build(arch).unwrap();
+    assert!(fold(&decoder, &Plan::from_json(&high.to_json().unwrap()).unwrap()).is_ok());
+}
+
+#[test]
+fn fields_that_no_version_has_are_refused() {
+    let json = plan(6, Target::Rate(0.5)).unwrap().to_json().unwrap();
+    for version in [1, 2] {
+        let mut value: serde_json::Value = serde_json::from_str(&json).unwrap();
+        value["version"] = version.into();
+        assert!(Plan::from_json(&value.to_string()).is_ok(), "{version}");
+        value["removed_heads"] = serde_json::json!([1]);
+        let error = Plan::from_json(&value.to_string()).unwrap_err().to_string();
+        assert!(error.contains("removed_heads"), "{version}: {error}");
     }
 }
 

@@ -13,10 +13,11 @@ use foldgpt::heal::{Budget, Losses};
 use foldgpt::importance::Method;
 use foldgpt::model::Unit;
 use foldgpt::pipeline::{Goal, Share, Stage};
-use foldgpt::plan::Groups;
-use foldgpt::{Checkpoint, Compressor, Format, Heal, SaveOptions, Target, perplexity};
+use foldgpt::plan::{Donor, Groups, Ranks, ResidualStart, ScaleStart};
+use foldgpt::{Account, Checkpoint, Compressor, Format, Heal, Plan, SaveOptions, Target, perplexity};
 use pulldown_cmark::{Event, Options, Parser, Tag};
 use reports::{HOSTILE, full, plain};
+use sha2::{Digest, Sha256};
 use yaml_rust2::{Yaml, YamlLoader};
 
 const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/tiny-stories");
@@ -128,9 +129,15 @@ fn markdown_leaves_out_what_was_not_done() {
     for heading in ["Asked", "Before and after", "Protocol", "Blocks", "Provenance"] {
         assert!(text.contains(&format!("\n## {heading}\n")), "{heading}");
     }
-    for absent in ["## Healing", "## Samples", "strongest couplings", "Mixes", "| cut", "± is"] {
+    for absent in ["## Healing", "## Samples", "strongest couplings", "Mixes", "| cut", "± is", "task file"]
+    {
         assert!(!text.contains(absent), "{absent}");
     }
+    // Its part is a figure.
+    assert!(!text.contains("## Size and loss"));
+    let filled =
+        text.split("\n## ").all(|section| section.lines().filter(|line| !line.is_empty()).count() > 1);
+    assert!(filled, "a heading stands over nothing: {text}");
     assert_eq!(text, plain().to_markdown().unwrap());
 }
 
@@ -211,6 +218,28 @@ fn the_pipeline_reports_what_it_did_and_keeps_it() {
 }
 
 #[test]
+fn the_files_of_tasks_are_named_by_their_hashes() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path();
+    let task = path.join("copa.jsonl");
+    let item = r#"{"premise": "Ben fell.", "choice1": "He cried.", "choice2": "He ate.", "question": "effect", "label": 0}"#;
+    let expected = |text: &str| {
+        std::fs::write(&task, text).unwrap();
+        let digest = Sha256::digest(text).iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+        let mut compressor = compressor(path, "out");
+        compressor.recipe.tasks = vec![task.clone()];
+        let report = compressor.run(&mut ()).unwrap();
+        let text = report.to_markdown().unwrap();
+        assert!(text.contains(&format!("- task file, sha256: `{digest}  copa`\n")), "{digest}: {text}");
+        (report.ran, digest)
+    };
+    let (_, first) = expected(&format!("{item}\n"));
+    // The same items need no work, and are of another file.
+    let (ran, second) = expected(&format!("{item}\n\n"));
+    assert!(ran.is_empty() && first != second, "{ran:?}");
+}
+
+#[test]
 fn samples_begin_with_the_text_where_nothing_is_asked() {
     let directory = tempfile::tempdir().unwrap();
     let none: [&str; 0] = [];
@@ -266,6 +295,16 @@ fn every_saved_directory_has_a_card() {
     assert_eq!(front["library_name"].as_str(), Some("transformers"));
     assert!(front["base_model"].is_badvalue());
     assert!(body.contains("# llama, compressed") && body.contains("blocks: 4 of 4"), "{body}");
+    assert!(!body.contains("removed") && body.contains("not measured"), "{body}");
+    // What was copied without a plan says which blocks it lost.
+    let dropped = directory.path().join("dropped");
+    checkpoint.save_blocks(&[0, 2], None, &dropped, &SaveOptions::default(), &mut ()).unwrap();
+    let (front, body) = card(&dropped);
+    assert!(body.contains("blocks: 2 of 4\n") && body.contains("removed: 1, 3\n"), "{body}");
+    assert_eq!(front["tags"][1].as_str(), Some("depth-pruning"));
+    // Results are whoever's who measured them.
+    let own = checkpoint.card(&dense.with_blocks(&[0, 2]).unwrap(), None);
+    assert!(own.body.contains("removed: 1, 3\n") && !own.body.contains("not measured"), "{}", own.body);
     // A snapshot of the hub's cache says whose it is, and what is made of what was made of it says so too.
     let fetched = Checkpoint::open(&first).unwrap();
     let scores = foldgpt::Scores::new("test", &support::windows("llama"), vec![0.4, 0.1, 0.3, 0.2]).unwrap();
@@ -299,6 +338,59 @@ fn every_saved_directory_has_a_card() {
         perplexity(&decoder, &support::windows("llama"), &mut ()).unwrap().mean_nll.to_bits()
     };
     assert_eq!(nll(&second), nll(&third));
+}
+
+#[test]
+fn a_card_says_what_blocks_share_and_what_each_keeps() {
+    let (checkpoint, dense) = (support::open("llama"), support::load("llama"));
+    let pairs = |donor| Plan::builder().share(Groups::of(2)).donor(donor);
+    let ranked = pairs(Donor::First).scales(ScaleStart::Ones).residual(Ranks::Uniform(2), ResidualStart::Svd);
+    let cases = [
+        (pairs(Donor::Mean), "their mean", "norms of their own\n"),
+        (pairs(Donor::First).share_norms(), "those of block 2", "no norms of their own\n"),
+        (ranked, "those of block 2", "norms of their own, scales, residuals of rank 2\n"),
+    ];
+    for (place, (builder, donor, own)) in cases.into_iter().enumerate() {
+        let plan = builder.build(dense.architecture()).unwrap();
+        let folded = foldgpt::fold(&dense, &plan).unwrap();
+        let scratch = tempfile::tempdir().unwrap();
+        let options = SaveOptions::from(Format::Compact);
+        let out = scratch.path().join("out");
+        checkpoint.save(&folded, Some(&plan), &out, &options, &mut ()).unwrap();
+        let (_, body) = card(&out);
+        assert!(body.contains(&format!("share matrices: 2, 3: {donor}\n")), "{place}: {body}");
+        assert!(body.contains(&format!("what blocks that share keep: {own}")), "{place}: {body}");
+    }
+}
+
+#[test]
+fn work_and_memory_are_those_of_the_saved_model_in_every_report() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path();
+    let report = compressor(path, "out").share(Share::new(Groups::of(2))).run(&mut ()).unwrap();
+    assert!(report.dense.latency.is_none(), "nothing is measured for it");
+    let counted = |place: &Path| {
+        let decoder = Checkpoint::open(place).unwrap().decoder(DType::F32, &Device::Cpu).unwrap();
+        Account::counted(&decoder, 32).unwrap()
+    };
+    let (dense, compressed) = (counted(Path::new(MODEL)), counted(&path.join("out")));
+    assert_eq!((report.dense.account, report.compressed.account), (Some(dense), Some(compressed)));
+    let (_, body) = card(&path.join("out"));
+    for text in [body, report.to_markdown().unwrap()] {
+        let rows = table(&text, "Before and after");
+        for (name, before, after) in [
+            ("FLOPs per token", dense.flops_per_token, compressed.flops_per_token),
+            ("resident bytes", dense.resident_bytes, compressed.resident_bytes),
+            ("KV bytes per token", dense.kv_bytes_per_token, compressed.kv_bytes_per_token),
+        ] {
+            assert!(after < before, "{name}");
+            let shown = [number(rows[name][0]), number(rows[name][1])];
+            assert!(
+                (shown[0] - before as f64).abs() < 0.5 && (shown[1] - after as f64).abs() < 0.5,
+                "{name}"
+            );
+        }
+    }
 }
 
 #[test]

@@ -7,7 +7,8 @@ mod stories;
 use std::path::Path;
 
 use candle_core::{DType, Device};
-use foldgpt::{Bos, Checkpoint, Decoder, Windows, perplexity};
+use foldgpt::plan::{Donor, Groups, Ranks, ResidualStart};
+use foldgpt::{Bos, Checkpoint, Decoder, Plan, Windows, fold_on, output_errors, perplexity};
 
 /// `examples/pretrain.rs` holds out the stories of this seed.
 const HELD_OUT: u64 = 2;
@@ -42,6 +43,31 @@ fn the_loss_is_below_that_of_bigrams() {
     let bigrams = stories::ngram::bigram_nll(&encode(1, 500_000), &encode(HELD_OUT, 10_000), vocab);
     let model = nll(&decoder, 10_000);
     assert!(model + 0.5 < bigrams, "model {model:.3}, bigrams {bigrams:.3}");
+}
+
+/// On stories that none has seen the whitened start is nearer to the original than the plain one, whatever the rank:
+/// it weighs directions by what calibration stories do in them, and these are stories too.
+#[test]
+fn whitening_lowers_the_output_error_on_stories_that_none_has_seen() {
+    let checkpoint = checkpoint();
+    let dense = checkpoint.decoder(DType::F32, &Device::Cpu).unwrap();
+    let tokenizer = checkpoint.tokenizer().unwrap();
+    let cut = |seed| {
+        let text = stories::corpus(seed, 12_000);
+        Windows::from_text(&tokenizer, &text, 128, Some(8), Bos::Auto).unwrap()
+    };
+    let (calibration, held_out) = (cut(1), cut(HELD_OUT));
+    for rank in [2, 8] {
+        let error = |start| {
+            let plan = Plan::builder().share(Groups::of(2)).donor(Donor::Mean);
+            let plan = plan.residual(Ranks::Uniform(rank), start).build(dense.architecture()).unwrap();
+            let folded = fold_on(&dense, &plan, &calibration, &mut ()).unwrap();
+            let errors = output_errors(&dense, &folded, &held_out, &mut ()).unwrap();
+            errors.iter().map(|error| error.relative).sum::<f64>() / errors.len() as f64
+        };
+        let (plain, whitened) = (error(ResidualStart::Svd), error(ResidualStart::Whitened));
+        assert!(whitened < 0.95 * plain, "rank {rank}: {whitened} whitened, {plain} plain");
+    }
 }
 
 #[test]

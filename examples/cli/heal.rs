@@ -4,9 +4,10 @@ use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
 use clap::{Args, ValueEnum};
-use foldgpt::Format;
+use foldgpt::checkpoint::ModelCard;
 use foldgpt::heal::{Budget, Heal, HealReport, Lora, Losses, ParamGroup, Trainable};
 use foldgpt::model::Projection;
+use foldgpt::{Format, Perplexity};
 
 // Whether a model is healed, what is trained, and what it learns from.
 #[derive(Debug, Clone, Args)]
@@ -145,6 +146,27 @@ pub fn summary(report: &HealReport) -> String {
         report.kept,
         held_out.join(", ")
     )
+}
+
+/// The card of a healed model: what its checkpoint says of it, how it was healed, and what it was worth before and after.
+pub fn card(mut card: ModelCard, report: &HealReport, taught: bool, models: [&Perplexity; 2]) -> ModelCard {
+    let [before, after] = models;
+    if taught {
+        card.tags.push("knowledge-distillation".into());
+    }
+    let teacher = if taught { "held to the original model" } else { "by the text alone" };
+    let row = |name: &str, found: &Perplexity| {
+        format!("| {name} | {:.4} | {:.2} |\n", found.mean_nll, found.perplexity)
+    };
+    card.body += &format!(
+        "\n\n## Healing\n\n{}; {teacher}.\n\n## Results\n\n| | NLL, nats per token | perplexity |\n|---|---:|---:|\n{}{}\n\
+         In f32 on {}.",
+        summary(report),
+        row("before", before),
+        row("healed", after),
+        super::protocol_of(after)
+    );
+    card
 }
 
 impl TuningArgs {

@@ -287,6 +287,9 @@ pub struct SharingArgs {
     /// Whose matrices tied blocks use
     #[arg(long, value_enum, default_value_t = DonorArg::Mean, requires = "shared")]
     pub donor: DonorArg,
+    /// Tie the norms of tied blocks too, which are otherwise each block's own
+    #[arg(long, requires = "tied")]
+    pub no_norms: bool,
     /// Give tied blocks a factor for each output, fitted by least squares
     #[arg(long, requires = "tied")]
     pub scales: bool,
@@ -302,7 +305,7 @@ pub struct SharingArgs {
     pub budget_params: Option<f64>,
     /// With --budget-params, try removing none, half and all of the blocks that may go, each with 0, 5 and 15 % of the
     /// total kept for rank, and take the mix of the lowest loss
-    #[arg(long, requires = "budget_params", conflicts_with = "groups")]
+    #[arg(long, requires = "budget_params", conflicts_with = "tied")]
     pub search: bool,
 }
 
@@ -393,6 +396,7 @@ impl SharingArgs {
         };
         let mut share = Share::new(groups);
         share.donor = self.donor.donor();
+        share.own.norms = !self.no_norms;
         share.own.scales = self.scales.then_some(ScaleStart::LeastSquares);
         share.own.residual = self.rank.map(|rank| {
             let start = match self.start {

@@ -23,9 +23,12 @@ pub fn print(report: &Report) {
         print!("{}", chart::bars(scores, &plan.units(), "removed"));
         cli::warn_unstable(scores);
     }
-    for group in plan.sharing().map(|sharing| sharing.groups.as_slice()).unwrap_or_default() {
-        let cost = group.cost.map(|cost| format!(", {cost:+.4} nats")).unwrap_or_default();
-        println!("tied {:?}, matrices of {:?}{cost}", group.blocks, group.donor);
+    if let Some(sharing) = plan.sharing().filter(|sharing| !sharing.groups.is_empty()) {
+        for group in &sharing.groups {
+            let cost = group.cost.map(|cost| format!(", {cost:+.4} nats")).unwrap_or_default();
+            println!("blocks {:?} share matrices, {}{cost}", group.blocks, group.donor);
+        }
+        println!("blocks that share have {}", sharing.own);
     }
     let name = if report.heal.is_some() { "healed" } else { "compressed" };
     println!("\n{}", table::compared(&report.comparison(), name));
@@ -46,5 +49,10 @@ pub fn print(report: &Report) {
     }
     let ran: Vec<&str> = report.ran.iter().map(|stage| stage.name()).collect();
     println!("done now: {}", if ran.is_empty() { "nothing".into() } else { ran.join(", ") });
-    println!("saved to {} ({} bytes of tensors)", report.recipe.out.display(), report.saved_bytes);
+    println!(
+        "saved to {} in the {} format ({} bytes of tensors)",
+        report.recipe.out.display(),
+        report.format,
+        report.saved_bytes
+    );
 }

@@ -6,23 +6,24 @@ use std::time::Instant;
 
 use foldgpt::eval::Throughput;
 use foldgpt::report::{self, Value};
-use foldgpt::{Checkpoint, Decoder, Latency, Observer, Perplexity, Windows, perplexity};
+use foldgpt::{Decoder, Latency, Observer, Perplexity, Windows, perplexity};
 
 /// A model's line of the table.
 pub struct Row {
     name: &'static str,
     blocks: usize,
     parameters: usize,
-    bytes: u64,
-    result: Perplexity,
+    /// Bytes of its tensors as they are stored.
+    pub bytes: u64,
+    pub result: Perplexity,
     tokens_per_second: f64,
 }
 
 impl Row {
-    /// Evaluates `decoder`, loaded from `checkpoint`, on `windows`; speed is that of the evaluation, in tokens read per second.
+    /// Evaluates `decoder` on `windows`; speed is that of the evaluation, in tokens read per second.
     pub fn measure(
         name: &'static str,
-        checkpoint: &Checkpoint,
+        bytes: u64,
         decoder: &Decoder,
         windows: &Windows,
         observer: &mut dyn Observer,
@@ -36,7 +37,7 @@ impl Row {
             name,
             blocks: decoder.depth(),
             parameters: decoder.parameter_count(),
-            bytes: checkpoint.tensor_bytes(),
+            bytes,
             result,
             tokens_per_second: tokens / start.elapsed().as_secs_f64(),
         })
@@ -72,16 +73,13 @@ pub fn compared(rows: &[report::Row], name: &str) -> String {
     lines.extend(rows.iter().map(|row| {
         let unit = if row.unit.is_empty() { String::new() } else { format!(" ({})", row.unit) };
         let cell = |value: Option<Value>| value.map(|value| spread(value, row.digits)).unwrap_or_default();
-        let signed = |value: f64| {
-            format!("{}{}", if value < 0.0 { "-" } else { "+" }, rounded(value.abs(), row.digits))
-        };
-        let relative = row.relative.map(|share| format!("{:+.1} %", 100.0 * share));
+        let relative = row.relative.map(|share| format!("{} %", signed(100.0 * share, 1)));
         [
             format!("{}{unit}", row.quantity),
             cell(row.dense),
             cell(row.folded),
             cell(row.compressed),
-            row.difference.map(signed).unwrap_or_default(),
+            row.difference.map(|value| signed(value, row.digits)).unwrap_or_default(),
             relative.unwrap_or_default(),
         ]
     }));
@@ -112,6 +110,20 @@ fn rounded(number: f64, digits: usize) -> String {
     let text = format!("{number:.digits$}");
     let (whole, rest) = text.split_at(text.find('.').unwrap_or(text.len()));
     whole.parse().map_or_else(|_| whole.to_string(), grouped) + rest
+}
+
+/// A number with its sign; what rounds to nothing has none.
+fn signed(number: f64, digits: usize) -> String {
+    let text = rounded(number.abs(), digits);
+    let nothing = !text.contains(|digit| ('1'..='9').contains(&digit));
+    let sign = if nothing {
+        ""
+    } else if number < 0.0 {
+        "-"
+    } else {
+        "+"
+    };
+    format!("{sign}{text}")
 }
 
 /// How fast models are and what they take, measured in turns, each beside the first.

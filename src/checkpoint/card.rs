@@ -3,10 +3,11 @@
 use std::fmt::Write;
 use std::path::Path;
 
+use super::written::Written;
 use super::{Checkpoint, Format, hub};
-use crate::model::{Architecture, Unit};
+use crate::model::{Architecture, Decoder, Unit};
 use crate::plan::Plan;
-use crate::report::{escape, plan_facts};
+use crate::report::{escape, plan_facts, removed_facts};
 
 /// The card's file.
 pub(crate) const CARD: &str = "README.md";
@@ -80,8 +81,22 @@ impl Checkpoint {
         hub::is_hub_id(&id).then_some(id)
     }
 
-    /// A card that says what was done, and no results.
-    pub(super) fn card(&self, model: &Architecture, plan: Option<&Plan>) -> ModelCard {
+    /// The card of `decoder`, made from this checkpoint: what was done, and no results. Whoever has some adds them to its
+    /// body and gives it to [`SaveOptions::card`](super::SaveOptions::card).
+    #[must_use]
+    pub fn card(&self, decoder: &Decoder, plan: Option<&Plan>) -> ModelCard {
+        self.card_of(decoder.architecture(), &decoder.origins(), plan)
+    }
+
+    /// The card of what nobody says anything about.
+    pub(super) fn unmeasured(&self, written: &Written<'_>, plan: Option<&Plan>) -> ModelCard {
+        let mut card = self.card_of(&written.model, &written.kept, plan);
+        card.body += " Its quality was not measured when it was written.";
+        card
+    }
+
+    /// The card of a model whose depths are the blocks `kept` of this one.
+    fn card_of(&self, model: &Architecture, kept: &[usize], plan: Option<&Plan>) -> ModelCard {
         let base_model = self.base_model();
         let name = base_model.clone().or_else(|| name_of(&self.location));
         let mut card = match &name {
@@ -96,14 +111,11 @@ impl Checkpoint {
         if let Some(sha256) = plan.and_then(Plan::model_sha256) {
             let _ = writeln!(card.body, "- base model's weights, sha256: {}", escape::code(sha256));
         }
-        for (name, fact) in plan.map(plan_facts).unwrap_or_default() {
+        let facts = plan.map_or_else(|| removed_facts(self.architecture.depth(), kept), plan_facts);
+        for (name, fact) in facts {
             let _ = writeln!(card.body, "- {name}: {fact}");
         }
-        let _ = write!(
-            card.body,
-            "\nMade with foldgpt {}. Its quality was not measured when it was written.",
-            env!("CARGO_PKG_VERSION")
-        );
+        let _ = write!(card.body, "\nMade with foldgpt {}.", env!("CARGO_PKG_VERSION"));
         let shares = (0..model.depth()).any(|depth| model.fold.block(depth).weights != depth);
         card.tags = tags(halves(model) < halves(&self.architecture), shares);
         card.base_model = base_model;

@@ -21,13 +21,16 @@ pub(super) fn stem(config: &Value) -> Result<&'static str> {
 fn section(config: &Value) -> Result<Option<&Map<String, Value>>> {
     let Some(section) = config.get(SECTION) else { return Ok(None) };
     let fields = section.as_object().ok_or_else(|| Error::config(SECTION, "expected a json object"))?;
-    match fields.get("version").and_then(Value::as_u64) {
-        Some(1..=FORMAT_VERSION) => Ok(Some(fields)),
-        Some(version) => {
-            let reason = format!("{version} is not known, the newest that can be read is {FORMAT_VERSION}");
-            Err(Error::config("foldgpt.version", reason))
+    let refuse = |reason: String| Err(Error::config("foldgpt.version", reason));
+    match fields.get("version").map(|version| (version, version.as_u64())) {
+        Some((_, Some(1..=FORMAT_VERSION))) => Ok(Some(fields)),
+        Some((_, Some(version))) => {
+            refuse(format!("{version} is not known, the newest that can be read is {FORMAT_VERSION}"))
         }
-        None => Err(Error::config("foldgpt.version", "missing, expected a number")),
+        Some((value, None)) => {
+            refuse(format!("{value} is no version, expected an integer of at most {FORMAT_VERSION}"))
+        }
+        None => refuse("missing, expected an integer".into()),
     }
 }
 

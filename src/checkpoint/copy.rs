@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 
 use super::finite::are_finite;
 use super::layout::{Stored, stored_tensors};
-use super::save::{Format, SaveOptions, Saved};
+use super::save::{Format, Prepared, SaveOptions, Saved};
 use super::written::{Content, Written, bytes_of};
 use super::{Checkpoint, Source};
 use crate::error::{Error, Result};
@@ -43,11 +43,23 @@ impl Checkpoint {
         options: &SaveOptions,
         observer: &mut dyn Observer,
     ) -> Result<Saved> {
+        self.prepare_blocks(kept, plan, directory.as_ref(), options, observer)?.place()
+    }
+
+    /// As [`save_blocks`](Self::save_blocks), all but the renaming.
+    pub(crate) fn prepare_blocks(
+        &self,
+        kept: &[usize],
+        plan: Option<&Plan>,
+        directory: &Path,
+        options: &SaveOptions,
+        observer: &mut dyn Observer,
+    ) -> Result<Prepared> {
         let written = self.of_blocks(kept, options.format)?;
         if let Some(plan) = plan {
             self.check_plan(plan, kept, &written.model, observer)?;
         }
-        self.write(&written, plan, directory.as_ref(), options, observer)
+        self.write(&written, plan, directory, options, observer)
     }
 
     /// The bytes of all tensors that [`save_blocks`](Self::save_blocks) writes.

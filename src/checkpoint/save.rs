@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 use candle_core::DType;
@@ -34,6 +35,15 @@ pub enum Format {
     Compact,
 }
 
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Expanded => "expanded",
+            Self::Compact => "compact",
+        })
+    }
+}
+
 /// How a checkpoint is written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -42,7 +52,8 @@ pub struct SaveOptions {
     pub format: Format,
     /// Tensors are split into files of at most this many bytes; a larger tensor has a file of its own.
     pub max_shard_bytes: u64,
-    /// The model card, `README.md`. Where absent, one that says what was done, without results.
+    /// The model card, `README.md`. Where absent, that of [`Checkpoint::card`], which says what was done and has no
+    /// results.
     pub card: Option<ModelCard>,
 }
 
@@ -81,6 +92,26 @@ pub struct Saved {
     pub file_bytes: u64,
     /// The files of weights.
     pub weight_files: Vec<String>,
+}
+
+/// A checkpoint that is whole and compared, and not in its place yet; dropped, it is gone.
+pub(crate) struct Prepared {
+    staging: Staging,
+    /// What was written, opened where it lies now.
+    pub(crate) checkpoint: Checkpoint,
+    /// What will have been saved.
+    pub(crate) saved: Saved,
+}
+
+impl Prepared {
+    /// Renames it into its place.
+    pub(crate) fn place(self) -> Result<Saved> {
+        let Self { staging, saved, .. } = self;
+        staging.commit(&saved.directory)?;
+        let (files, bytes) = (saved.weight_files.len(), saved.tensor_bytes);
+        tracing::debug!(path = %saved.directory.display(), files, bytes, "saved");
+        Ok(saved)
+    }
 }
 
 /// Files that belong to the model beside its weights: fetched from the hub, and carried along from a directory.
@@ -122,16 +153,28 @@ impl Checkpoint {
         options: &SaveOptions,
         observer: &mut dyn Observer,
     ) -> Result<Saved> {
+        self.prepare(decoder, plan, directory.as_ref(), options, observer)?.place()
+    }
+
+    /// As [`save`](Self::save), all but the renaming.
+    pub(crate) fn prepare(
+        &self,
+        decoder: &Decoder,
+        plan: Option<&Plan>,
+        directory: &Path,
+        options: &SaveOptions,
+        observer: &mut dyn Observer,
+    ) -> Result<Prepared> {
         decoder.check_not_quantized()?;
         if let Some(plan) = plan {
             let kept: Vec<usize> = decoder.blocks().iter().map(|block| block.own.origin).collect();
             self.check_plan(plan, &kept, decoder.architecture(), observer)?;
         }
         let written = self.of_decoder(decoder, options.format)?;
-        self.write(&written, plan, directory.as_ref(), options, observer)
+        self.write(&written, plan, directory, options, observer)
     }
 
-    /// Writes all of it beside its place, compares, and renames.
+    /// Writes all of it beside its place, and compares.
     pub(super) fn write(
         &self,
         written: &Written<'_>,
@@ -139,7 +182,7 @@ impl Checkpoint {
         directory: &Path,
         options: &SaveOptions,
         observer: &mut dyn Observer,
-    ) -> Result<Saved> {
+    ) -> Result<Prepared> {
         let staging = Staging::beside(directory)?;
         let config = self.config_of(written)?;
         staging.write("config.json", pretty(&config)?.as_bytes())?;
@@ -147,17 +190,16 @@ impl Checkpoint {
             staging.write(PLAN, plan.to_json()?.as_bytes())?;
         }
         self.write_companions(&staging)?;
-        let card = options.card.clone().unwrap_or_else(|| self.card(&written.model, plan));
+        let card = options.card.clone().unwrap_or_else(|| self.unmeasured(written, plan));
         staging.write(CARD, card.to_markdown(options.format).as_bytes())?;
         let (weight_files, tensor_bytes) = write_weights(written, &staging, options, observer)?;
-        compare(written, &staging.path, observer)?;
+        let checkpoint = compare(written, &staging.path, observer)?;
         let mut file_bytes = 0;
         for path in weight_files.iter().map(|name| staging.path.join(name)) {
             file_bytes += std::fs::metadata(&path).map_err(Error::io("read", &path))?.len();
         }
-        staging.commit(directory)?;
-        tracing::debug!(path = %directory.display(), files = weight_files.len(), bytes = tensor_bytes, "saved");
-        Ok(Saved { directory: directory.to_path_buf(), tensor_bytes, file_bytes, weight_files })
+        let saved = Saved { directory: directory.to_path_buf(), tensor_bytes, file_bytes, weight_files };
+        Ok(Prepared { staging, checkpoint, saved })
     }
 
     /// A plan is written only beside what it describes.
@@ -272,7 +314,7 @@ fn write_weights(
 }
 
 /// Opens what was written as anyone would, and compares it with the decoder: architecture, then every tensor.
-fn compare(written: &Written<'_>, directory: &Path, observer: &mut dyn Observer) -> Result<()> {
+fn compare(written: &Written<'_>, directory: &Path, observer: &mut dyn Observer) -> Result<Checkpoint> {
     let reloaded = Checkpoint::open(directory)?;
     if reloaded.architecture() != &written.architecture {
         let reason = "config.json cannot say what the decoder computes (a kept block's attention or rope)";
@@ -284,7 +326,8 @@ fn compare(written: &Written<'_>, directory: &Path, observer: &mut dyn Observer)
             return Ok(());
         }
         Err(Error::tensor(directory, &stored.name, "does not read back as it was written"))
-    })
+    })?;
+    Ok(reloaded)
 }
 
 /// How far the writing is.

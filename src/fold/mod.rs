@@ -1,12 +1,14 @@
 //! A plan applied to a decoder in memory.
 
 mod donors;
+mod footprint;
 mod low_rank;
 mod moments;
 mod ranks;
 mod starts;
 mod ties;
 
+pub(crate) use footprint::FoldFootprint;
 pub(crate) use ranks::spread_ranks;
 pub use starts::{OutputError, output_errors};
 pub(crate) use ties::{Ties, measured_groups};
@@ -28,7 +30,8 @@ const STAGE: &str = "fold";
 /// A plan for another model, or one with starts that need calibration windows: see [`fold_on`].
 pub fn fold(decoder: &Decoder, plan: &Plan) -> Result<Decoder> {
     if plan.sharing().is_some_and(|sharing| sharing.own.needs_windows() && !sharing.groups.is_empty()) {
-        return Err(Error::Plan("scales and whitened residuals start from calibration windows".into()));
+        let instead = "`fold_on` takes them, and not `fold`";
+        return Err(Error::Plan(format!("scales and residuals start from calibration windows: {instead}")));
     }
     observed(decoder, plan, None, &mut ())
 }

@@ -11,11 +11,11 @@ use crate::error::{Error, Result};
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct AdamW {
-    /// Decay of the mean of gradients.
+    /// Decay of the mean of gradients; 0.9 by default.
     pub beta1: f64,
-    /// Decay of the mean of their squares.
+    /// Decay of the mean of their squares; 0.999 by default.
     pub beta2: f64,
-    /// Added to the root of the latter.
+    /// Added to the root of the latter; 1e-8 by default.
     pub eps: f64,
 }
 

@@ -16,36 +16,37 @@ use crate::error::{Error, Result};
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct Heal {
-    /// How long it takes.
+    /// How long it takes; 200 steps by default.
     pub budget: Budget,
-    /// Windows in each step.
+    /// Windows in each step; 4 by default.
     pub batch: usize,
-    /// Windows that are computed at once: more need more memory, and give the same but for rounding.
+    /// Windows that are computed at once, 1 by default: more need more memory, and give the same but for rounding.
     pub micro_batch: usize,
-    /// What is trained, and how fast.
+    /// What is trained, and how fast; by default norms, scales and low-rank adapters, each at its
+    /// [usual learning rate](Trainable::learning_rate).
     pub groups: Vec<ParamGroup>,
-    /// What is minimised.
+    /// What is minimised; by default what [`Losses`] are by default.
     pub losses: Losses,
-    /// The optimiser.
+    /// The optimiser; by default what [`AdamW`] is by default.
     pub adamw: AdamW,
-    /// How learning rates go up and down.
+    /// How learning rates go up and down; by default what [`Schedule`] is by default.
     pub schedule: Schedule,
-    /// The gradient of all that is trained is made no longer than this.
+    /// The gradient of all that is trained is made no longer than this, 1 by default; of any length where there is none.
     pub max_grad_norm: Option<f64>,
-    /// Seed of the order of windows and of first values.
+    /// Seed of the order of windows and of first values; 0 by default.
     pub seed: u64,
-    /// Steps between measurements on the held-out windows; the first and the last are always measured.
+    /// Steps between measurements on the held-out windows, 25 by default; the first and the last are always measured.
     pub evaluate_every: usize,
-    /// Stops after this many measurements without a lowest loss; never where absent.
+    /// Stops after this many measurements without a lowest loss; never where absent, as by default.
     pub patience: Option<usize>,
-    /// Steps between states; a run that is cancelled saves what is done.
+    /// Steps between states, 20 by default; a run that is cancelled saves what is done.
     pub save_every: usize,
     /// Where the state is kept, and gone on from where it exists and fits: options, text, model and teacher have to be
-    /// the same. Of a model, its architecture and the first values of every tensor are compared.
+    /// the same. Of a model, its architecture and the first values of every tensor are compared. Nowhere by default.
     #[serde(skip)]
     pub state_file: Option<PathBuf>,
     /// Where every step is logged, as JSON Lines of [`Record`](super::Record). A log that is there goes on with the
-    /// state, or is begun anew without one; a file that is no log is refused.
+    /// state, or is begun anew without one; a file that is no log is refused. Nowhere by default.
     #[serde(skip)]
     pub log_file: Option<PathBuf>,
 }

@@ -26,9 +26,9 @@ pub enum Decay {
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct Schedule {
-    /// What comes after the warm-up.
+    /// What comes after the warm-up; half a cosine by default.
     pub decay: Decay,
-    /// The share of the training that warms up, from 0 to 1.
+    /// The share of the training that warms up, from 0 to 1; 0.05 by default.
     pub warmup: f64,
 }
 

@@ -44,16 +44,16 @@ pub enum Trainable {
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct Lora {
-    /// r: rows of `A`, columns of `B`.
+    /// r: rows of `A`, columns of `B`; 8 by default.
     pub rank: usize,
-    /// α.
+    /// α; 16 by default.
     pub alpha: f64,
-    /// The projections that are adapted; all that the blocks have where empty.
+    /// The projections that are adapted; all that the blocks have where empty, as by default.
     pub projections: Vec<Projection>,
-    /// Whether depths that share a matrix share its adapter too, and not each have one. Where it is kept, a compact
-    /// checkpoint stores it once.
+    /// Whether depths that share a matrix share its adapter too, and not each have one, as they do by default. Where it
+    /// is kept, a compact checkpoint stores it once.
     pub shared: bool,
-    /// Whether adapters become part of their matrices in the end, where that is exact.
+    /// Whether adapters become part of their matrices in the end, where that is exact, as they do by default.
     pub merge: bool,
 }
 
@@ -72,7 +72,7 @@ pub struct ParamGroup {
     pub params: Trainable,
     /// The highest learning rate.
     pub learning_rate: f64,
-    /// Decoupled weight decay.
+    /// Decoupled weight decay; 0 by default.
     #[serde(default)]
     pub weight_decay: f64,
 }

@@ -53,6 +53,18 @@ impl<'a> Footprint<'a> {
         self.seq_len * wide as u64 * 4
     }
 
+    /// The same backwards: every activation has a gradient, and one to add to it.
+    fn activations_back(&self) -> u64 {
+        3 * self.activations()
+    }
+
+    /// What takes the most on the way back of so many windows at once: a block, or the head.
+    pub(crate) fn back(&self, windows: u64) -> u64 {
+        // The student's logits and the teacher's, each with as many numbers on their way.
+        let logits = 2 * ROWS * self.arch.vocab_size as u64 * 4;
+        self.activations_back().saturating_mul(windows).max(logits)
+    }
+
     /// What a method keeps in memory beside the weights and the activations of one block.
     pub(crate) fn kept(&self, method: Method) -> u64 {
         let depth = self.arch.depth() as u64;
@@ -73,11 +85,10 @@ impl<'a> Footprint<'a> {
 
     /// Scoring with blocks read from disk one at a time, but for the states between blocks.
     pub(crate) fn streamed(&self, checkpoint: &Checkpoint, method: Method, options: &MethodOptions) -> u64 {
-        // Backwards every activation has a gradient, and one to add to it; each window of a batch has a state and the
-        // gradient with respect to it.
+        // Each window of a batch has a state and the gradient with respect to it.
         let (activations, states) = match method {
             Method::Gates => {
-                (3 * self.activations(), (options.gates.batch as u64).saturating_mul(2).saturating_add(4))
+                (self.activations_back(), (options.gates.batch as u64).saturating_mul(2).saturating_add(4))
             }
             _ => (self.activations(), 4),
         };

@@ -26,28 +26,30 @@ use crate::progress::{self, Observer};
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct Gates {
-    /// How many blocks the gates are driven to remove, at least one; with `halves`, as many parameters as these have.
+    /// How many blocks the gates are driven to remove, at least one; with `halves`, as many parameters as these have. 0
+    /// by default, which training refuses: the caller says.
     pub remove: usize,
-    /// A gate for the attention and one for the MLP of every block, and not one for both.
+    /// A gate for the attention and one for the MLP of every block, and not one for both, as by default.
     pub halves: bool,
-    /// Blocks whose gates stay open.
+    /// Blocks whose gates stay open; none by default.
     pub protected: Vec<usize>,
-    /// How a gate is made of its parameter.
+    /// How a gate is made of its parameter; by hard concrete by default.
     pub kind: GateKind,
-    /// Training steps, both sets of gates together.
+    /// Training steps, both sets of gates together; 240 by default.
     pub steps: usize,
-    /// Windows in each step.
+    /// Windows in each step; 2 by default.
     pub batch: usize,
-    /// Adam's learning rate.
+    /// Adam's learning rate; 0.1 by default.
     pub learning_rate: f64,
-    /// Seed of batches and samples.
+    /// Seed of batches and samples; 0 by default.
     pub seed: u64,
     /// Scores to start from, one a block: the gates of those with low scores begin nearer to closing. All alike
-    /// where absent. Both sets of gates start from them, so that their correlation says less of the text.
+    /// where absent, as by default. Both sets of gates start from them, so that their correlation says less of the text.
     pub warm_start: Option<Vec<f64>>,
-    /// Stops when every gate's probability of being open has stayed within this of 0 or 1 for a tenth of the steps.
+    /// Stops when every gate's probability of being open has stayed within this of 0 or 1 for a tenth of the steps; 0.02
+    /// by default.
     pub polarised: f64,
-    /// Where the state is kept: written every few steps, and gone on from where it exists and fits.
+    /// Where the state is kept: written every few steps, and gone on from where it exists and fits. Nowhere by default.
     #[serde(skip)]
     pub state_file: Option<PathBuf>,
 }

@@ -35,23 +35,23 @@ use crate::progress::{self, Observer};
 #[non_exhaustive]
 pub struct GatesWithCoupling {
     /// The gates; their number to remove and protected blocks are those of the whole method. They are of whole blocks,
-    /// and start from what blocks cost alone.
+    /// and start from what blocks cost alone. By default those of [`Gates`], with half the steps, 120.
     #[serde(deserialize_with = "gates_of_the_method")]
     pub gates: Gates,
-    /// Windows, spread over all, on which pairs are measured and sets are searched.
+    /// Windows, spread over all, on which pairs are measured and sets are searched; 4 by default.
     pub search_windows: usize,
     /// At most this many block runs after gates and coupling, for the search and the comparison of its best sets; those
     /// that kept losses save count too, so that they change nothing but time. The sets that pairs and gates suggest
-    /// are measured in any case.
+    /// are measured in any case. 30 000 by default.
     pub budget_block_runs: f64,
-    /// Sets measured in each round of the search.
+    /// Sets measured in each round of the search; 8 by default.
     pub batch: usize,
-    /// Rounds without improvement before the search ends.
+    /// Rounds without improvement before the search ends; 8 by default.
     pub patience: usize,
     /// The best sets of the search, at most, which are then compared on ever more windows: half of them go whenever the
-    /// windows have doubled, until the last few are compared on all.
+    /// windows have doubled, until the last few are compared on all. 40 by default.
     pub finalists: usize,
-    /// Where measured losses are kept, and gone on from; the gates have a file of their own.
+    /// Where measured losses are kept, and gone on from, nowhere by default; the gates have a file of their own.
     #[serde(skip)]
     pub losses_file: Option<PathBuf>,
 }

@@ -111,7 +111,12 @@ impl Method {
 
     /// The names of the methods that can.
     pub(crate) fn streaming() -> String {
-        Self::ALL.into_iter().filter(|method| method.streams()).map(Self::name).collect::<Vec<_>>().join(", ")
+        Self::names(Self::streams)
+    }
+
+    /// The names of the methods of which this holds.
+    pub(crate) fn names(holds: fn(Self) -> bool) -> String {
+        Self::ALL.into_iter().filter(|method| holds(*method)).map(Self::name).collect::<Vec<_>>().join(", ")
     }
 
     /// The method with its options.

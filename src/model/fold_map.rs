@@ -153,9 +153,14 @@ impl FoldMap {
             let shape = arch.projection_shape(projection).filter(|_| block.has(projection.half()));
             let largest = shape.map_or(0, |(output, input)| output.min(input));
             if adapter.is_empty() || shape.is_none() || adapter.rank > largest {
-                let name = projection.name();
-                let expected = format!("expected a scale or a rank up to {largest}");
-                return Err(Error::Plan(format!("block {depth} adapts {name} by {adapter:?}, {expected}")));
+                let (name, rank) = (projection.name(), adapter.rank);
+                let reason = match shape {
+                    None => format!("adapts {name}, which it does not have"),
+                    Some(_) => {
+                        format!("adapts {name} by rank {rank}, expected a scale or a rank up to {largest}")
+                    }
+                };
+                return Err(Error::Plan(format!("block {depth} {reason}")));
             }
             self.check_residual(depth, block, projection, adapter)?;
         }

@@ -1,12 +1,12 @@
 //! What can be known to be wrong before any work is done.
 
-use super::recipe::{Goal, MixOptions, Recipe, Total};
+use super::recipe::{Goal, MixOptions, Recipe, Share, Total};
 use crate::checkpoint::Checkpoint;
 use crate::data::holds_json_lines;
 use crate::error::{Error, Result};
 use crate::importance::{Gates, GatesWithCoupling, Method};
-use crate::model::Architecture;
-use crate::plan::{Budget, Groups, Ranks, Target, fewest};
+use crate::model::{Architecture, Projection};
+use crate::plan::{Budget, Groups, Target, fewest};
 
 impl Recipe {
     /// Fails for what contradicts itself, whatever the model.
@@ -92,10 +92,12 @@ impl Recipe {
                 let field = "target.nll-increase";
                 let sound = limit.is_finite() && limit >= 0.0;
                 refuse(!sound, field, &format!("is {limit}, expected a number from 0 on"))?;
-                let sized = self.method.depends_on_count();
-                let reason =
-                    format!("the method {} finds sets of one size and no order of blocks", self.method);
-                refuse(sized, field, &reason)?;
+                let ordering = Method::names(|method| !method.depends_on_count());
+                let reason = format!(
+                    "the method {} finds sets of one size and no order of blocks, expected `method` to be one of {ordering}",
+                    self.method
+                );
+                refuse(self.method.depends_on_count(), field, &reason)?;
                 let more = self.share.is_some() || self.mix.is_some();
                 refuse(more, field, "is met by removal alone: it goes with neither `share` nor `mix`")
             }
@@ -106,20 +108,8 @@ impl Recipe {
     fn check_sharing(&self) -> Result<()> {
         let Some(share) = &self.share else { return Ok(()) };
         refuse(self.mix.is_some(), "share", "contradicts `mix`, which decides what is shared")?;
-        match &share.groups {
-            Groups::Consecutive { size: 0, .. } => Err(Error::recipe("share.groups", "groups of 0 blocks")),
-            Groups::Consecutive { within: Some((first, last)), .. } if first > last => {
-                Err(Error::recipe("share.groups", format!("no block is from {first} to {last}")))
-            }
-            Groups::Budget { largest: Some(largest), .. } if *largest < 2 => {
-                Err(Error::recipe("share.groups", format!("largest is {largest}, expected at least 2")))
-            }
-            _ => {
-                let ranks = share.own.residual.map(|residual| residual.ranks);
-                let none = matches!(ranks, Some(Ranks::Uniform(0) | Ranks::Parameters(0)));
-                refuse(none, "share.own.residual.ranks", "is 0, expected at least 1")
-            }
-        }
+        share.groups.check().map_err(|error| in_field("share.groups", &error))?;
+        check_ranks(share, 1)
     }
 
     fn check_mix(&self, mix: &MixOptions) -> Result<()> {
@@ -156,11 +146,10 @@ impl Recipe {
             let found = format!("is {}, and the model knows {limit} positions", self.windows.seq_len);
             refuse(self.windows.seq_len > limit, "windows.seq_len", &found)?;
         }
-        if let Some(Groups::Explicit(groups)) = self.share.as_ref().map(|share| &share.groups) {
-            let unknown = groups.iter().flatten().find(|&&index| index >= depth);
-            if let Some(&index) = unknown {
-                return Err(in_field("share.groups", &Error::NoSuchBlock { index, depth }));
-            }
+        if let Some(share) = &self.share {
+            share.groups.check_depth(depth).map_err(|error| in_field("share.groups", &error))?;
+            let shapes = Projection::ALL.into_iter().filter_map(|at| arch.projection_shape(at));
+            check_ranks(share, shapes.map(|(output, input)| output + input).min().unwrap_or(1))?;
         }
         if let Some(options) = &self.latency {
             options.check_model(arch).map_err(|error| in_field("latency", &error))?;
@@ -206,7 +195,7 @@ impl Recipe {
             Some(Goal::Blocks(count)) => named("blocks", Target::Blocks(count)),
             Some(Goal::Parameters(most)) => named("parameters", Target::Parameters(most)),
             Some(Goal::Bytes(most)) => {
-                let (freed, bytes) = checkpoint.freed_bytes(self.format);
+                let (freed, bytes) = checkpoint.freed_bytes(self.expected_format(arch));
                 let found = |least| format!("is {most}, expected at least {least}, with one block left");
                 fewest(&freed, bytes, most).map_err(|least| Error::recipe("target.bytes", found(least)))
             }
@@ -231,11 +220,18 @@ impl Recipe {
                 let freed = arch.freed(|_, shape| shape.iter().product::<usize>() as u64);
                 removed((freed, arch.parameter_count() as u64), most as u64)
             }
-            Some(Goal::Bytes(most)) => removed(checkpoint.freed_bytes(self.format), most),
+            Some(Goal::Bytes(most)) => removed(checkpoint.freed_bytes(self.expected_format(arch)), most),
             Some(Goal::Rate(_) | Goal::Blocks(_)) | None => remove,
         };
         arch.depth() - least.min(remove)
     }
+}
+
+/// Fails where residuals are asked for that get no rank.
+fn check_ranks(share: &Share, unit: usize) -> Result<()> {
+    let ranks = share.own.residual.map(|residual| residual.ranks.check(unit));
+    ranks.transpose().map_err(|error| in_field("share.own.residual.ranks", &error))?;
+    Ok(())
 }
 
 fn in_field(field: &str, error: &Error) -> Error {

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::cost::Cost;
 use super::curve::Healing;
 use super::inputs::{Inputs, Keys};
-use super::memory::Memory;
+use super::memory::{Memory, resident_beside};
 use super::planning::Planned;
 use super::recipe::Recipe;
 use super::run::{EVALUATION, HEALED, LATENCY, PLAN, SAMPLES, SCORES};
@@ -36,6 +36,10 @@ pub struct DryRun {
     pub compressed: Option<Sizes>,
     /// Tokens on which the speed was measured; 0 where no stage has to run.
     pub measured_tokens: usize,
+    /// Bytes that the process took on these tokens beside the weights, and that every peak has in it: code, threads, the
+    /// text and its tokenizer, what the allocator keeps. Absent where no stage has to run, and where the system does not
+    /// tell (any but Linux): peaks are then what is counted alone.
+    pub process_bytes: Option<u64>,
 }
 
 /// What a stage would do.
@@ -51,8 +55,8 @@ pub struct Forecast {
     /// About how long it takes: its work, counted, at the speed of a few tokens. Long windows are slower than that, and
     /// searches often end early.
     pub seconds: f64,
-    /// About how much memory the process takes at most: weights, optimiser and kept activations, counted. What the
-    /// allocator keeps beside them is not.
+    /// About how much memory the process takes at most: weights, optimiser and kept activations, counted, and
+    /// [`process_bytes`](DryRun::process_bytes).
     pub peak_bytes: u64,
 }
 
@@ -93,6 +97,16 @@ impl fmt::Display for DryRun {
                 writeln!(f, "{name:<9} about {seconds:.1} s, {megabytes:.0} MB: {what}")?;
             }
         }
+        match self.process_bytes {
+            Some(bytes) => writeln!(f, "of every peak, {:.0} MB are the process itself", bytes as f64 / 1e6)?,
+            None if self.measured_tokens > 0 => {
+                writeln!(
+                    f,
+                    "memory is what can be counted: this system does not tell what the process takes"
+                )?;
+            }
+            None => {}
+        }
         write!(f, "about {:.0} s in all, at the speed of {} tokens", self.seconds(), self.measured_tokens)
     }
 }
@@ -107,6 +121,8 @@ struct Speed {
     head: f64,
     load: f64,
     tokens: usize,
+    /// Bytes that the process takes beside the weights, where the system tells.
+    process: Option<u64>,
 }
 
 pub(super) fn forecast(recipe: &Recipe, observer: &mut dyn Observer) -> Result<DryRun> {
@@ -120,13 +136,14 @@ pub(super) fn forecast(recipe: &Recipe, observer: &mut dyn Observer) -> Result<D
     let planned: Option<Planned> = inputs.work.known(PLAN, &keys.plan)?;
     let dense = inputs.dense_sizes();
     let compressed = match &planned {
-        Some(planned) => Some(inputs.planned_sizes(&planned.plan)?),
+        Some(planned) => Some(inputs.planned_sizes(&planned.plan, inputs.format(&planned.plan))?),
         None => inputs.assumed_sizes()?,
     };
     let speed = if known.all() { Speed::default() } else { Speed::measure(&inputs, observer)? };
     let blocks = compressed.as_ref().map_or(dense.blocks, |sizes| sizes.blocks);
     let stages = known.stages(&inputs, &speed, blocks);
-    Ok(DryRun { stages, dense, compressed, measured_tokens: speed.tokens })
+    let Speed { tokens: measured_tokens, process: process_bytes, .. } = speed;
+    Ok(DryRun { stages, dense, compressed, measured_tokens, process_bytes })
 }
 
 /// Which results are there.
@@ -214,7 +231,7 @@ impl Known {
             what,
             known,
             seconds: if known { 0.0 } else { speed.seconds(cost) },
-            peak_bytes: if known { 0 } else { peak },
+            peak_bytes: if known { 0 } else { peak.saturating_add(speed.process.unwrap_or_default()) },
         };
         // The next block is read while one computes: what takes longer counts.
         let read = |cost: Cost, passes: usize| {
@@ -231,11 +248,11 @@ impl Known {
             stages.push(of(Stage::Score, what, self.scores, cost, memory.scoring()));
         }
         let what = format!("{} of {} blocks may go", inputs.remove, inputs.depth());
-        stages.push(of(Stage::Plan, what, self.plan, inputs.planning_cost(), memory.plain()));
+        stages.push(of(Stage::Plan, what, self.plan, inputs.planning_cost(), memory.planning()));
         let unfolded = self.unfolded(recipe.heal.is_some());
         if !streams {
             let what = "the plan applied, not kept".to_string();
-            stages.push(of(Stage::Fold, what, unfolded, inputs.folding_cost(), memory.plain()));
+            stages.push(of(Stage::Fold, what, unfolded, inputs.folding_cost(), memory.folding()));
         }
         if let Some((train, _)) = &inputs.healing {
             let what = format!("a fine-tune on {} windows of {}", train.len(), train.seq_len());
@@ -296,6 +313,7 @@ impl Speed {
             head: (whole - blocks).max(0.0) * windows,
             load,
             tokens,
+            process: resident_beside(Memory::of(inputs).weights()),
         })
     }
 
@@ -319,9 +337,11 @@ impl Speed {
         let start = Instant::now();
         back.window_nll(&x, few.window(0)?.get(1..).unwrap_or_default())?;
         let head = start.elapsed().as_secs_f64();
+        // Read again by every stage, and counted there.
+        drop(back);
         let windows = inputs.calibration.seq_len() as f64 / tokens as f64;
         let load = read * inputs.depth() as f64;
-        Ok(Self { block: block * windows, head: head * windows, load, tokens })
+        Ok(Self { block: block * windows, head: head * windows, load, tokens, process: resident_beside(0) })
     }
 
     fn seconds(&self, cost: Cost) -> f64 {

@@ -1,18 +1,22 @@
 //! What a compression works on, opened and checked, and the hashes of what each stage depends on.
 
+use std::collections::BTreeMap;
+
 use candle_core::{DType, Device};
 use serde::Serialize;
+use sha2::{Digest, Sha256};
 
 use super::recipe::{Goal, Recipe};
 use super::run::{LATENCY, REPORT, SAMPLES};
 use super::stage::Stage;
 use super::work::{Key, Work};
-use crate::checkpoint::{Checkpoint, StreamOptions, StreamedDecoder};
-use crate::data::{Tokenizer, Windows, read_documents};
+use crate::checkpoint::{Checkpoint, Format, StreamOptions, StreamedDecoder};
+use crate::data::{Tokenizer, Windows, hex, read_documents};
 use crate::error::{Error, Result};
 use crate::eval::Task;
 use crate::heal::{Heal, hold_out};
 use crate::importance::MethodOptions;
+use crate::plan::Plan;
 use crate::progress::Observer;
 
 /// All that is known before a model is in memory.
@@ -28,6 +32,8 @@ pub(super) struct Inputs<'a> {
     /// Windows to heal on, and those that choose the weights that are kept.
     pub healing: Option<(Windows, Windows)>,
     pub tasks: Vec<Task>,
+    /// SHA-256 of each task's file, by the task's name.
+    pub task_files: BTreeMap<String, String>,
     /// How many blocks the method chooses: what is removed, or at most removed.
     pub remove: usize,
     pub work: Work,
@@ -54,9 +60,9 @@ pub(super) struct Keys {
 }
 
 impl Keys {
-    /// The key of the report: it tells of every stage, and of what was asked for.
-    pub(super) fn report(&self, recipe: &Recipe) -> Result<Key> {
-        Key::of(REPORT, &(recipe, self))
+    /// The key of the report: it tells of every stage, of what was asked for, and of the files that tasks are in.
+    pub(super) fn report(&self, inputs: &Inputs<'_>) -> Result<Key> {
+        Key::of(REPORT, &(inputs.recipe, &inputs.task_files, self))
     }
 }
 
@@ -78,6 +84,11 @@ impl<'a> Inputs<'a> {
         recipe.check_model(arch, remove, recipe.most_left(&checkpoint, remove))?;
         let tasks = recipe.tasks.iter().map(|path| Task::read(path, recipe.task_items));
         let tasks = tasks.collect::<Result<Vec<_>>>()?;
+        let task_files = tasks.iter().zip(&recipe.tasks).map(|(task, path)| {
+            let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
+            Ok((task.name.clone(), hex(&Sha256::digest(bytes))))
+        });
+        let task_files = task_files.collect::<Result<_>>()?;
         let twice = tasks
             .iter()
             .enumerate()
@@ -103,6 +114,7 @@ impl<'a> Inputs<'a> {
             evaluation,
             healing,
             tasks,
+            task_files,
             remove,
             work,
             streamed: None,
@@ -149,6 +161,17 @@ impl<'a> Inputs<'a> {
         Some(Heal { seed: self.recipe.seed, ..heal })
     }
 
+    /// How what a plan makes is written.
+    pub(super) fn format(&self, plan: &Plan) -> Format {
+        let shares = plan.sharing().is_some_and(|sharing| !sharing.groups.is_empty());
+        self.recipe.format_where(shares || !self.checkpoint.architecture().fold.is_plain())
+    }
+
+    /// The same before there is a plan.
+    pub(super) fn expected_format(&self) -> Format {
+        self.recipe.expected_format(self.checkpoint.architecture())
+    }
+
     /// What tells this model from others.
     pub(super) fn model(&self) -> impl Serialize {
         (self.model_sha256.clone(), self.checkpoint.config().clone())
@@ -156,14 +179,17 @@ impl<'a> Inputs<'a> {
 
     pub(super) fn keys(&self) -> Result<Keys> {
         let recipe = self.recipe;
-        let calibration = (self.calibration.ids_sha256(), self.calibration.bos());
+        // Results name the whole text, of which windows are a part.
+        let cut =
+            |windows: &Windows| (windows.text_sha256().to_string(), windows.ids_sha256(), windows.bos());
+        let calibration = cut(&self.calibration);
         let score = self.needs_scores().then(|| {
             let options = recipe.method.relevant(&self.method_options());
             Key::of(Stage::Score.name(), &(self.model(), recipe.dtype, &calibration, recipe.method, options))
         });
         let score = score.transpose()?;
         // How many bytes a plan leaves depends on the format.
-        let format = matches!(recipe.target, Some(Goal::Bytes(_))).then_some(recipe.format);
+        let format = matches!(recipe.target, Some(Goal::Bytes(_))).then_some(self.expected_format());
         let mix = recipe.mix.map(|mix| (mix, self.proportions(&mix)));
         let asked = (recipe.target, format, &recipe.protect, &recipe.share, mix);
         let plan = Key::of(Stage::Plan.name(), &(self.model(), &score, asked, &calibration))?;
@@ -174,10 +200,12 @@ impl<'a> Inputs<'a> {
         let items = self.tasks.iter().map(|task| (&task.name, format!("{:?}", task.items)));
         let tokenizer = self.tokenizer.to_json()?;
         let reader = (!self.tasks.is_empty()).then_some(&tokenizer);
-        let questions = (self.evaluation.ids_sha256(), items.collect::<Vec<_>>(), reader);
+        let questions = (cut(&self.evaluation), items.collect::<Vec<_>>(), reader);
         let evaluate = |weights: &Key| Key::of(Stage::Evaluate.name(), &(weights, &questions));
         let weights = heal.as_ref().unwrap_or(&plan);
-        let timed = |options| Key::of(LATENCY, &(self.model(), weights, options));
+        // As many as computed belong to what is said of the speed.
+        let threads = rayon::current_num_threads();
+        let timed = |options| Key::of(LATENCY, &(self.model(), weights, options, threads));
         let beginnings = (self.prompts()?, recipe.samples.tokens, &tokenizer);
         let out = std::path::absolute(&recipe.out).map_err(Error::io("find", &recipe.out))?;
         Ok(Keys {

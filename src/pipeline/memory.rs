@@ -7,16 +7,19 @@ use super::recipe::{Goal, Precision, Recipe};
 use crate::bytes::Bytes;
 use crate::checkpoint::StreamOptions;
 use crate::error::{Error, Result};
+use crate::fold::FoldFootprint;
 use crate::heal::{ParamGroup, Trainable};
 use crate::importance::{Footprint, Method, MethodOptions, with_overhead, without_overhead};
 use crate::model::{Architecture, Part, Projection};
+use crate::plan::{Own, Ranks, Residual, ResidualStart, ScaleStart};
 
 impl Inputs<'_> {
     /// How blocks are read from disk, where the run would take more memory than it may otherwise.
     pub(super) fn residence(&self) -> Result<Option<StreamOptions>> {
         let Some(most) = self.recipe.max_memory else { return Ok(None) };
         let memory = Memory::of(self);
-        let needed = Bytes(with_overhead(memory.plain().max(memory.scoring()).max(memory.healing())));
+        let stages = [memory.scoring(), memory.planning(), memory.folding(), memory.healing()];
+        let needed = Bytes(with_overhead(stages.into_iter().fold(memory.plain(), u64::max)));
         if needed <= most {
             return Ok(None);
         }
@@ -33,7 +36,7 @@ impl Inputs<'_> {
             )
         })?;
         let all: Vec<usize> = (0..self.depth()).collect();
-        let copied = self.checkpoint.bytes_to_copy(&all, self.recipe.format);
+        let copied = self.checkpoint.bytes_to_copy(&all, self.expected_format());
         copied.map_err(|error| Error::recipe("format", error.to_string()))?;
         tracing::debug!(%needed, limit = %most, "blocks are read from disk one at a time");
         // Beside the results: the system's directory for temporary files may itself be in memory.
@@ -86,6 +89,11 @@ impl<'a> Memory<'a> {
         Footprint::new(self.arch, dtype, &self.inputs.calibration)
     }
 
+    /// The dense model's weights.
+    pub(super) fn weights(&self) -> u64 {
+        self.counted(DType::F32).weights()
+    }
+
     /// The dense model, and the activations of one block on every core; of a run that reads blocks from disk, all of it.
     pub(super) fn plain(&self) -> u64 {
         if let Some(options) = &self.inputs.streamed {
@@ -103,6 +111,53 @@ impl<'a> Memory<'a> {
         self.plain() + copy + self.counted(DType::F32).kept(recipe.method)
     }
 
+    /// What blocks that share keep, where any do.
+    fn shared(&self) -> Option<Own> {
+        let recipe = self.inputs.recipe;
+        let mix = recipe.mix.map(|mix| {
+            let residual = Residual {
+                ranks: Ranks::Parameters(self.inputs.total(&mix)),
+                start: ResidualStart::Whitened,
+            };
+            let ranked = mix.residual_shares().into_iter().any(|share| share > 0.0);
+            Own {
+                scales: Some(ScaleStart::LeastSquares),
+                residual: Some(residual).filter(|_| ranked),
+                ..Own::default()
+            }
+        });
+        recipe.share.as_ref().map(|share| share.own).or(mix)
+    }
+
+    fn fold(&self) -> FoldFootprint<'_> {
+        let windows = self.inputs.calibration.len() as u64;
+        FoldFootprint { arch: self.arch, windows, state: self.counted(DType::F32).state() }
+    }
+
+    /// The dense model, and beside it the folded one.
+    fn both(&self) -> u64 {
+        let block = 4 * self.arch.parameters_of(Part::Whole) as u64;
+        self.plain().saturating_add(self.fold().made(block))
+    }
+
+    /// Planning: ties are measured where blocks share, ranks spread, and mixes folded.
+    pub(super) fn planning(&self) -> u64 {
+        let Some(own) = self.shared() else { return self.plain() };
+        let ranks = own.residual.map(|residual| residual.ranks);
+        let started = if matches!(ranks, Some(Ranks::Parameters(_))) || self.inputs.recipe.mix.is_some() {
+            self.fold().starts(own)
+        } else {
+            0
+        };
+        self.both().saturating_add(self.fold().ties().max(started))
+    }
+
+    /// Folding: both models, and starts.
+    pub(super) fn folding(&self) -> u64 {
+        let Some(own) = self.shared() else { return self.plain() };
+        self.both().saturating_add(self.fold().starts(own))
+    }
+
     /// Scoring or evaluating, whichever takes more, with blocks read from disk and room for so many bytes of states.
     fn streamed(&self, room: u64) -> u64 {
         let Inputs { recipe, checkpoint, evaluation, .. } = self.inputs;
@@ -116,14 +171,17 @@ impl<'a> Memory<'a> {
         scoring.max(takes(evaluated, Method::BlockInfluence, &MethodOptions::default()))
     }
 
-    /// What is trained with its moments and its best values, in f32, and one input of every block.
+    /// What is trained with its moments and its best values, in f32, one input of every block, and whichever takes more
+    /// on the way back: the activations of a block or the logits of a few rows.
     pub(super) fn healing(&self) -> u64 {
         let Some(heal) = self.inputs.heal() else { return self.plain() };
         let groups = heal.groups.iter().map(|group| self.trained(group) as u64);
         let trained = groups.fold(0, u64::saturating_add).saturating_mul(5 * 4);
-        let states = self.arch.depth() as u64 * self.counted(DType::F32).state();
+        let counted = self.counted(DType::F32);
+        let states = self.arch.depth() as u64 * counted.state();
         let inputs = states.saturating_mul(heal.micro_batch as u64);
-        self.plain().saturating_add(trained).saturating_add(inputs)
+        let back = counted.back(heal.micro_batch as u64);
+        [trained, inputs, back].into_iter().fold(self.plain(), u64::saturating_add)
     }
 
     /// How many numbers a group trains, at most.
@@ -147,4 +205,12 @@ impl<'a> Memory<'a> {
             Trainable::Everything => arch.parameter_count(),
         }
     }
+}
+
+/// What the process has in memory beyond so many bytes, where the system tells.
+pub(super) fn resident_beside(counted: u64) -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let kilobytes = line.trim().strip_suffix(" kB")?.parse::<u64>().ok()?;
+    Some((kilobytes * 1024).saturating_sub(counted))
 }

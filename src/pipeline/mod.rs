@@ -142,9 +142,9 @@ impl Compressor {
         self
     }
 
-    /// How a model whose blocks share is written.
+    /// How the model is written; see [`Recipe::format`] for what it is otherwise.
     pub fn format(mut self, format: Format) -> Self {
-        self.recipe.format = format;
+        self.recipe.format = Some(format);
         self
     }
 

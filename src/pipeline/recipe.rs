@@ -5,16 +5,18 @@ use std::path::{Path, PathBuf};
 
 use candle_core::DType;
 use serde::de::value::MapAccessDeserializer;
-use serde::de::{MapAccess, Visitor};
+use serde::de::{Error as _, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::Value;
 
 use crate::bytes::Bytes;
 use crate::checkpoint::Format;
 use crate::data::Bos;
 use crate::error::{Error, Result};
 use crate::eval::LatencyOptions;
-use crate::heal::Heal;
+use crate::heal::{Heal, ParamGroup, Trainable};
 use crate::importance::{Gates, GatesWithCoupling, Method};
+use crate::model::Architecture;
 use crate::plan::{Donor, Groups, Own};
 
 /// All that a compression is told. A TOML or JSON file of these fields is a recipe; what it leaves out is as it is by
@@ -71,6 +73,7 @@ pub struct Recipe {
     /// Options of the method `coupling`, likewise.
     pub coupling: Option<GatesWithCoupling>,
     /// How much is removed. Nothing where absent, but for what `mix` removes.
+    #[serde(deserialize_with = "target")]
     pub target: Option<Goal>,
     /// Blocks that stay, by index from 0.
     pub protect: Vec<usize>,
@@ -93,8 +96,9 @@ pub struct Recipe {
     /// are by default.
     #[serde(deserialize_with = "latency")]
     pub latency: Option<LatencyOptions>,
-    /// How a model whose blocks share is written.
-    pub format: Format,
+    /// How the model is written; where absent, compact if its blocks share, if it was made of a compact one, or if
+    /// adapters of healing stay beside their matrices, and expanded otherwise.
+    pub format: Option<Format>,
     /// Texts that the models before and after continue, for the report.
     pub samples: SampleOptions,
     /// The model's id on the hub, for the model card; what was fetched from there needs none.
@@ -128,6 +132,21 @@ fn latency<'de, D: Deserializer<'de>>(
     deserializer.deserialize_any(Asked)
 }
 
+/// A goal, or none; of several at once it says which.
+fn target<'de, D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Option<Goal>, D::Error> {
+    let Some(asked) = Option::<serde_json::Map<String, Value>>::deserialize(deserializer)? else {
+        return Ok(None);
+    };
+    if asked.len() != 1 {
+        let found = asked.keys().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(" and ");
+        let found = if found.is_empty() { "nothing".into() } else { found };
+        return Err(D::Error::custom(format!(
+            "`target` is {found}, expected exactly one goal, such as `rate`"
+        )));
+    }
+    Goal::deserialize(Value::Object(asked)).map(Some).map_err(D::Error::custom)
+}
+
 /// What blocks are scored in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -145,13 +164,13 @@ pub enum Precision {
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct WindowOptions {
-    /// Tokens in each window.
+    /// Tokens in each window; 512 by default.
     pub seq_len: usize,
-    /// Whether windows begin with the begin-of-text token.
+    /// Whether windows begin with the begin-of-text token; as the tokenizer does it by default.
     pub bos: Bos,
-    /// Windows that calibrate, at most, spread over the first 80 %. Healing trains on all that there are.
+    /// Windows that calibrate, at most, spread over the first 80 %; 16 by default. Healing trains on all that there are.
     pub calibrate: usize,
-    /// Windows that evaluate, at most, the first of the last 20 %.
+    /// Windows that evaluate, at most, the first of the last 20 %; 32 by default.
     pub evaluate: usize,
 }
 
@@ -166,9 +185,9 @@ impl Default for WindowOptions {
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct SampleOptions {
-    /// Beginnings of texts. Where there are none, two windows of the evaluation text begin them.
+    /// Beginnings of texts. Where there are none, as by default, two windows of the evaluation text begin them.
     pub prompts: Vec<String>,
-    /// Tokens that are made for each, at most, always the likeliest; 0 for no samples.
+    /// Tokens that are made for each, at most, always the likeliest; 0 for no samples, 40 by default.
     pub tokens: usize,
 }
 
@@ -205,7 +224,7 @@ pub struct Share {
     /// Which blocks.
     pub groups: Groups,
     /// Whose matrices they use; means where absent.
-    #[serde(default = "mean")]
+    #[serde(default)]
     pub donor: Donor,
     /// What each keeps for itself; its norms where absent.
     #[serde(default)]
@@ -216,12 +235,8 @@ impl Share {
     /// These blocks share the means of their matrices, and keep their norms.
     #[must_use]
     pub fn new(groups: Groups) -> Self {
-        Self { groups, donor: mean(), own: Own::default() }
+        Self { groups, donor: Donor::default(), own: Own::default() }
     }
-}
-
-fn mean() -> Donor {
-    Donor::Mean
 }
 
 /// A total that removal, sharing and rank meet together, as a [`Mix`](crate::Mix) does.
@@ -235,7 +250,7 @@ pub struct MixOptions {
     #[serde(default = "residual_share")]
     pub residual_share: f64,
     /// Whose matrices tied blocks use; means where absent.
-    #[serde(default = "mean")]
+    #[serde(default)]
     pub donor: Donor,
     /// Whether mixes in several proportions are tried, and the one of the lowest loss is taken: with none, half and all
     /// of the blocks removed that may go, each with nothing, `residual_share` and three times as much (below 1) kept for
@@ -248,7 +263,7 @@ impl MixOptions {
     /// One mix of the usual proportions.
     #[must_use]
     pub fn new(total: Total) -> Self {
-        Self { total, residual_share: residual_share(), donor: mean(), search: false }
+        Self { total, residual_share: residual_share(), donor: Donor::default(), search: false }
     }
 
     /// The shares for residuals that are tried.
@@ -325,6 +340,18 @@ impl Recipe {
             name.push(".work");
             self.out.with_file_name(name)
         })
+    }
+
+    /// How a model is written, by whether its blocks share or it was made of a compact one.
+    pub(crate) fn format_where(&self, shared: bool) -> Format {
+        let kept = |group: &ParamGroup| matches!(&group.params, Trainable::Lora(lora) if !lora.merge);
+        let adapted = || self.heal.iter().flat_map(|heal| &heal.groups).any(kept);
+        self.format.unwrap_or_else(|| if shared || adapted() { Format::Compact } else { Format::Expanded })
+    }
+
+    /// The same before it is known what blocks share, of a model of this architecture.
+    pub(crate) fn expected_format(&self, arch: &Architecture) -> Format {
+        self.format_where(self.share.is_some() || self.mix.is_some() || !arch.fold.is_plain())
     }
 
     /// The greatest increase of the loss that lets the model be saved.

@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 use super::curve::HealPoint;
 use super::recipe::Recipe;
 use super::stage::Stage;
+use crate::account::Account;
+use crate::checkpoint::Format;
 use crate::error::{Error, Result};
 use crate::eval::{Accuracy, Latency, Perplexity};
 use crate::heal::HealReport;
@@ -29,6 +31,9 @@ pub struct Report {
     pub model_sha256: String,
     /// SHA-256 of the weights that were saved.
     pub saved_sha256: String,
+    /// SHA-256 of each task's file, by the task's name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub task_files: BTreeMap<String, String>,
     /// The windows that calibrated.
     pub calibration: Calibration,
     /// The model as it was.
@@ -59,6 +64,9 @@ pub struct Report {
     /// How the models before and after go on with a text.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub samples: Vec<Sample>,
+    /// The format in which the result was saved.
+    #[serde(default)]
+    pub format: Format,
     /// What other recipes made of the same model, with the same working directory and the same evaluation windows; the
     /// smallest model first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -78,10 +86,11 @@ pub struct Measured {
     pub parameters: usize,
     /// The loss on the evaluation windows, in f32.
     pub perplexity: Perplexity,
-    /// Seconds that this took.
-    pub seconds: f64,
     /// The accuracy on each task, by its name.
     pub tasks: BTreeMap<String, Accuracy>,
+    /// What it takes in f32, counted, for tokens that see an evaluation window.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub account: Option<Account>,
     /// How fast it is and what it takes in memory, in f32, where the recipe asks; of the dense model and of what was
     /// saved, measured in turns.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -135,13 +144,12 @@ pub struct Other {
     pub healed: bool,
 }
 
-/// What was written.
+/// What was written, or is about to be.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct SavedRecord {
     pub directory: PathBuf,
     pub tensor_bytes: u64,
-    /// Absent while it is hashed.
-    pub weights_sha256: Option<String>,
+    pub weights_sha256: String,
     /// SHA-256 of the model card that was written with it.
     pub card_sha256: String,
 }

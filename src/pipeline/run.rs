@@ -1,7 +1,6 @@
 //! The stages, one after the other, each only where its result is not known.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Instant;
 
 use candle_core::{DType, Device};
 use serde::Serialize;
@@ -15,13 +14,14 @@ use super::recipe::Precision;
 use super::report::{Measured, Report, SavedRecord};
 use super::stage::Stage;
 use super::work::Key;
+use crate::account::{Account, Held};
 use crate::checkpoint::{Checkpoint, Format, SaveOptions, check_destination};
 use crate::error::{Error, Result};
 use crate::eval::{Accuracy, Latency, Task, accuracy, latency, perplexity, perplexity_streamed};
 use crate::fold::fold_on;
 use crate::heal::{Teacher, read_log};
 use crate::importance::Scores;
-use crate::model::Decoder;
+use crate::model::{Architecture, Decoder, StoredTypes};
 use crate::plan::{Calibration, Plan};
 use crate::progress::{self, Observer};
 
@@ -87,12 +87,14 @@ impl<'a> Run<'a> {
             recipe: inputs.recipe.clone(),
             model_sha256: inputs.model_sha256.clone(),
             saved_sha256: String::new(),
+            task_files: inputs.task_files.clone(),
             calibration: Calibration::from(&inputs.calibration),
             dense,
             folded,
             compressed,
             dense_bytes: inputs.checkpoint.tensor_bytes(),
             saved_bytes,
+            format: inputs.format(&plan),
             plan,
             mixes,
             calibration_nll: dense_loss,
@@ -105,7 +107,7 @@ impl<'a> Run<'a> {
         };
         report.saved_sha256 = self.save(&report, observer)?;
         report.others = self.others(&report)?;
-        self.inputs.work.keep(REPORT, &self.keys.report(self.inputs.recipe)?, &report)?;
+        self.inputs.work.keep(REPORT, &self.keys.report(&self.inputs)?, &report)?;
         report.ran = self.ran.into_iter().collect();
         Ok(report)
     }
@@ -262,7 +264,11 @@ impl<'a> Run<'a> {
     fn check_gate(&self, dense: &Measured, compressed: &Measured) -> Result<()> {
         let (dense, compressed) = (dense.perplexity.mean_nll, compressed.perplexity.mean_nll);
         match self.inputs.recipe.gate() {
-            Some(limit) if compressed - dense > limit => Err(Error::QualityGate { dense, compressed, limit }),
+            Some(limit) if compressed - dense > limit => {
+                let targeted = self.inputs.recipe.max_nll_increase.is_none();
+                let saved = self.saved.as_ref().map(|saved| saved.directory.clone());
+                Err(Error::QualityGate { dense, compressed, limit, targeted, saved })
+            }
             limit => {
                 tracing::debug!(dense, compressed, limit, "lost no more than it may");
                 Ok(())
@@ -317,24 +323,29 @@ pub(super) const REPORT: &str = "report";
 impl Inputs<'_> {
     /// The numbers of a model in memory.
     fn measure(&self, decoder: &Decoder, observer: &mut dyn Observer) -> Result<Measured> {
-        let start = Instant::now();
         let perplexity = perplexity(decoder, &self.evaluation, observer)?;
-        let seconds = start.elapsed().as_secs_f64();
         let answer = |task: &Task| -> Result<(String, Accuracy)> {
             Ok((task.name.clone(), accuracy(decoder, &self.tokenizer, task, &mut *observer)?))
         };
         let tasks = self.tasks.iter().map(answer).collect::<Result<BTreeMap<_, _>>>()?;
         let (blocks, parameters) = (decoder.depth(), decoder.parameter_count());
-        Ok(Measured { blocks, parameters, perplexity, seconds, tasks, latency: None })
+        let account = self.account(decoder.architecture(), decoder.stored_types());
+        Ok(Measured { blocks, parameters, perplexity, tasks, account, latency: None })
     }
 
     /// Those of the blocks `kept`, read from disk.
     fn measure_streamed(&self, kept: &[usize], observer: &mut dyn Observer) -> Result<Measured> {
-        let start = Instant::now();
         let model = self.stream(DType::F32)?.with_blocks(kept)?;
         let perplexity = perplexity_streamed(&model, &self.evaluation, observer)?;
-        let seconds = start.elapsed().as_secs_f64();
         let (blocks, parameters) = (model.depth(), model.architecture().parameter_count());
-        Ok(Measured { blocks, parameters, perplexity, seconds, tasks: BTreeMap::new(), latency: None })
+        let account = self.account(model.architecture(), self.checkpoint.stored_types().of_blocks(kept));
+        Ok(Measured { blocks, parameters, perplexity, tasks: BTreeMap::new(), account, latency: None })
+    }
+
+    /// What a model takes in f32.
+    #[allow(clippy::unnecessary_wraps)] // what older results lack
+    fn account(&self, arch: &Architecture, stored: StoredTypes) -> Option<Account> {
+        let held = Held { stored, resident: DType::F32, context: self.evaluation.seq_len() };
+        Some(Account::planned(arch, &held))
     }
 }

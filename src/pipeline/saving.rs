@@ -8,7 +8,7 @@ use super::inputs::{Inputs, Keys};
 use super::report::{Other, Report, SavedRecord};
 use super::run::{REPORT, Run, SAVED};
 use super::stage::Stage;
-use crate::checkpoint::{CARD, Checkpoint, ModelCard, SaveOptions};
+use crate::checkpoint::{CARD, Checkpoint, Format, ModelCard, SaveOptions};
 use crate::data::hex;
 use crate::error::{Error, Result};
 use crate::file;
@@ -18,7 +18,7 @@ use crate::progress::Observer;
 impl Run<'_> {
     /// Bytes of all tensors that will be saved.
     pub(super) fn bytes_to_save(&mut self, plan: &Plan, observer: &mut dyn Observer) -> Result<u64> {
-        let format = self.inputs.recipe.format;
+        let format = self.inputs.format(plan);
         if self.streams() {
             return self.inputs.checkpoint.bytes_to_copy(&plan.kept(), format);
         }
@@ -30,8 +30,8 @@ impl Run<'_> {
     pub(super) fn save(&mut self, report: &Report, observer: &mut dyn Observer) -> Result<String> {
         let card = report.model_card(self.inputs.base_model());
         if let Some(saved) = self.saved.take().filter(SavedRecord::is_there) {
-            let sha256 = saved.weights_sha256.clone().unwrap_or_default();
-            self.inputs.keep_card_in_step(&self.keys, saved, &card)?;
+            let sha256 = saved.weights_sha256.clone();
+            self.inputs.keep_card_in_step(&self.keys, saved, &card, report.format)?;
             return Ok(sha256);
         }
         let plan = &report.plan;
@@ -39,24 +39,24 @@ impl Run<'_> {
         let key = self.keys.save.clone();
         self.begin(Stage::Save, observer, |run, observer| {
             let Inputs { checkpoint, recipe, work, .. } = &run.inputs;
-            let card_sha256 = sha256_of(&card.to_markdown(recipe.format));
-            let options = SaveOptions { card: Some(card), ..SaveOptions::from(recipe.format) };
-            let saved = match &result {
+            let card_sha256 = sha256_of(&card.to_markdown(report.format));
+            let options = SaveOptions { card: Some(card), ..SaveOptions::from(report.format) };
+            let out = recipe.out.as_path();
+            let prepared = match &result {
                 Some(result) => {
                     // Adapters that are no part of a matrix after healing are no part of the plan either.
                     let same = plan.architecture(checkpoint.architecture())? == *result.architecture();
                     let plan = Some(plan).filter(|_| same);
-                    checkpoint.save(result, plan, &recipe.out, &options, observer)?
+                    checkpoint.prepare(result, plan, out, &options, observer)?
                 }
-                None => checkpoint.save_blocks(&plan.kept(), Some(plan), &recipe.out, &options, observer)?,
+                None => checkpoint.prepare_blocks(&plan.kept(), Some(plan), out, &options, observer)?,
             };
-            let (directory, tensor_bytes) = (saved.directory, saved.tensor_bytes);
-            // At once: whoever is stopped while it is hashed has to know it as its own.
-            let mut record = SavedRecord { directory, tensor_bytes, weights_sha256: None, card_sha256 };
-            work.keep(SAVED, &key, &record)?;
-            let sha256 = Checkpoint::open(&recipe.out)?.sha256(observer)?;
-            record.weights_sha256 = Some(sha256.clone());
-            work.keep(SAVED, &key, &record)?;
+            let weights_sha256 = prepared.checkpoint.sha256(observer)?;
+            let (directory, tensor_bytes) = (out.to_path_buf(), prepared.saved.tensor_bytes);
+            let sha256 = weights_sha256.clone();
+            // Before it is in its place: whoever is killed right after has to know it as its own.
+            work.keep(SAVED, &key, &SavedRecord { directory, tensor_bytes, weights_sha256, card_sha256 })?;
+            prepared.place()?;
             Ok(sha256)
         })
     }
@@ -105,8 +105,7 @@ impl Inputs<'_> {
         let known: Option<SavedRecord> = self.work.known(SAVED, &keys.save)?;
         let Some(saved) = known.filter(SavedRecord::is_there) else { return Ok(None) };
         let sha256 = Checkpoint::open(&saved.directory)?.sha256(observer)?;
-        let ours = saved.weights_sha256.as_ref().is_none_or(|expected| *expected == sha256);
-        Ok(ours.then_some(SavedRecord { weights_sha256: Some(sha256), ..saved }))
+        Ok(Some(saved).filter(|saved| saved.weights_sha256 == sha256))
     }
 
     /// The hub id of the model that is compressed, as far as it is known.
@@ -116,8 +115,14 @@ impl Inputs<'_> {
 
     /// Writes the card anew where the weights are known and what is said of them has changed, as when other tasks were
     /// answered. A card that is no more what was written is somebody's, and stays.
-    fn keep_card_in_step(&self, keys: &Keys, mut saved: SavedRecord, card: &ModelCard) -> Result<()> {
-        let (card, path) = (card.to_markdown(self.recipe.format), saved.directory.join(CARD));
+    fn keep_card_in_step(
+        &self,
+        keys: &Keys,
+        mut saved: SavedRecord,
+        card: &ModelCard,
+        format: Format,
+    ) -> Result<()> {
+        let (card, path) = (card.to_markdown(format), saved.directory.join(CARD));
         let new = sha256_of(&card);
         if new == saved.card_sha256 || !path.is_file() {
             return Ok(());

@@ -36,12 +36,12 @@ impl Inputs<'_> {
     }
 
     /// The sizes of what a plan makes.
-    pub(super) fn planned_sizes(&self, plan: &Plan) -> Result<Sizes> {
+    pub(super) fn planned_sizes(&self, plan: &Plan, format: Format) -> Result<Sizes> {
         let arch = plan.architecture(self.checkpoint.architecture())?;
         Ok(Sizes {
             blocks: arch.depth(),
             parameters: arch.parameter_count(),
-            stored_bytes: self.checkpoint.stored_bytes(plan, self.recipe.format)?,
+            stored_bytes: self.checkpoint.stored_bytes(plan, format)?,
             assumed: Vec::new(),
         })
     }
@@ -77,13 +77,7 @@ impl Inputs<'_> {
         };
         let importance = (0..arch.depth()).map(|block| f64::from(u8::from(named.contains(&block))));
         let scores = Scores::new("assumed", &self.calibration, importance.collect())?;
-        let (freed, _) = self.checkpoint.freed_bytes(self.recipe.format);
-        if self.remove > 0 && freed.first() != freed.last() {
-            assumed.push("blocks of the end go, and blocks differ in size".to_string());
-        }
-        if self.recipe.gates.as_ref().is_some_and(|gates| gates.halves) {
-            assumed.push("whole blocks go, and not their halves".to_string());
-        }
+        assumed.extend(self.assumed_of_removal());
         let some = (self.remove > 0).then_some(&scores);
         let builder = match (self.recipe.mix, self.recipe.target) {
             (Some(mix), _) => self.mix(&mix).removal(arch, &scores)?,
@@ -94,7 +88,7 @@ impl Inputs<'_> {
             assumed.push("the search takes the mix that removes the most".to_string());
         }
         let plan = builder.build(arch)?;
-        let mut sizes = self.planned_sizes(&plan)?;
+        let mut sizes = self.planned_sizes(&plan, self.expected_format())?;
         sizes.parameters = sizes.parameters.saturating_add(extra);
         let size = self.checkpoint.stored_types().narrowest().size_in_bytes() as u64;
         let more = size.saturating_mul(extra as u64);
@@ -105,6 +99,24 @@ impl Inputs<'_> {
             self.fit(budget, compact, &mut sizes);
         }
         Ok(Some(sizes))
+    }
+
+    /// What is taken for granted of the blocks that go, where the sizes depend on which these are.
+    fn assumed_of_removal(&self) -> Vec<String> {
+        let mut assumed = Vec::new();
+        let (freed, _) = self.checkpoint.freed_bytes(self.expected_format());
+        if self.remove > 0 && freed.first() != freed.last() {
+            assumed.push("blocks of the end go, and blocks differ in size".to_string());
+        }
+        let groups = self.recipe.share.as_ref().map(|share| &share.groups).filter(|_| self.remove > 0);
+        if let Some(Groups::Consecutive { within: Some((first, last)), .. }) = groups {
+            let which = format!("how many of blocks {first} to {last} share depends on which");
+            assumed.push(format!("blocks of the end go, and {which}"));
+        }
+        if self.recipe.gates.as_ref().is_some_and(|gates| gates.halves) {
+            assumed.push("whole blocks go, and not their halves".to_string());
+        }
+        assumed
     }
 
     /// Sharing that is measured goes on until the budget is met; so far the model takes `compact` bytes where what is
@@ -124,7 +136,7 @@ impl Inputs<'_> {
             Budget::Bytes(_) => of(sizes.parameters as u64) as usize,
         };
         sizes.assumed.push("the budget is used up".to_string());
-        match (self.recipe.format, budget) {
+        match (self.expected_format(), budget) {
             (Format::Compact, Budget::Bytes(most)) => sizes.stored_bytes = most,
             (Format::Compact, Budget::Parameters(_)) => sizes.stored_bytes = of(compact),
             (Format::Expanded, _) => {
@@ -140,7 +152,8 @@ impl Inputs<'_> {
         if let Some(scores) = scores {
             builder = builder.remove(Target::Blocks(0), scores);
         }
-        let bytes = |plan: &Plan| self.checkpoint.stored_bytes(plan, self.recipe.format);
+        let format = self.expected_format();
+        let bytes = |plan: &Plan| self.checkpoint.stored_bytes(plan, format);
         let cut = builder.fewest(arch, self.recipe.free(arch.depth()), most, bytes)?;
         if cut.least <= most {
             return Ok(cut.blocks);

@@ -1,7 +1,7 @@
 //! The working directory: results by stage and by the hash of what they depend on.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -63,12 +63,12 @@ impl Work {
         }
         let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
         let kept: Kept<T> = serde_json::from_str(&text)
-            .map_err(|error| Error::format(&path, format!("is no result of this stage: {error}")))?;
+            .map_err(|error| damaged(&path, &format!("is no result of this stage ({error})")))?;
         if kept.inputs_sha256 == *key {
             tracing::debug!(name, path = %path.display(), "known from an earlier run");
             return Ok(Some(kept.result));
         }
-        Err(Error::format(&path, "is a result of other inputs than its name says"))
+        Err(damaged(&path, "is a result of other inputs than its name says"))
     }
 
     /// What is known of a stage with any inputs; what another version kept is passed over.
@@ -97,4 +97,8 @@ impl Work {
             serde_json::to_vec_pretty(&Kept { inputs_sha256: key.clone(), result }).map_err(unwritten)?;
         file::replace(&path, |file| file.write_all(&json).map_err(Error::io("write", &path)))
     }
+}
+
+fn damaged(path: &Path, found: &str) -> Error {
+    Error::format(path, format!("{found}: delete it, and the stage runs again"))
 }

@@ -91,7 +91,7 @@ impl PlanBuilder {
         self
     }
 
-    /// Whose matrices a group uses; those of its first block unless this says otherwise.
+    /// Whose matrices a group uses; the mean of its blocks' unless this says otherwise.
     pub fn donor(mut self, donor: Donor) -> Self {
         self.donor = Some(donor);
         self
@@ -134,8 +134,11 @@ impl PlanBuilder {
             Donor::Mean => Some(Matrices::Mean),
             Donor::Best => None,
         };
-        let unmeasured = |what| Error::Plan(format!("{what} have to be measured on calibration windows"));
-        let blocks = asked.decide(&plan.parts(arch)?)?;
+        let unmeasured = |what| {
+            let instead = "`measure` builds the plan then, and not `build`";
+            Error::Plan(format!("{what} have to be measured on calibration windows: {instead}"))
+        };
+        let blocks = asked.decide(&plan.parts(arch)?);
         let blocks = blocks.ok_or_else(|| unmeasured("groups for a budget"))?;
         let groups = blocks.into_iter().map(|blocks| {
             let donor = matrices(&blocks).ok_or_else(|| unmeasured("best donors"))?;
@@ -157,7 +160,7 @@ impl PlanBuilder {
         let (arch, own) = (decoder.architecture(), self.own);
         let plan = self.removed(arch)?;
         let Some(asked) = self.groups.clone() else { return Ok(plan) };
-        let groups = match (asked.decide(&plan.parts(arch)?)?, &asked) {
+        let groups = match (asked.decide(&plan.parts(arch)?), &asked) {
             (Some(blocks), _) => {
                 // Refuses groups that cannot be before anything is measured.
                 let unmeasured =
@@ -199,6 +202,10 @@ impl PlanBuilder {
         }
         if self.groups.is_none() && (self.donor.is_some() || self.own != Own::default()) {
             return Err(Error::Plan("says what tied blocks use or keep, and ties none (`share`)".into()));
+        }
+        if let Some(groups) = &self.groups {
+            groups.check()?;
+            groups.check_depth(arch.depth())?;
         }
         let target = self.target.unwrap_or(Target::Blocks(0));
         let Target::Parameters(budget) = target else { return self.without(arch, target.blocks(arch)?) };
@@ -300,6 +307,9 @@ impl Plan {
     ) -> Result<Self> {
         self.check_model(decoder.architecture())?;
         let mut sharing = self.sharing().cloned().ok_or_else(|| Error::Plan("shares nothing".into()))?;
+        if let Some(unit) = self.unit_of_rank(decoder.architecture())? {
+            residual.ranks.check(unit)?;
+        }
         sharing.own.residual = Some(residual);
         sharing.measured = Some(Calibration::from(windows));
         sharing.ranks = match residual.ranks {
@@ -319,7 +329,8 @@ impl Plan {
 
     /// The plan that shares so, with uniform ranks where these were asked for.
     fn share(&self, arch: &Architecture, mut sharing: Sharing) -> Result<Self> {
-        if let Some(Residual { ranks: Ranks::Uniform(rank), .. }) = sharing.own.residual {
+        if let Some(Residual { ranks: ranks @ Ranks::Uniform(rank), .. }) = sharing.own.residual {
+            ranks.check(1)?;
             sharing.ranks = self.uniform(arch, &sharing.groups, rank)?;
         }
         let plan = Self::try_from(Fields { sharing: Some(sharing), ..self.0.clone() })?;
@@ -330,19 +341,41 @@ impl Plan {
 
     /// The same rank for every projection of every block that uses matrices of others, as far as its size allows.
     fn uniform(&self, arch: &Architecture, groups: &[Group], rank: usize) -> Result<RankTable> {
-        if rank == 0 {
-            return Err(Error::argument("rank", rank, "at least 1"));
-        }
-        let projections = |block: usize| -> Result<BTreeMap<Projection, usize>> {
-            let part = self.part(arch, block)?;
-            let there = Projection::ALL.into_iter().filter(|at| part == Part::Whole || part == at.half());
-            let shapes =
-                there.filter_map(|projection| Some((projection, arch.projection_shape(projection)?)));
-            Ok(shapes
-                .map(|(projection, (output, input))| (projection, rank.min(output).min(input)))
-                .collect())
+        let ranks = |block: usize| -> Result<BTreeMap<Projection, usize>> {
+            let shapes = self.shapes(arch, block)?.into_iter();
+            Ok(shapes.map(|(at, (output, input))| (at, rank.min(output).min(input))).collect())
         };
         let strangers = groups.iter().flat_map(Group::strangers);
-        strangers.map(|block| Ok((block, projections(block)?))).collect()
+        strangers.map(|block| Ok((block, ranks(block)?))).collect()
+    }
+
+    /// Fails where ranks that should be uniform are others: folding goes by the ranks alone.
+    pub(super) fn check_uniform_ranks(&self, arch: &Architecture) -> Result<()> {
+        let Some(sharing) = self.sharing() else { return Ok(()) };
+        let Some(Residual { ranks: Ranks::Uniform(rank), .. }) = sharing.own.residual else { return Ok(()) };
+        let expected = self.uniform(arch, &sharing.groups, rank)?;
+        let differs = |block: &&usize| sharing.ranks.get(block) != expected.get(block);
+        match sharing.ranks.keys().chain(expected.keys()).find(differs) {
+            Some(block) => {
+                let reason = format!("block {block} has other ranks than those of uniform rank {rank}");
+                Err(Error::Plan(reason))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// The parameters of the smallest residual of rank 1 that a block may have; none where no block may have any.
+    pub(crate) fn unit_of_rank(&self, arch: &Architecture) -> Result<Option<usize>> {
+        let groups = self.sharing().into_iter().flat_map(|sharing| &sharing.groups);
+        let shapes = groups.flat_map(Group::strangers).map(|block| self.shapes(arch, block));
+        let shapes = shapes.collect::<Result<Vec<_>>>()?.into_iter().flatten();
+        Ok(shapes.map(|(_, (output, input))| output + input).min())
+    }
+
+    /// The projections that a block that stays will have, with their `(out, in)`.
+    fn shapes(&self, arch: &Architecture, block: usize) -> Result<Vec<(Projection, (usize, usize))>> {
+        let part = self.part(arch, block)?;
+        let there = Projection::ALL.into_iter().filter(|at| part == Part::Whole || part == at.half());
+        Ok(there.filter_map(|at| Some((at, arch.projection_shape(at)?))).collect())
     }
 }

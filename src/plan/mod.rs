@@ -47,6 +47,7 @@ pub struct Plan(Fields);
 
 /// A plan that nobody has checked yet.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Fields {
     version: u32,
     model_type: String,

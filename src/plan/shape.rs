@@ -48,6 +48,7 @@ impl Plan {
     /// A plan for another model, or one that removes a half which that model does not have.
     pub fn architecture(&self, arch: &Architecture) -> Result<Architecture> {
         self.check_model(arch)?;
+        self.check_uniform_ranks(arch)?;
         let kept = self.kept();
         let blocks = kept.iter().map(|&block| self.folded(arch, block)).collect::<Result<Vec<_>>>()?;
         let map = blocks.iter().enumerate().map(|(depth, folded)| {
@@ -67,7 +68,7 @@ impl Plan {
     }
 
     /// The blocks that stay, ascending, with the halves that each will have.
-    pub(super) fn parts(&self, arch: &Architecture) -> Result<Vec<(usize, Part)>> {
+    pub(crate) fn parts(&self, arch: &Architecture) -> Result<Vec<(usize, Part)>> {
         self.kept().into_iter().map(|block| Ok((block, self.part(arch, block)?))).collect()
     }
 

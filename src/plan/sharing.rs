@@ -1,6 +1,7 @@
 //! Which blocks share matrices, whose matrices these are, and what each block keeps for itself.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::ops::RangeInclusive;
 
 use serde::{Deserialize, Serialize};
@@ -56,9 +57,9 @@ pub enum Budget {
 #[non_exhaustive]
 pub enum Donor {
     /// Those of its first block.
-    #[default]
     First,
     /// The mean of all its blocks' matrices.
+    #[default]
     Mean,
     /// Whichever of the mean and its blocks costs the least loss on calibration windows, before scales and residuals make
     /// up for what they can: with them another donor could be the best.
@@ -207,6 +208,29 @@ impl From<&Windows> for Calibration {
     }
 }
 
+impl fmt::Display for Matrices {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Block(block) => write!(f, "those of block {block}"),
+            Self::Mean => f.write_str("their mean"),
+        }
+    }
+}
+
+impl fmt::Display for Own {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.norms { "norms of their own" } else { "no norms of their own" })?;
+        if self.scales.is_some() {
+            f.write_str(", scales")?;
+        }
+        match self.residual.map(|residual| residual.ranks) {
+            Some(Ranks::Uniform(rank)) => write!(f, ", residuals of rank {rank}"),
+            Some(Ranks::Parameters(count)) => write!(f, ", residuals of up to {count} parameters in all"),
+            None => Ok(()),
+        }
+    }
+}
+
 impl Budget {
     /// The most that a model may take.
     pub(crate) fn limit(self) -> usize {
@@ -260,31 +284,68 @@ impl Groups {
         Self::Budget { budget, largest: None }
     }
 
-    /// The blocks of each group of two or more, of those that stay with the halves that each will have; `None` where
-    /// they have to be measured. Blocks that lost a half share only with others that have the same one.
-    ///
-    /// # Errors
-    /// A size of 0, or a range that is empty.
-    pub(super) fn decide(&self, kept: &[(usize, Part)]) -> Result<Option<Vec<Vec<usize>>>> {
+    /// Fails for groups that tie nothing, whatever the model.
+    pub(crate) fn check(&self) -> Result<()> {
         match self {
+            Self::Consecutive { size, .. } if *size < 2 => {
+                Err(Error::argument("group size", size, "at least 2"))
+            }
+            Self::Consecutive { within: Some((first, last)), .. } if first >= last => {
+                let found = format!("{first} to {last}");
+                Err(Error::argument(
+                    "range of blocks",
+                    found,
+                    "two blocks or more, the first before the last",
+                ))
+            }
             Self::Budget { largest: Some(largest), .. } if *largest < 2 => {
                 Err(Error::argument("largest group", largest, "at least 2"))
             }
-            Self::Budget { .. } => Ok(None),
-            Self::Explicit(groups) => Ok(Some(groups.clone())),
-            Self::Consecutive { size: 0, .. } => Err(Error::argument("group size", 0, "at least 1")),
-            Self::Consecutive { within: Some((first, last)), .. } if first > last => {
-                let found = format!("{first} to {last}");
-                Err(Error::argument("range of blocks", found, "the first no greater than the last"))
-            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Fails for blocks that a model of this depth does not have.
+    pub(crate) fn check_depth(&self, depth: usize) -> Result<()> {
+        let largest = match self {
+            Self::Consecutive { within, .. } => within.map(|(_, last)| last),
+            Self::Explicit(groups) => groups.iter().flatten().copied().find(|&block| block >= depth),
+            Self::Budget { .. } => None,
+        };
+        match largest {
+            Some(index) if index >= depth => Err(Error::NoSuchBlock { index, depth }),
+            _ => Ok(()),
+        }
+    }
+
+    /// The blocks of each group of two or more, of those that stay with the halves that each will have; `None` where
+    /// they have to be measured. Blocks that lost a half share only with others that have the same one.
+    pub(crate) fn decide(&self, kept: &[(usize, Part)]) -> Option<Vec<Vec<usize>>> {
+        match self {
+            Self::Budget { .. } => None,
+            Self::Explicit(groups) => Some(groups.clone()),
             Self::Consecutive { size, within } => {
                 let inside =
                     |(block, _): &&(usize, Part)| within.is_none_or(|(a, b)| (a..=b).contains(block));
                 let blocks: Vec<(usize, Part)> = kept.iter().filter(inside).copied().collect();
                 let runs = blocks.chunk_by(|a, b| a.1 == b.1);
-                let groups = runs.flat_map(|run| run.chunks(*size)).filter(|group| group.len() > 1);
-                Ok(Some(groups.map(|group| group.iter().map(|(block, _)| *block).collect()).collect()))
+                let groups = runs.flat_map(|run| run.chunks((*size).max(1))).filter(|group| group.len() > 1);
+                Some(groups.map(|group| group.iter().map(|(block, _)| *block).collect()).collect())
             }
+        }
+    }
+}
+
+impl Ranks {
+    /// Fails where no residual gets any rank; `unit` is what the smallest one of rank 1 has of parameters.
+    pub(crate) fn check(self, unit: usize) -> Result<()> {
+        match self {
+            Self::Uniform(0) => Err(Error::argument("rank", 0, "at least 1")),
+            Self::Parameters(count) if count < unit => {
+                let expected = format!("at least {unit}, the parameters of one unit of rank");
+                Err(Error::argument("parameters for ranks", count, expected))
+            }
+            _ => Ok(()),
         }
     }
 }

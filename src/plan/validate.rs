@@ -59,6 +59,9 @@ impl Fields {
         if let Some(block) = sharing.ranks.keys().find(|block| !strangers.contains(block)) {
             return Err(Error::Plan(format!("block {block} has residuals, and uses its own matrices")));
         }
+        if sharing.own.residual.is_none() && !sharing.ranks.is_empty() {
+            return Err(Error::Plan("has ranks, and no residual (`own.residual`) that they are of".into()));
+        }
         let named = |block: usize, projection: &Projection| {
             let half = Unit { block, part: projection.half() };
             self.removed_halves.contains(&half)

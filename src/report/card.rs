@@ -13,9 +13,18 @@ use crate::plan::Plan;
 pub(crate) fn plan_facts(plan: &Plan) -> Vec<(&'static str, String)> {
     let mut facts = roles::removed(plan);
     facts.extend(plan.scores().map(|scores| ("chosen by", escape::code(&scores.method))));
-    let groups = roles::groups(plan).iter();
-    facts.extend(groups.map(|group| ("blocks that share their matrices", list(&group.blocks))));
+    let Some(sharing) = plan.sharing().filter(|sharing| !sharing.groups.is_empty()) else { return facts };
+    let groups = sharing.groups.iter().map(|group| format!("{}: {}", list(&group.blocks), group.donor));
+    facts.extend(groups.map(|group| ("blocks that share matrices", group)));
+    facts.push(("what blocks that share keep", sharing.own.to_string()));
     facts
+}
+
+/// Which of so many blocks are gone where only `kept` are left, as facts for a model card without a plan. None where
+/// all are there: others may have gone before.
+pub(crate) fn removed_facts(depth: usize, kept: &[usize]) -> Vec<(&'static str, String)> {
+    let gone: Vec<usize> = (0..depth).filter(|block| !kept.contains(block)).collect();
+    if gone.is_empty() { Vec::new() } else { vec![roles::removed_blocks(&gone)] }
 }
 
 impl Report {

@@ -70,17 +70,13 @@ impl Report {
             ),
             self.row("NLL", "nats per token", 4, &|model| some(model.perplexity.mean_nll)),
             self.row("perplexity", "", 2, &|model| some(model.perplexity.perplexity)),
-            self.row("evaluation speed", "tokens per second", 0, &speed),
+            self.row("FLOPs per token", "", 0, &|model| some(model.account?.flops_per_token as f64)),
+            self.row("resident bytes", "", 0, &|model| some(model.account?.resident_bytes as f64)),
+            self.row("KV bytes per token", "", 0, &|model| some(model.account?.kv_bytes_per_token as f64)),
             self.row("prefill", "tokens per second", 0, &|model| {
                 Some(model.latency.as_ref()?.prefill.into())
             }),
             self.row("decode", "tokens per second", 1, &|model| Some(model.latency.as_ref()?.decode.into())),
-            self.row("weights in memory", "bytes", 0, &|model| {
-                some(model.latency.as_ref()?.resident_bytes as f64)
-            }),
-            self.row("keys and values a token", "bytes", 0, &|model| {
-                some(model.latency.as_ref()?.kv_bytes_per_token as f64)
-            }),
         ];
         for name in self.dense.tasks.keys() {
             let task = |model: &Measured| model.tasks.get(name).cloned();
@@ -130,10 +126,4 @@ impl Row {
 #[allow(clippy::unnecessary_wraps)] // what most rows have
 fn some(value: f64) -> Option<Value> {
     Some(value.into())
-}
-
-/// Tokens that were read in each second of the evaluation, head included.
-fn speed(model: &Measured) -> Option<Value> {
-    let tokens = (model.perplexity.windows * model.perplexity.seq_len) as f64;
-    (model.seconds > 0.0).then(|| (tokens / model.seconds).into())
 }

@@ -12,7 +12,9 @@ pub(super) const MARK: &str = "<!-- foldgpt report -->";
 pub(super) fn document(document: &Document) -> String {
     let (title, summary) = (escape::markdown(&document.title), escape::markdown(&document.summary));
     let mut text = format!("{MARK}\n\n# {title}\n\n{summary}\n");
-    for section in &document.sections {
+    // Figures are not shown here: a section of nothing else says nothing.
+    let silent = |part: &Part| matches!(part, Part::Figures(_));
+    for section in document.sections.iter().filter(|section| !section.parts.iter().all(silent)) {
         let _ = write!(text, "\n## {}\n", section.title);
         text += &parts(&section.parts);
     }

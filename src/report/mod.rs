@@ -31,7 +31,7 @@ mod roles;
 mod sections;
 mod words;
 
-pub(crate) use card::plan_facts;
+pub(crate) use card::{plan_facts, removed_facts};
 pub use comparison::{Row, Value};
 #[cfg(feature = "report")]
 pub use figures::Figure;

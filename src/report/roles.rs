@@ -37,9 +37,14 @@ fn role(plan: &Plan, block: usize) -> Role {
     half.map_or(Role::Stays, |unit| Role::Lost(unit.part))
 }
 
+/// Which blocks are gone, as a fact.
+pub(super) fn removed_blocks(blocks: &[usize]) -> (&'static str, String) {
+    ("blocks that were removed", list(blocks))
+}
+
 /// What is gone, as facts.
 pub(super) fn removed(plan: &Plan) -> Vec<(&'static str, String)> {
-    let mut facts = vec![("blocks that were removed", list(plan.removed()))];
+    let mut facts = vec![removed_blocks(plan.removed())];
     if !plan.removed_halves().is_empty() {
         let halves: Vec<String> = plan.removed_halves().iter().map(ToString::to_string).collect();
         facts.push(("halves that were removed", halves.join(", ")));

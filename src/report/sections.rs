@@ -75,6 +75,7 @@ impl Report {
         let gate = |limit: f64| format!("at most {limit} nats per token above the dense model").into();
         facts.extend(recipe.gate().map(|limit| ("quality gate", gate(limit))));
         facts.push(("written to", Text::code(recipe.out.display().to_string())));
+        facts.push(("in the format", self.format.to_string().into()));
         vec![Part::Facts(facts)]
     }
 
@@ -89,6 +90,13 @@ impl Report {
         let mut parts = vec![Part::Table(table)];
         if !self.dense.tasks.is_empty() {
             parts.push(Part::Text("± is one standard error.".into()));
+        }
+        if self.dense.account.is_some() {
+            parts.push(Part::Text(format!(
+                "FLOPs are those of a token that sees {} tokens, itself among them; resident bytes are those of weights in \
+                 f32. Both are counted, and so are keys and values.",
+                self.dense.perplexity.seq_len
+            )));
         }
         if let Some(latency) = &self.dense.latency {
             let (prompt, new, runs) = (latency.prompt, latency.new_tokens, latency.prefill.runs);
@@ -310,6 +318,8 @@ impl Report {
             ("calibration text, sha256", Text::code(&self.calibration.text_sha256)),
             ("evaluation text, sha256", Text::code(&self.dense.perplexity.text_sha256)),
         ];
+        let task = |(name, sha256): (&String, &String)| Text::code(format!("{sha256}  {name}"));
+        facts.extend(self.task_files.iter().map(|file| ("task file, sha256", task(file))));
         facts.extend(self.command.iter().map(|command| ("command", Text::code(command))));
         let unwritable = |error: serde_json::Error| Error::Report(error.to_string());
         let mut recipe = serde_json::to_value(&self.recipe).map_err(unwritable)?;

@@ -3,7 +3,7 @@
 use super::number::{fixed, list};
 use crate::heal::{Budget, Heal, Trainable};
 use crate::pipeline::{Goal, MixOptions, Recipe, Share, Total};
-use crate::plan::{self, Donor, Groups, Ranks};
+use crate::plan::{self, Donor, Groups};
 
 /// How much is removed.
 pub(super) fn target(recipe: &Recipe) -> String {
@@ -38,13 +38,7 @@ pub(super) fn share(share: &Share) -> String {
             format!("the cheapest neighbours, until the model takes {budget}")
         }
     };
-    let norms = if share.own.norms { "norms of their own" } else { "no norms of their own" };
-    let scales = if share.own.scales.is_some() { ", scales" } else { "" };
-    let ranks = share.own.residual.map(|residual| match residual.ranks {
-        Ranks::Uniform(rank) => format!(", residuals of rank {rank}"),
-        Ranks::Parameters(count) => format!(", residuals of {} parameters", fixed(count as f64, 0)),
-    });
-    format!("{groups}; {}; {norms}{scales}{}", donor(share.donor), ranks.unwrap_or_default())
+    format!("{groups}; {}; {}", donor(share.donor), share.own)
 }
 
 /// A total that removal, sharing and rank meet together.

@@ -16,7 +16,9 @@ fn perplexity(nll: f64) -> Value {
 
 fn measured(blocks: usize, parameters: usize, nll: f64) -> Value {
     json!({
-        "blocks": blocks, "parameters": parameters, "perplexity": perplexity(nll), "seconds": 12.5,
+        "blocks": blocks, "parameters": parameters, "perplexity": perplexity(nll),
+        "account": { "parameters": parameters, "stored_bytes": 2 * parameters, "resident_bytes": 4 * parameters,
+            "flops_per_token": 2 * parameters + 4 * 512 * 576 * blocks, "kv_bytes_per_token": 1536 * blocks },
         "tasks": { "piqa": { "acc": 0.6834, "acc_norm": 0.68, "stderr": 0.0108, "acc_norm_stderr": 0.011, "items": 1838 },
             "lambada": { "acc": 0.4 * nll / 3.0, "stderr": 0.007, "perplexity": 2.0 * nll.exp(), "items": 500 } }
     })

@@ -92,12 +92,19 @@ pub fn kinds(family: &str) -> Vec<(&'static str, Plan)> {
     let budget = Groups::until(Budget::Parameters(decoder.parameter_count() - 1));
     let rank = Ranks::Uniform(3);
     let plans = [
-        ("pairs", Plan::builder().share(Groups::of(2)).build(arch)),
+        ("pairs", Plan::builder().share(Groups::of(2)).donor(Donor::First).build(arch)),
         ("all, mean", Plan::builder().share(Groups::of(4)).donor(Donor::Mean).build(arch)),
-        ("range, scales of one", Plan::builder().share(Groups::of_within(2, 1..=2)).scales(ones).build(arch)),
+        (
+            "range, scales of one",
+            Plan::builder().share(Groups::of_within(2, 1..=2)).donor(Donor::First).scales(ones).build(arch),
+        ),
         (
             "apart, shared norms",
-            Plan::builder().share(Groups::Explicit(vec![vec![0, 3]])).share_norms().build(arch),
+            Plan::builder()
+                .share(Groups::Explicit(vec![vec![0, 3]]))
+                .donor(Donor::First)
+                .share_norms()
+                .build(arch),
         ),
         (
             "after removal, incomplete",
@@ -112,12 +119,20 @@ pub fn kinds(family: &str) -> Vec<(&'static str, Plan)> {
                 .residual(rank, ResidualStart::Whitened)
                 .measure(&decoder, &windows, &mut ()),
         ),
-        ("svd", Plan::builder().share(Groups::of(3)).residual(rank, ResidualStart::Svd).build(arch)),
+        (
+            "svd",
+            Plan::builder()
+                .share(Groups::of(3))
+                .donor(Donor::First)
+                .residual(rank, ResidualStart::Svd)
+                .build(arch),
+        ),
         ("budget", Plan::builder().share(budget).donor(Donor::Mean).measure(&decoder, &windows, &mut ())),
         (
             "spread",
             Plan::builder()
                 .share(Groups::of(2))
+                .donor(Donor::First)
                 .residual(Ranks::Parameters(2000), ResidualStart::Whitened)
                 .measure(&decoder, &windows, &mut ()),
         ),
@@ -130,12 +145,17 @@ pub fn folded(family: &str, plan: &Plan) -> Decoder {
     fold_on(&load(family), plan, &windows(family), &mut ()).unwrap()
 }
 
-/// The largest distance of two tensors, as a share of the largest magnitude of `expected`.
+/// The largest distance of two tensors, as a share of the largest magnitude of `expected`; both have to be finite.
 pub fn distance(found: &Tensor, expected: &Tensor) -> f32 {
     assert_eq!(found.dims(), expected.dims());
+    let values = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    for (name, tensor) in [("found", found), ("expected", expected)] {
+        let wrong = values(tensor).into_iter().find(|value| !value.is_finite());
+        assert_eq!(wrong, None, "a value of what was {name} is not finite");
+    }
     let largest =
-        |x: Tensor| x.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
-    largest((found - expected).unwrap()) / largest(expected.clone())
+        |x: &Tensor| values(x).into_iter().fold(0.0, |largest: f32, value| largest.max(value.abs()));
+    largest(&(found - expected).unwrap()) / largest(expected)
 }
 
 /// A config.json changed by `change`, beside the other files of a fixture, in a temporary directory.
