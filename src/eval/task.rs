@@ -244,7 +244,8 @@ impl Item {
                     Relation::Cause => "because",
                     Relation::Effect => "therefore",
                 };
-                let choices = [uncapitalized(&choice1), uncapitalized(&choice2)];
+                // The harness's choices begin with a space, and it puts one before every choice.
+                let choices = [choice1, choice2].map(|choice| format!(" {}", uncapitalized(&choice)));
                 Self::continuations(&format!("{stem} {word}"), &choices, label.place()?)
             }
             Record::Lambada { text } => {
@@ -370,7 +371,7 @@ mod tests {
         let copa = item(
             r#"{"premise": "It rained. ", "choice1": "Streets got wet.", "choice2": "I ate.", "question": "effect", "label": 0}"#,
         );
-        assert_eq!(texts(&copa)[0], ("It rained therefore", " streets got wet."));
+        assert_eq!(texts(&copa)[0], ("It rained therefore", "  streets got wet."));
 
         let lambada = item(r#"{"text": "He opened the door"}"#);
         assert_eq!(texts(&lambada), [("He opened the", " door")]);
