@@ -86,8 +86,7 @@ fn main() -> anyhow::Result<()> {
         "one of --text, --ids, --tasks and --latency is needed"
     );
     // Files that cannot be used are told before the model is read.
-    let tasks = args.tasks.iter().map(|path| Task::read(path, args.limit));
-    let tasks = tasks.collect::<foldgpt::Result<Vec<Task>>>()?;
+    let tasks = Task::read_all(&args.tasks, args.limit)?;
     let mut models = load(&args)?;
     let several = models.len() > 1;
     for model in &mut models {

@@ -83,3 +83,18 @@ fn a_last_word_is_right_where_the_model_would_say_it() {
     assert!((found.perplexity.unwrap() / mean.exp() - 1.0).abs() < 1e-4);
     assert!(found.acc_norm.is_none());
 }
+
+#[test]
+fn files_of_one_name_are_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let paths = ["a", "b"].map(|parent| directory.path().join(parent).join("piqa.jsonl"));
+    for path in &paths {
+        std::fs::create_dir(path.parent().unwrap()).unwrap();
+        std::fs::write(path, r#"{"goal": "g", "sol1": "a", "sol2": "b", "label": 0}"#).unwrap();
+    }
+    assert_eq!(Task::read_all(&paths[..1], None).unwrap().len(), 1);
+    let error = Task::read_all(&paths, None).unwrap_err().to_string();
+    for named in [paths[0].to_str().unwrap(), paths[1].to_str().unwrap(), "piqa"] {
+        assert!(error.contains(named), "{error}");
+    }
+}
