@@ -165,11 +165,12 @@ impl Model {
             let result = Accuracy::of(&answers);
             if !args.json {
                 let optional =
-                    |value: Option<f64>| value.map_or(String::new(), |value| format!("{value:.4}"));
-                let (norm, perplexity) = (optional(result.acc_norm), optional(result.perplexity));
+                    |value: Option<f64>| value.map_or("-".to_string(), |value| format!("{value:.4}"));
+                let [stderr, norm, perplexity] =
+                    [result.stderr, result.acc_norm, result.perplexity].map(optional);
                 println!(
-                    "| {} | {} | {:.4} | {:.4} | {norm} | {perplexity} |",
-                    task.name, result.items, result.acc, result.stderr
+                    "| {} | {} | {:.4} | {stderr} | {norm} | {perplexity} |",
+                    task.name, result.items, result.acc
                 );
             }
             let mut result = json!(result);

@@ -37,7 +37,7 @@ fn answers_are_those_of_whole_forwards() {
         "\n",
         r#"{"query": "Anna lost her ", "choices": ["kite.", "lost her and the the"], "gold": 0}"#,
         "\n",
-        r#"{"context_options": ["Tom found a blue ball. Tom", "Tom found a"], "continuation": "was happy.", "gold": 1}"#,
+        r#"{"query": "Tom found a blue ball. ", "choices": ["Tom was happy.", "Tom found a was happy."], "gold": 1}"#,
         "\n",
         r#"{"goal": "Find the kite", "sol1": "look near the bridge", "sol2": "red red red", "label": 0}"#,
     );
@@ -82,6 +82,58 @@ fn a_last_word_is_right_where_the_model_would_say_it() {
     let mean = plain.iter().map(|(score, _)| -score).sum::<f64>() / 3.0;
     assert!((found.perplexity.unwrap() / mean.exp() - 1.0).abs() < 1e-4);
     assert!(found.acc_norm.is_none());
+}
+
+#[test]
+fn answers_do_not_depend_on_the_items_before_them() {
+    let (decoder, tokenizer) = model();
+    let mut lines = [
+        r#"{"query": "Anna lost her red kite near the old", "choices": ["bridge.", "bridge and", "day"], "gold": 0}"#,
+        r#"{"query": "Anna lost her red kite near the", "choices": ["old bridge. Tom", "old"], "gold": 0}"#,
+        r#"{"query": "Anna lost her red", "choices": ["kite near the old bridge.", "kite"], "gold": 1}"#,
+    ];
+    let answers_of = |lines: [&str; 3]| {
+        let task = Task::from_json_lines("stories", &lines.join("\n"), None).unwrap();
+        answers(&decoder, &tokenizer, &task, &mut ()).unwrap()
+    };
+    let forth = answers_of(lines);
+    lines.reverse();
+    let mut back = answers_of(lines);
+    back.reverse();
+    assert_eq!(forth, back);
+}
+
+#[test]
+fn a_query_is_run_once_for_all_choices() {
+    let (decoder, tokenizer) = model();
+    let query = "Anna lost her red kite near the old bridge. Tom found it, and Anna was";
+    // More than are run together.
+    let choices =
+        ["happy.", "sad.", "a dog.", "very", "so", "big.", "red and blue.", "old.", "there.", "Tom."];
+    let record = serde_json::json!({ "query": query, "choices": choices, "gold": 0 });
+    let task = Task::from_json_lines("stories", &record.to_string(), None).unwrap();
+    let answer = answers(&decoder, &tokenizer, &task, &mut ()).unwrap().remove(0);
+    let begin = usize::from(tokenizer.adds_bos());
+    let length = |text: &str| begin + tokenizer.encode(text).unwrap().len();
+    let longest = choices.iter().map(|choice| length(&format!("{query} {choice}"))).max().unwrap();
+    // The query, and for each choice no more than the longest of them adds to it.
+    let most = length(query) + choices.len() * (longest - length(query));
+    assert!(answer.tokens <= most, "{} tokens were run, of {most}", answer.tokens);
+    for (found, choice) in answer.log_likelihoods.iter().zip(&task.items[0].choices) {
+        let (expected, _) = plain(&decoder, &tokenizer, choice);
+        assert!((found - expected).abs() < 1e-3, "{found} is not {expected}");
+    }
+}
+
+#[test]
+fn one_item_has_no_standard_error() {
+    let (decoder, tokenizer) = model();
+    let line = r#"{"query": "Anna lost her red", "choices": ["kite.", "and"], "gold": 0}"#;
+    let task = Task::from_json_lines("stories", line, None).unwrap();
+    let found = accuracy(&decoder, &tokenizer, &task, &mut ()).unwrap();
+    assert_eq!((found.stderr, found.acc_norm_stderr), (None, None));
+    let json = serde_json::to_value(&found).unwrap();
+    assert!(json.get("stderr").is_none() && json.get("acc_norm").is_some(), "{json}");
 }
 
 #[test]
