@@ -1,4 +1,4 @@
-//! Tasks answered by likelihood, against whole forwards of the same texts.
+//! Tasks answered by likelihood, against whole forwards of the same texts and against lm-evaluation-harness.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::path::Path;
@@ -6,6 +6,7 @@ use std::path::Path;
 use foldgpt::candle::{D, DType, Device, Tensor};
 use foldgpt::eval::{Accuracy, Choice, Task, accuracy, answers};
 use foldgpt::{Checkpoint, Decoder, Tokenizer};
+use serde_json::Value;
 
 fn model() -> (Decoder, Tokenizer) {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/tiny-stories");
@@ -82,6 +83,47 @@ fn a_last_word_is_right_where_the_model_would_say_it() {
     let mean = plain.iter().map(|(score, _)| -score).sum::<f64>() / 3.0;
     assert!((found.perplexity.unwrap() / mean.exp() - 1.0).abs() < 1e-4);
     assert!(found.acc_norm.is_none());
+}
+
+/// What lm-evaluation-harness finds on the same records and model; tests/fixtures/README.md says how.
+#[test]
+fn results_are_those_of_the_harness() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tasks");
+    let expected = std::fs::read_to_string(fixtures.join("expected.json")).unwrap();
+    let expected: Value = serde_json::from_str(&expected).unwrap();
+    let (decoder, tokenizer) = model();
+    let tasks = expected["tasks"].as_object().unwrap();
+    // Nine of them, one in two parts.
+    assert_eq!(tasks.len(), 10);
+    for (name, expected) in tasks {
+        let task = Task::read(fixtures.join(name).with_extension("jsonl"), None).unwrap();
+        let answers = answers(&decoder, &tokenizer, &task, &mut ()).unwrap();
+        let found = Accuracy::of(&answers);
+        assert_eq!(Some(found.items as u64), expected["items"].as_u64(), "{name}");
+        for (metric, found) in [
+            ("acc", Some(found.acc)),
+            ("stderr", found.stderr),
+            ("acc_norm", found.acc_norm),
+            ("acc_norm_stderr", found.acc_norm_stderr),
+            ("perplexity", found.perplexity),
+        ] {
+            let expected = expected.get(metric).and_then(Value::as_f64);
+            assert_eq!(found.is_some(), expected.is_some(), "{metric} of {name}");
+            let (found, expected) = (found.unwrap_or(1.0), expected.unwrap_or(1.0));
+            // A perplexity is relative to its logits.
+            let near = if metric == "perplexity" { 1e-3 * expected } else { 1e-9 };
+            assert!((found - expected).abs() < near, "{metric} of {name}: {found} is not {expected}");
+        }
+        for (index, answer) in answers.iter().enumerate() {
+            for (place, found) in answer.log_likelihoods.iter().enumerate() {
+                let expected = expected["log_likelihoods"][index][place].as_f64().unwrap();
+                assert!(
+                    (found - expected).abs() < 1e-3,
+                    "choice {place} of item {index} of {name}: {found} is not {expected}"
+                );
+            }
+        }
+    }
 }
 
 #[test]
