@@ -86,8 +86,7 @@ fn main() -> anyhow::Result<()> {
         "one of --text, --ids, --tasks and --latency is needed"
     );
     // Files that cannot be used are told before the model is read.
-    let tasks = args.tasks.iter().map(|path| Task::read(path, args.limit));
-    let tasks = tasks.collect::<foldgpt::Result<Vec<Task>>>()?;
+    let tasks = Task::read_all(&args.tasks, args.limit)?;
     let mut models = load(&args)?;
     let several = models.len() > 1;
     for model in &mut models {
@@ -166,11 +165,12 @@ impl Model {
             let result = Accuracy::of(&answers);
             if !args.json {
                 let optional =
-                    |value: Option<f64>| value.map_or(String::new(), |value| format!("{value:.4}"));
-                let (norm, perplexity) = (optional(result.acc_norm), optional(result.perplexity));
+                    |value: Option<f64>| value.map_or("-".to_string(), |value| format!("{value:.4}"));
+                let [stderr, norm, perplexity] =
+                    [result.stderr, result.acc_norm, result.perplexity].map(optional);
                 println!(
-                    "| {} | {} | {:.4} | {:.4} | {norm} | {perplexity} |",
-                    task.name, result.items, result.acc, result.stderr
+                    "| {} | {} | {:.4} | {stderr} | {norm} | {perplexity} |",
+                    task.name, result.items, result.acc
                 );
             }
             let mut result = json!(result);

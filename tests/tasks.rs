@@ -1,4 +1,4 @@
-//! Tasks answered by likelihood, against whole forwards of the same texts.
+//! Tasks answered by likelihood, against whole forwards of the same texts and against lm-evaluation-harness.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::path::Path;
@@ -6,6 +6,7 @@ use std::path::Path;
 use foldgpt::candle::{D, DType, Device, Tensor};
 use foldgpt::eval::{Accuracy, Choice, Task, accuracy, answers};
 use foldgpt::{Checkpoint, Decoder, Tokenizer};
+use serde_json::Value;
 
 fn model() -> (Decoder, Tokenizer) {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/tiny-stories");
@@ -37,7 +38,7 @@ fn answers_are_those_of_whole_forwards() {
         "\n",
         r#"{"query": "Anna lost her ", "choices": ["kite.", "lost her and the the"], "gold": 0}"#,
         "\n",
-        r#"{"context_options": ["Tom found a blue ball. Tom", "Tom found a"], "continuation": "was happy.", "gold": 1}"#,
+        r#"{"query": "Tom found a blue ball. ", "choices": ["Tom was happy.", "Tom found a was happy."], "gold": 1}"#,
         "\n",
         r#"{"goal": "Find the kite", "sol1": "look near the bridge", "sol2": "red red red", "label": 0}"#,
     );
@@ -82,4 +83,112 @@ fn a_last_word_is_right_where_the_model_would_say_it() {
     let mean = plain.iter().map(|(score, _)| -score).sum::<f64>() / 3.0;
     assert!((found.perplexity.unwrap() / mean.exp() - 1.0).abs() < 1e-4);
     assert!(found.acc_norm.is_none());
+}
+
+/// What lm-evaluation-harness finds on the same records and model; tests/fixtures/README.md says how.
+#[test]
+fn results_are_those_of_the_harness() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tasks");
+    let expected = std::fs::read_to_string(fixtures.join("expected.json")).unwrap();
+    let expected: Value = serde_json::from_str(&expected).unwrap();
+    let (decoder, tokenizer) = model();
+    let tasks = expected["tasks"].as_object().unwrap();
+    // Nine of them, one in two parts.
+    assert_eq!(tasks.len(), 10);
+    for (name, expected) in tasks {
+        let task = Task::read(fixtures.join(name).with_extension("jsonl"), None).unwrap();
+        let answers = answers(&decoder, &tokenizer, &task, &mut ()).unwrap();
+        let found = Accuracy::of(&answers);
+        assert_eq!(Some(found.items as u64), expected["items"].as_u64(), "{name}");
+        for (metric, found) in [
+            ("acc", Some(found.acc)),
+            ("stderr", found.stderr),
+            ("acc_norm", found.acc_norm),
+            ("acc_norm_stderr", found.acc_norm_stderr),
+            ("perplexity", found.perplexity),
+        ] {
+            let expected = expected.get(metric).and_then(Value::as_f64);
+            assert_eq!(found.is_some(), expected.is_some(), "{metric} of {name}");
+            let (found, expected) = (found.unwrap_or(1.0), expected.unwrap_or(1.0));
+            // A perplexity is relative to its logits.
+            let near = if metric == "perplexity" { 1e-3 * expected } else { 1e-9 };
+            assert!((found - expected).abs() < near, "{metric} of {name}: {found} is not {expected}");
+        }
+        for (index, answer) in answers.iter().enumerate() {
+            for (place, found) in answer.log_likelihoods.iter().enumerate() {
+                let expected = expected["log_likelihoods"][index][place].as_f64().unwrap();
+                assert!(
+                    (found - expected).abs() < 1e-3,
+                    "choice {place} of item {index} of {name}: {found} is not {expected}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn answers_do_not_depend_on_the_items_before_them() {
+    let (decoder, tokenizer) = model();
+    let mut lines = [
+        r#"{"query": "Anna lost her red kite near the old", "choices": ["bridge.", "bridge and", "day"], "gold": 0}"#,
+        r#"{"query": "Anna lost her red kite near the", "choices": ["old bridge. Tom", "old"], "gold": 0}"#,
+        r#"{"query": "Anna lost her red", "choices": ["kite near the old bridge.", "kite"], "gold": 1}"#,
+    ];
+    let answers_of = |lines: [&str; 3]| {
+        let task = Task::from_json_lines("stories", &lines.join("\n"), None).unwrap();
+        answers(&decoder, &tokenizer, &task, &mut ()).unwrap()
+    };
+    let forth = answers_of(lines);
+    lines.reverse();
+    let mut back = answers_of(lines);
+    back.reverse();
+    assert_eq!(forth, back);
+}
+
+#[test]
+fn a_query_is_run_once_for_all_choices() {
+    let (decoder, tokenizer) = model();
+    let query = "Anna lost her red kite near the old bridge. Tom found it, and Anna was";
+    // More than are run together.
+    let choices =
+        ["happy.", "sad.", "a dog.", "very", "so", "big.", "red and blue.", "old.", "there.", "Tom."];
+    let record = serde_json::json!({ "query": query, "choices": choices, "gold": 0 });
+    let task = Task::from_json_lines("stories", &record.to_string(), None).unwrap();
+    let answer = answers(&decoder, &tokenizer, &task, &mut ()).unwrap().remove(0);
+    let begin = usize::from(tokenizer.adds_bos());
+    let length = |text: &str| begin + tokenizer.encode(text).unwrap().len();
+    let longest = choices.iter().map(|choice| length(&format!("{query} {choice}"))).max().unwrap();
+    // The query, and for each choice no more than the longest of them adds to it.
+    let most = length(query) + choices.len() * (longest - length(query));
+    assert!(answer.tokens <= most, "{} tokens were run, of {most}", answer.tokens);
+    for (found, choice) in answer.log_likelihoods.iter().zip(&task.items[0].choices) {
+        let (expected, _) = plain(&decoder, &tokenizer, choice);
+        assert!((found - expected).abs() < 1e-3, "{found} is not {expected}");
+    }
+}
+
+#[test]
+fn one_item_has_no_standard_error() {
+    let (decoder, tokenizer) = model();
+    let line = r#"{"query": "Anna lost her red", "choices": ["kite.", "and"], "gold": 0}"#;
+    let task = Task::from_json_lines("stories", line, None).unwrap();
+    let found = accuracy(&decoder, &tokenizer, &task, &mut ()).unwrap();
+    assert_eq!((found.stderr, found.acc_norm_stderr), (None, None));
+    let json = serde_json::to_value(&found).unwrap();
+    assert!(json.get("stderr").is_none() && json.get("acc_norm").is_some(), "{json}");
+}
+
+#[test]
+fn files_of_one_name_are_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let paths = ["a", "b"].map(|parent| directory.path().join(parent).join("piqa.jsonl"));
+    for path in &paths {
+        std::fs::create_dir(path.parent().unwrap()).unwrap();
+        std::fs::write(path, r#"{"goal": "g", "sol1": "a", "sol2": "b", "label": 0}"#).unwrap();
+    }
+    assert_eq!(Task::read_all(&paths[..1], None).unwrap().len(), 1);
+    let error = Task::read_all(&paths, None).unwrap_err().to_string();
+    for named in [paths[0].to_str().unwrap(), paths[1].to_str().unwrap(), "piqa"] {
+        assert!(error.contains(named), "{error}");
+    }
 }

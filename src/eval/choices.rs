@@ -1,6 +1,6 @@
 //! Answering tasks by likelihood, as lm-evaluation-harness does.
 
-use candle_core::{D, DType, Tensor};
+use candle_core::{D, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::task::{Choice, Item, Task};
@@ -16,11 +16,13 @@ pub struct Accuracy {
     /// The share of items whose right choice is the most likely; of items with one choice, the share where the model
     /// would have said it, token by token.
     pub acc: f64,
-    /// As `acc`, with each log-likelihood divided by the choice's length in characters.
+    /// As `acc`, with each log-likelihood divided by the choice's length in characters; absent where the harness has
+    /// none ([`Item::by_length`]).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub acc_norm: Option<f64>,
-    /// The standard error of `acc`.
-    pub stderr: f64,
+    /// The standard error of `acc`; absent of one item, which has no spread.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stderr: Option<f64>,
     /// The standard error of `acc_norm`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub acc_norm_stderr: Option<f64>,
@@ -41,8 +43,13 @@ pub struct Answer {
     pub gold: usize,
     /// Whether the right choice is the most likely; of an item with one choice, whether the model would have said it.
     pub right: bool,
-    /// As `right`, with each log-likelihood divided by the choice's length in characters.
-    pub right_by_length: bool,
+    /// As `right`, with each log-likelihood divided by the choice's length in characters; absent where the harness
+    /// does not ([`Item::by_length`]).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub right_by_length: Option<bool>,
+    /// Tokens that the model ran for it: those that all choices begin with once, and of the others as many for each
+    /// choice as the longest of its batch has.
+    pub tokens: usize,
 }
 
 impl Accuracy {
@@ -50,11 +57,14 @@ impl Accuracy {
     #[must_use]
     pub fn of(answers: &[Answer]) -> Self {
         let single = answers.iter().all(|answer| answer.log_likelihoods.len() == 1);
-        let (acc, stderr) = mean_and_error(answers.iter().map(|answer| answer.right));
-        let by_length = mean_and_error(answers.iter().map(|answer| answer.right_by_length));
-        let (acc_norm, acc_norm_stderr) = Some(by_length).filter(|_| !single).unzip();
+        let right: Vec<bool> = answers.iter().map(|answer| answer.right).collect();
+        let right_by_length: Option<Vec<bool>> =
+            answers.iter().map(|answer| answer.right_by_length).collect();
+        let (acc, stderr) = mean_and_error(&right);
+        let (acc_norm, acc_norm_stderr) = right_by_length.map(|right| mean_and_error(&right)).unzip();
         let nll = answers.iter().filter_map(|answer| answer.log_likelihoods.get(answer.gold)).sum::<f64>();
         let perplexity = single.then(|| (-nll / answers.len() as f64).exp());
+        let acc_norm_stderr = acc_norm_stderr.flatten();
         Self { acc, stderr, acc_norm, acc_norm_stderr, perplexity, items: answers.len() }
     }
 }
@@ -75,7 +85,8 @@ pub fn accuracy(
 /// Answers every item of a task: the choice whose continuation the model finds most likely after its context.
 ///
 /// Texts are tokenised as a whole, begin with the begin-of-text token where the model expects it, and lose tokens on
-/// the left where the model has learned no positions for them. What consecutive choices have in common is read once.
+/// the left where the model has learned no positions for them. What all choices of an item begin with is run once, and
+/// what is left of them together. Nothing is kept from one item to the next: no answer depends on the items before it.
 ///
 /// # Errors
 /// A text that cannot be tokenised, a likelihood that is not finite, or a cancelling observer.
@@ -85,10 +96,10 @@ pub fn answers(
     task: &Task,
     observer: &mut dyn Observer,
 ) -> Result<Vec<Answer>> {
-    let mut reader = Reader::new(decoder, tokenizer);
     let mut answers = Vec::with_capacity(task.items.len());
     progress::steps("task", task.items.len(), observer, |index| {
         if let Some(item) = task.items.get(index) {
+            let reader = Reader { decoder, tokenizer, tokens: 0 };
             answers.push(reader.answer(item).map_err(|error| in_item(error, index))?);
         }
         Ok(())
@@ -105,65 +116,67 @@ fn in_item(error: Error, index: usize) -> Error {
     }
 }
 
-/// The mean of truths, and its standard error with n − 1 degrees of freedom.
-fn mean_and_error(truths: impl Iterator<Item = bool> + Clone) -> (f64, f64) {
-    let count = truths.clone().count() as f64;
-    let mean = truths.filter(|truth| *truth).count() as f64 / count;
-    (mean, if count > 1.0 { (mean * (1.0 - mean) / (count - 1.0)).sqrt() } else { 0.0 })
+/// The mean of truths, and its standard error with n − 1 degrees of freedom, where there are any.
+fn mean_and_error(truths: &[bool]) -> (f64, Option<f64>) {
+    let count = truths.len() as f64;
+    let mean = truths.iter().filter(|truth| **truth).count() as f64 / count;
+    (mean, (count > 1.0).then(|| (mean * (1.0 - mean) / (count - 1.0)).sqrt()))
 }
 
-/// Reads texts one after the other; what a text has in common with the one before is remembered.
+/// So many choices are run together at most, each of which has a copy of the query's keys and values.
+const BATCH: usize = 8;
+
+/// Reads the choices of one item.
 struct Reader<'a> {
     decoder: &'a Decoder,
     tokenizer: &'a Tokenizer,
-    cache: KvCache,
-    tokens: Vec<u32>,
-    /// The states of `tokens` after the last block, `(1, tokens, hidden)`.
-    states: Option<Tensor>,
+    /// Tokens that were run so far.
+    tokens: usize,
 }
 
-impl<'a> Reader<'a> {
-    fn new(decoder: &'a Decoder, tokenizer: &'a Tokenizer) -> Self {
-        Self { decoder, tokenizer, cache: decoder.cache(), tokens: Vec::new(), states: None }
+/// A choice as tokens: context, and from `first` on continuation.
+struct Text {
+    ids: Vec<u32>,
+    first: usize,
+}
+
+impl Text {
+    /// What is run: nothing follows the last token.
+    fn run(&self) -> &[u32] {
+        self.ids.split_last().map_or(&[], |(_, run)| run)
     }
 
-    fn answer(&mut self, item: &Item) -> Result<Answer> {
-        let mut scores = Vec::with_capacity(item.choices.len());
-        for choice in &item.choices {
-            let (log_likelihood, greedy) = self.log_likelihood(choice)?;
-            if !log_likelihood.is_finite() {
-                return Err(Error::NotFinite { what: "a log-likelihood".into(), value: log_likelihood });
-            }
-            scores.push((log_likelihood, greedy, log_likelihood / choice.length.max(1) as f64));
+    fn continuation(&self) -> &[u32] {
+        self.ids.get(self.first..).unwrap_or_default()
+    }
+}
+
+impl Reader<'_> {
+    fn answer(mut self, item: &Item) -> Result<Answer> {
+        let texts = item.choices.iter().map(|choice| self.text(choice)).collect::<Result<Vec<_>>>()?;
+        let rows = self.rows(&texts)?;
+        let targets: Vec<u32> = texts.iter().flat_map(Text::continuation).copied().collect();
+        let nll = self.decoder.nll(&rows, &targets)?.to_vec1::<f32>()?;
+        let mut nll = nll.into_iter().map(f64::from);
+        let sum = |text: &Text| -nll.by_ref().take(text.continuation().len()).sum::<f64>();
+        let log_likelihoods: Vec<f64> = texts.iter().map(sum).collect();
+        if let Some(&value) = log_likelihoods.iter().find(|value| !value.is_finite()) {
+            return Err(Error::NotFinite { what: "a log-likelihood".into(), value });
         }
-        Ok(Answer {
-            log_likelihoods: scores.iter().map(|score| score.0).collect(),
-            gold: item.gold,
-            right: match scores.as_slice() {
-                [(_, greedy, _)] => *greedy,
-                _ => first_largest(scores.iter().map(|score| score.0)) == Some(item.gold),
-            },
-            right_by_length: first_largest(scores.iter().map(|score| score.2)) == Some(item.gold),
-        })
+        let right = match texts.as_slice() {
+            [_] => self.decoder.logits(&rows)?.argmax(D::Minus1)?.to_vec1::<u32>()? == targets,
+            _ => first_largest(log_likelihoods.iter().copied()) == Some(item.gold),
+        };
+        let by_length = log_likelihoods
+            .iter()
+            .zip(&item.choices)
+            .map(|(log_likelihood, choice)| log_likelihood / choice.length.max(1) as f64);
+        let right_by_length = item.by_length.then(|| first_largest(by_length) == Some(item.gold));
+        Ok(Answer { log_likelihoods, gold: item.gold, right, right_by_length, tokens: self.tokens })
     }
 
-    /// The log-likelihood of a continuation in nats, and whether each of its tokens is the likeliest.
-    fn log_likelihood(&mut self, choice: &Choice) -> Result<(f64, bool)> {
-        let (ids, first) = self.ids(choice)?;
-        let rows = self.read(ids.get(..ids.len() - 1).unwrap_or_default())?;
-        let count = ids.len() - first;
-        let rows = rows.narrow(1, first - 1, count)?.squeeze(0)?; // (count, hidden)
-        let logits = self.decoder.logits(&rows)?.to_dtype(DType::F32)?;
-        let log_probabilities = candle_nn::ops::log_softmax(&logits, D::Minus1)?;
-        let targets = Tensor::from_slice(ids.get(first..).unwrap_or_default(), (count, 1), rows.device())?;
-        let chosen = log_probabilities.gather(&targets, 1)?.flatten_all()?.to_vec1::<f32>()?;
-        let likeliest = logits.argmax(D::Minus1)?.to_vec1::<u32>()?;
-        let greedy = ids.get(first..) == Some(likeliest.as_slice());
-        Ok((chosen.into_iter().map(f64::from).sum(), greedy))
-    }
-
-    /// The ids of context and continuation together, and where the continuation begins.
-    fn ids(&self, choice: &Choice) -> Result<(Vec<u32>, usize)> {
+    /// The tokens of context and continuation together.
+    fn text(&self, choice: &Choice) -> Result<Text> {
         // White space that ends a context belongs to what follows: tokens begin with a space, they do not end with one.
         let context = choice.context.trim_end();
         let whole = self.tokenizer.encode(&format!("{}{}", choice.context, choice.continuation))?;
@@ -176,41 +189,64 @@ impl<'a> Reader<'a> {
             let reason = format!("\"{}\" gives no token after its context", choice.continuation);
             return Err(Error::Text(reason));
         }
-        let limit = self.decoder.architecture().max_position_embeddings;
-        let excess = (ids.len() - 1).saturating_sub(limit).min(first - 1);
-        ids.drain(..excess);
-        Ok((ids, first - excess))
-    }
-
-    /// The states of all of `ids`, `(1, ids, hidden)`.
-    fn read(&mut self, ids: &[u32]) -> Result<Tensor> {
-        let mut common = self.tokens.iter().zip(ids).take_while(|(known, id)| known == id).count();
-        if self.states.is_none() {
-            common = 0;
-        }
         let vocab = self.decoder.architecture().vocab_size;
         if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
             return Err(Error::argument("token id", id, format!("less than the vocabulary of {vocab}")));
         }
-        self.cache.truncate(common);
-        self.tokens.truncate(common);
-        let known = self.states.take().map(|states| states.narrow(1, 0, common)).transpose()?;
-        let rest = ids.get(common..).unwrap_or_default();
-        let states = match (known, rest.is_empty()) {
-            (Some(known), true) => known,
-            (known, _) => {
-                let rest = Tensor::from_slice(rest, (1, rest.len()), self.decoder.device())?;
-                let new = self.decoder.extend(&rest, &mut self.cache)?;
-                match known.filter(|known| known.elem_count() > 0) {
-                    Some(known) => Tensor::cat(&[&known, &new], 1)?,
-                    None => new,
-                }
-            }
-        };
-        self.tokens.extend_from_slice(ids.get(common..).unwrap_or_default());
-        self.states = Some(states.clone());
-        Ok(states)
+        let limit = self.decoder.architecture().max_position_embeddings;
+        let excess = (ids.len() - 1).saturating_sub(limit).min(first - 1);
+        ids.drain(..excess);
+        Ok(Text { ids, first: first - excess })
     }
+
+    /// The states after the last block that foretell the tokens of all continuations, one after the other:
+    /// `(tokens of continuations, hidden)`.
+    fn rows(&mut self, texts: &[Text]) -> Result<Tensor> {
+        let common = common_prefix(texts);
+        let mut query = self.decoder.cache();
+        let prefix = texts.first().and_then(|text| text.run().get(..common)).filter(|ids| !ids.is_empty());
+        let prefix = prefix.map(|ids| self.run(ids, 1, &mut query)).transpose()?;
+        let mut rows = Vec::with_capacity(texts.len());
+        for batch in texts.chunks(BATCH) {
+            let rests = self.rests(batch, common, &query)?;
+            for (place, text) in batch.iter().enumerate() {
+                let own = rests.as_ref().map(|rests| rests.narrow(0, place, 1)).transpose()?;
+                let states: Vec<&Tensor> = prefix.iter().chain(&own).collect();
+                let states = Tensor::cat(&states, 1)?; // (1, tokens and padding, hidden)
+                rows.push(states.narrow(1, text.first - 1, text.continuation().len())?.squeeze(0)?);
+            }
+        }
+        Ok(Tensor::cat(&rows, 0)?)
+    }
+
+    /// The states of what follows the first `common` tokens, `(texts, tokens of the longest, hidden)`; nothing where
+    /// nothing follows.
+    fn rests(&mut self, texts: &[Text], common: usize, query: &KvCache) -> Result<Option<Tensor>> {
+        let rest = |text: &Text| text.run().get(common..).unwrap_or_default().to_vec();
+        let mut rests: Vec<Vec<u32>> = texts.iter().map(rest).collect();
+        let longest = rests.iter().map(Vec::len).max().unwrap_or_default();
+        if longest == 0 {
+            return Ok(None);
+        }
+        // No token sees those after it: what stands there is of no consequence.
+        rests.iter_mut().for_each(|rest| rest.resize(longest, 0));
+        let mut cache = query.repeated(texts.len(), longest)?;
+        self.run(&rests.concat(), texts.len(), &mut cache).map(Some)
+    }
+
+    /// The states of so many texts of one length that go on after the cache's tokens, `(texts, tokens, hidden)`.
+    fn run(&mut self, ids: &[u32], texts: usize, cache: &mut KvCache) -> Result<Tensor> {
+        self.tokens += ids.len();
+        let ids = Tensor::from_slice(ids, (texts, ids.len() / texts), self.decoder.device())?;
+        self.decoder.extend(&ids, cache)
+    }
+}
+
+/// With how many tokens all of the texts begin, of those that are run.
+fn common_prefix(texts: &[Text]) -> usize {
+    let Some((first, others)) = texts.split_first() else { return 0 };
+    let with = |other: &Text| first.run().iter().zip(other.run()).take_while(|(a, b)| a == b).count();
+    others.iter().map(with).min().unwrap_or(first.run().len())
 }
 
 /// The place of the largest number; of equals the first.
@@ -235,7 +271,12 @@ mod tests {
     #[test]
     fn standard_errors_are_those_of_a_sample() {
         // statistics.stdev([1, 1, 1, 0]) / sqrt(4) of Python 3.
-        let (mean, error) = mean_and_error([true, true, true, false].into_iter());
-        assert!((mean - 0.75).abs() < 1e-12 && (error - 0.25).abs() < 1e-12);
+        let (mean, error) = mean_and_error(&[true, true, true, false]);
+        assert!((mean - 0.75).abs() < 1e-12 && (error.unwrap_or_default() - 0.25).abs() < 1e-12);
+    }
+
+    #[test]
+    fn one_item_has_no_standard_error() {
+        assert_eq!(mean_and_error(&[true]), (1.0, None));
     }
 }

@@ -3,6 +3,7 @@
 mod choices;
 mod latency;
 mod perplexity;
+mod record;
 mod task;
 
 pub use choices::{Accuracy, Answer, accuracy, answers};

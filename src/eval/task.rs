@@ -2,16 +2,15 @@
 
 use std::path::Path;
 
-use serde::Deserialize;
-use serde_json::Value;
-
+use super::record;
 use crate::error::{Error, Result};
 
 /// Items that a model answers by how likely it finds each continuation.
 ///
 /// Records are those of lm-evaluation-harness's datasets, told apart by their fields and turned into text by its
 /// prompts, without examples before them: PIQA, ARC, `HellaSwag`, `WinoGrande`, `BoolQ`, `OpenBookQA`, `SciQ`, COPA,
-/// LAMBADA. Prepared records hold `query`, `choices` and `gold` (a query that begins with `Question:`, whether or not
+/// LAMBADA. Other fields may stand beside a dataset's own, but for ARC and LAMBADA, whose records would be those of
+/// other datasets with them. Prepared records hold `query`, `choices` and `gold` (a query that begins with `Question:`, whether or not
 /// its line has an end, is followed by `Answer:` on the next line), or `context_options`, `continuation` and `gold`.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
@@ -30,6 +29,9 @@ pub struct Item {
     pub choices: Vec<Choice>,
     /// The place of the right choice.
     pub gold: usize,
+    /// Whether the harness has `acc_norm` for its task: not where contexts are chosen from, nor for `BoolQ`, COPA and
+    /// LAMBADA.
+    pub by_length: bool,
 }
 
 /// A continuation of a text.
@@ -40,7 +42,7 @@ pub struct Choice {
     pub context: String,
     /// What follows it, with the space before it.
     pub continuation: String,
-    /// The length by which `acc_norm` divides: characters of the choice as the record has it.
+    /// The length by which `acc_norm` divides: characters of the choice as the harness has it.
     pub length: usize,
 }
 
@@ -48,271 +50,65 @@ impl Task {
     /// Reads a file, `limit` items at most.
     ///
     /// # Errors
-    /// A file that cannot be read, a line that is no record of a known task, or no line at all.
+    /// A file that cannot be read, a line that is no record of a known task or has no answer, items with one choice
+    /// beside items with several, no line at all, or a limit of 0.
     pub fn read(path: impl AsRef<Path>, limit: Option<usize>) -> Result<Self> {
         let path = path.as_ref();
         let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
         let name = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
-        Self::from_json_lines(name, &text, limit).map_err(|error| Error::format(path, error.to_string()))
+        Self::from_json_lines(name, &text, limit).map_err(|error| match error {
+            Error::Text(reason) => Error::format(path, reason),
+            other => other,
+        })
     }
 
-    /// Reads JSON Lines, `limit` items at most.
+    /// Reads files of one task each, `limit` items of each at most.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read), and two files of one stem: results go by the tasks' names.
+    pub fn read_all(paths: &[impl AsRef<Path>], limit: Option<usize>) -> Result<Vec<Self>> {
+        let mut tasks: Vec<Self> = Vec::with_capacity(paths.len());
+        for path in paths {
+            let (path, task) = (path.as_ref(), Self::read(path, limit)?);
+            // Every file before this one has given a task.
+            if let Some((other, _)) = paths.iter().zip(&tasks).find(|(_, other)| other.name == task.name) {
+                let (name, other) = (&task.name, other.as_ref().display());
+                let reason = format!("its task is {name}, as that of {other} is, expected different names");
+                return Err(Error::format(path, reason));
+            }
+            tasks.push(task);
+        }
+        Ok(tasks)
+    }
+
+    /// Reads JSON Lines, `limit` items at most. A byte-order mark before them is passed over.
     ///
     /// # Errors
     /// As [`read`](Self::read).
     pub fn from_json_lines(name: impl Into<String>, text: &str, limit: Option<usize>) -> Result<Self> {
+        if limit == Some(0) {
+            return Err(Error::argument("limit", 0, "1 item or more"));
+        }
+        let text = text.strip_prefix('\u{feff}').unwrap_or(text);
         let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-        let items = lines
-            .take(limit.unwrap_or(usize::MAX))
-            .map(|(index, line)| {
-                Item::of(line).map_err(|reason| Error::Text(format!("line {}: {reason}", index + 1)))
-            })
-            .collect::<Result<Vec<_>>>()?;
+        let mut items: Vec<Item> = Vec::new();
+        for (index, line) in lines.take(limit.unwrap_or(usize::MAX)) {
+            let refused = |reason: String| Error::Text(format!("line {}: {reason}", index + 1));
+            let item = record::item(line).map_err(refused)?;
+            // Of one choice a model is asked whether it would say it: no mean is one of both.
+            let several = |item: &Item| item.choices.len() > 1;
+            if items.first().is_some_and(|first| several(first) != several(&item)) {
+                let before = if several(&item) { "one" } else { "several" };
+                let reason = format!("choices are {}, expected {before} as before", item.choices.len());
+                return Err(refused(reason));
+            }
+            items.push(item);
+        }
         if items.is_empty() {
             return Err(Error::Text("no items, expected JSON Lines".into()));
         }
         Ok(Self { name: name.into(), items })
     }
-}
-
-/// The records that are known, by their fields.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Record {
-    Prepared {
-        query: String,
-        choices: Vec<String>,
-        gold: Label,
-    },
-    Options {
-        context_options: Vec<String>,
-        continuation: String,
-        gold: Label,
-    },
-    Piqa {
-        goal: String,
-        sol1: String,
-        sol2: String,
-        label: Label,
-    },
-    HellaSwag {
-        activity_label: String,
-        ctx_a: String,
-        ctx_b: String,
-        endings: Vec<String>,
-        label: Label,
-    },
-    WinoGrande {
-        sentence: String,
-        option1: String,
-        option2: String,
-        answer: Label,
-    },
-    OpenBook {
-        question_stem: String,
-        choices: Lettered,
-        #[serde(rename = "answerKey")]
-        answer: String,
-    },
-    Arc {
-        question: String,
-        choices: Lettered,
-        #[serde(rename = "answerKey")]
-        answer: String,
-    },
-    BoolQ {
-        passage: String,
-        question: String,
-        #[serde(alias = "answer")]
-        label: Label,
-    },
-    SciQ {
-        support: String,
-        question: String,
-        correct_answer: String,
-        distractor1: String,
-        distractor2: String,
-        distractor3: String,
-    },
-    Copa {
-        premise: String,
-        choice1: String,
-        choice2: String,
-        question: Relation,
-        label: Label,
-    },
-    Lambada {
-        text: String,
-    },
-}
-
-/// The place of the right choice, as the datasets write it.
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum Label {
-    Place(usize),
-    Truth(bool),
-    Text(String),
-}
-
-#[derive(Deserialize)]
-struct Lettered {
-    label: Vec<String>,
-    text: Vec<String>,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum Relation {
-    Cause,
-    Effect,
-}
-
-impl Label {
-    fn place(&self) -> std::result::Result<usize, String> {
-        match self {
-            Self::Place(place) => Ok(*place),
-            Self::Truth(truth) => Ok(usize::from(*truth)),
-            Self::Text(text) => {
-                text.trim().parse().map_err(|_| format!("label \"{text}\", expected the place of a choice"))
-            }
-        }
-    }
-}
-
-impl Item {
-    fn of(line: &str) -> std::result::Result<Self, String> {
-        let value: Value = serde_json::from_str(line).map_err(|error| error.to_string())?;
-        let fields = value.as_object().map(|object| object.keys().cloned().collect::<Vec<_>>().join(", "));
-        let record: Record = serde_json::from_value(value)
-            .map_err(|_| format!("fields [{}] are of no known task", fields.unwrap_or_default()))?;
-        let item = Self::from_record(record)?;
-        if item.gold >= item.choices.len() {
-            return Err(format!("gold is {}, of {} choices", item.gold, item.choices.len()));
-        }
-        match item.choices.iter().position(|choice| choice.length == 0) {
-            Some(place) => Err(format!("choice {place} is empty")),
-            None => Ok(item),
-        }
-    }
-
-    fn from_record(record: Record) -> std::result::Result<Self, String> {
-        Ok(match record {
-            Record::Prepared { query, choices, gold } => {
-                let asks = query.starts_with("Question:") && !query.trim_end().ends_with("Answer:");
-                let line = query.strip_suffix('\n').unwrap_or(&query);
-                let context = if asks { format!("{line}\nAnswer:") } else { query };
-                Self::continuations(&context, &choices, gold.place()?)
-            }
-            Record::Options { context_options, continuation, gold } => {
-                Self::contexts(&context_options, &continuation, gold.place()?)
-            }
-            Record::Piqa { goal, sol1, sol2, label } => {
-                Self::continuations(&asked(&goal), &[sol1, sol2], label.place()?)
-            }
-            Record::HellaSwag { activity_label, ctx_a, ctx_b, endings, label } => {
-                let context = cleaned(&format!("{activity_label}: {ctx_a} {}", capitalized(&ctx_b)));
-                let endings: Vec<String> = endings.iter().map(|ending| cleaned(ending)).collect();
-                Self::continuations(&context, &endings, label.place()?)
-            }
-            Record::WinoGrande { sentence, option1, option2, answer } => {
-                let (before, after) = sentence.split_once('_').ok_or("a sentence without a blank, \"_\"")?;
-                let contexts = [format!("{before}{option1}"), format!("{before}{option2}")];
-                let place = answer.place()?.checked_sub(1).ok_or("answer 0, expected 1 or 2")?;
-                Self::contexts(&contexts, after.trim(), place)
-            }
-            Record::OpenBook { question_stem, choices, answer } => {
-                let place = choices.place(&answer)?;
-                Self::continuations(&question_stem, &choices.text, place)
-            }
-            Record::Arc { question, choices, answer } => {
-                let place = choices.place(&answer)?;
-                Self::continuations(&asked(&question), &choices.text, place)
-            }
-            Record::BoolQ { passage, question, label } => {
-                let context = format!("{passage}\nQuestion: {question}?\nAnswer:");
-                Self::continuations(&context, &["no".into(), "yes".into()], label.place()?)
-            }
-            Record::SciQ { support, question, correct_answer, distractor1, distractor2, distractor3 } => {
-                let context = format!("{}\n{}", support.trim_start(), asked(&question));
-                Self::continuations(&context, &[distractor1, distractor2, distractor3, correct_answer], 3)
-            }
-            Record::Copa { premise, choice1, choice2, question, label } => {
-                let premise = premise.trim();
-                let stem = premise.char_indices().last().map_or("", |(end, _)| &premise[..end]);
-                let word = match question {
-                    Relation::Cause => "because",
-                    Relation::Effect => "therefore",
-                };
-                let choices = [uncapitalized(&choice1), uncapitalized(&choice2)];
-                Self::continuations(&format!("{stem} {word}"), &choices, label.place()?)
-            }
-            Record::Lambada { text } => {
-                let (context, word) = text.rsplit_once(' ').ok_or("a text of one word")?;
-                Self::continuations(context, &[word.into()], 0)
-            }
-        })
-    }
-
-    /// One text and several continuations.
-    fn continuations(context: &str, choices: &[String], gold: usize) -> Self {
-        let choice = |text: &String| Choice {
-            context: context.into(),
-            continuation: format!(" {text}"),
-            length: text.chars().count(),
-        };
-        Self { choices: choices.iter().map(choice).collect(), gold }
-    }
-
-    /// Several texts and one continuation.
-    fn contexts(contexts: &[String], continuation: &str, gold: usize) -> Self {
-        let choice = |context: &String| Choice {
-            context: context.clone(),
-            continuation: format!(" {continuation}"),
-            length: continuation.chars().count(),
-        };
-        Self { choices: contexts.iter().map(choice).collect(), gold }
-    }
-}
-
-impl Lettered {
-    fn place(&self, answer: &str) -> std::result::Result<usize, String> {
-        let found = self.label.iter().position(|label| label == answer.trim_start());
-        found.ok_or_else(|| format!("answerKey \"{answer}\", expected one of {:?}", self.label))
-    }
-}
-
-fn asked(question: &str) -> String {
-    format!("Question: {question}\nAnswer:")
-}
-
-/// Without the marks that `WikiHow` left in `HellaSwag`.
-fn cleaned(text: &str) -> String {
-    let text = text.trim().replace(" [title]", ". ");
-    let mut kept = String::with_capacity(text.len());
-    let mut rest = text.as_str();
-    while let Some((before, after)) = rest.split_once('[') {
-        let Some((_, beyond)) = after.split_once(']') else { break };
-        kept.push_str(before);
-        rest = beyond;
-    }
-    kept.push_str(rest);
-    kept.replace("  ", " ")
-}
-
-/// First letter large, all others small.
-fn capitalized(text: &str) -> String {
-    let mut letters = text.chars();
-    letters.next().map_or_else(String::new, |first| {
-        first.to_uppercase().collect::<String>() + &letters.as_str().to_lowercase()
-    })
-}
-
-fn uncapitalized(text: &str) -> String {
-    let mut letters = text.chars();
-    letters
-        .next()
-        .map_or_else(String::new, |first| first.to_lowercase().collect::<String>() + letters.as_str())
 }
 
 #[cfg(test)]
@@ -370,7 +166,7 @@ mod tests {
         let copa = item(
             r#"{"premise": "It rained. ", "choice1": "Streets got wet.", "choice2": "I ate.", "question": "effect", "label": 0}"#,
         );
-        assert_eq!(texts(&copa)[0], ("It rained therefore", " streets got wet."));
+        assert_eq!(texts(&copa)[0], ("It rained therefore", "  streets got wet."));
 
         let lambada = item(r#"{"text": "He opened the door"}"#);
         assert_eq!(texts(&lambada), [("He opened the", " door")]);
@@ -383,11 +179,87 @@ mod tests {
         assert_eq!(texts(&options)[1], ("B", " is."));
     }
 
+    /// Of the datasets whose definitions in lm-evaluation-harness 0.4.13 list `acc_norm`.
+    #[test]
+    fn choices_have_lengths_where_the_harness_divides_by_them() {
+        for (line, by_length) in [
+            (r#"{"goal": "g", "sol1": "a", "sol2": "b", "label": 0}"#, true),
+            (r#"{"sentence": "a _ c", "option1": "a", "option2": "b", "answer": "1"}"#, false),
+            (r#"{"context_options": ["a", "b"], "continuation": "c", "gold": 0}"#, false),
+            (r#"{"passage": "p", "question": "q", "label": 0}"#, false),
+            (r#"{"premise": "p.", "choice1": "a", "choice2": "b", "question": "cause", "label": 0}"#, false),
+            (r#"{"text": "two words", "domain": "news"}"#, false),
+            (r#"{"query": "q", "choices": ["a"], "gold": 0}"#, false),
+            (r#"{"query": "q", "choices": ["a", "b"], "gold": 0}"#, true),
+        ] {
+            assert_eq!(item(line).by_length, by_length, "{line}");
+        }
+    }
+
+    #[test]
+    fn brackets_are_dropped_as_by_the_regular_expression_of_the_harness() {
+        // re.sub("\\[.*?\\]", "", text) of Python 3: a dot is no line's end.
+        let swag = item(
+            r#"{"activity_label": "A", "ctx_a": "b [c\nd] [e] f [g", "ctx_b": "", "endings": ["h", "i"], "label": 0}"#,
+        );
+        assert_eq!(texts(&swag)[0].0, "A: b [c\nd] f [g");
+    }
+
+    #[test]
+    fn a_byte_order_mark_is_passed_over() {
+        let line = r#"{"text": "two words"}"#;
+        let marked = Task::from_json_lines("test", &format!("\u{feff}{line}"), None).unwrap();
+        assert_eq!(marked.items, [item(line)]);
+    }
+
+    #[test]
+    fn items_with_one_choice_and_with_several_are_no_task() {
+        let (one, two) = (
+            r#"{"query": "q", "choices": ["a"], "gold": 0}"#,
+            r#"{"query": "q", "choices": ["a", "b"], "gold": 0}"#,
+        );
+        for (lines, reason) in
+            [([one, two], "choices are 2, expected one"), ([two, one], "choices are 1, expected several")]
+        {
+            let error = Task::from_json_lines("test", &lines.join("\n"), None).unwrap_err().to_string();
+            assert!(error.contains("line 2") && error.contains(reason), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_limit_of_nothing_is_refused_by_name() {
+        let error = Task::from_json_lines("test", r#"{"text": "two words"}"#, Some(0)).unwrap_err();
+        assert_eq!(error.to_string(), "limit is 0, expected 1 item or more");
+    }
+
     #[test]
     fn lines_that_are_no_items_are_refused_by_number() {
         for (line, reason) in [
             ("{", "EOF"),
+            ("[1]", "no JSON object"),
             (r#"{"query": "x"}"#, "fields [query] are of no known task"),
+            (r#"{"text": "a film", "label": 1}"#, "fields [text, label] are of no known task"),
+            (
+                r#"{"question": "q", "question_concept": "c", "choices": {"label": [], "text": []}, "answerKey": "A"}"#,
+                "of no known task",
+            ),
+            (
+                r#"{"goal": "g", "sol1": "a", "sol2": "b", "label": -1}"#,
+                "label is -1, which is no answer, expected the place of a choice",
+            ),
+            (
+                r#"{"sentence": "a _ c", "option1": "a", "option2": "b", "answer": ""}"#,
+                "answer is \"\", which is no answer",
+            ),
+            (
+                r#"{"question_stem": "q", "choices": {"label": ["A"], "text": ["a"]}, "answerKey": ""}"#,
+                "answerKey is \"\", which is no answer, expected one of [\"A\"]",
+            ),
+            (r#"{"goal": "g", "sol1": "a", "sol2": "b"}"#, "a record of PIQA: missing field `label`"),
+            (
+                r#"{"premise": "p.", "choice1": "", "choice2": "b", "question": "cause", "label": 0}"#,
+                "choice 0 is empty",
+            ),
             (r#"{"query": "x", "choices": ["a"], "gold": 1}"#, "gold is 1, of 1 choices"),
             (r#"{"query": "x", "choices": ["a", ""], "gold": 1}"#, "choice 1 is empty"),
             (r#"{"sentence": "no blank", "option1": "a", "option2": "b", "answer": "1"}"#, "without a blank"),

@@ -59,6 +59,13 @@ impl KvCache {
         }
     }
 
+    /// The same tokens as each of `texts` has seen them, which go on differently, with room for so many more.
+    /// The cache must be that of one text, or empty.
+    pub(crate) fn repeated(&self, texts: usize, more: usize) -> Result<Self> {
+        let slots = self.slots.iter().map(|slot| slot.repeated(texts, more)).collect::<Result<_>>()?;
+        Ok(Self { slots, len: self.len })
+    }
+
     pub(super) fn depth(&self) -> usize {
         self.slots.len()
     }
@@ -74,6 +81,20 @@ impl KvCache {
 }
 
 impl Slot {
+    fn repeated(&self, texts: usize, more: usize) -> Result<Self> {
+        let Some((keys, values)) = self.buffers.as_ref().filter(|_| self.len > 0) else {
+            return Ok(Self::default());
+        };
+        let repeat = |buffer: &Tensor| -> Result<Tensor> {
+            let (_, _, width) = buffer.dims3()?;
+            let room = Tensor::zeros((texts, self.len + more, width), buffer.dtype(), buffer.device())?;
+            let seen = buffer.narrow(1, 0, self.len)?.broadcast_as((texts, self.len, width))?;
+            room.slice_set(&seen.contiguous()?, 1, 0)?;
+            Ok(room)
+        };
+        Ok(Self { buffers: Some((repeat(keys)?, repeat(values)?)), len: self.len })
+    }
+
     /// Adds `(batch, seq, width)` keys and values; returns all there are, `(batch, len, width)`.
     pub(super) fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<(Tensor, Tensor)> {
         let (batch, seq, width) = k.dims3()?;

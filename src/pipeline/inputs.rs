@@ -82,20 +82,12 @@ impl<'a> Inputs<'a> {
         let arch = checkpoint.architecture();
         let remove = recipe.most_removed(&checkpoint)?;
         recipe.check_model(arch, remove, recipe.most_left(&checkpoint, remove))?;
-        let tasks = recipe.tasks.iter().map(|path| Task::read(path, recipe.task_items));
-        let tasks = tasks.collect::<Result<Vec<_>>>()?;
+        let tasks = Task::read_all(&recipe.tasks, recipe.task_items)?;
         let task_files = tasks.iter().zip(&recipe.tasks).map(|(task, path)| {
             let bytes = std::fs::read(path).map_err(Error::io("read", path))?;
             Ok((task.name.clone(), hex(&Sha256::digest(bytes))))
         });
         let task_files = task_files.collect::<Result<_>>()?;
-        let twice = tasks
-            .iter()
-            .enumerate()
-            .find(|(place, task)| tasks.iter().take(*place).any(|other| other.name == task.name));
-        if let Some((_, task)) = twice {
-            return Err(Error::recipe("tasks", format!("two files are called {}", task.name)));
-        }
         let text = read_documents(&recipe.text, recipe.text_field.as_deref().unwrap_or("text"))?;
         let (tokenizer, cut) = (checkpoint.tokenizer()?, &recipe.windows);
         let (first, evaluation) =

@@ -86,7 +86,7 @@ impl Report {
                 range: None,
             };
             rows.push(self.row(&format!("{name}, accuracy"), "%", 2, &|model| {
-                task(model).map(|task| percent(task.acc, Some(task.stderr)))
+                task(model).map(|task| percent(task.acc, task.stderr))
             }));
             rows.push(self.row(&format!("{name}, accuracy by length"), "%", 2, &|model| {
                 task(model).and_then(|task| Some(percent(task.acc_norm?, task.acc_norm_stderr)))

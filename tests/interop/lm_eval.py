@@ -1,13 +1,17 @@
 """Answers tasks with lm-evaluation-harness and compares with what `evaluate --tasks … --answers --json` said.
 
     python tests/interop/lm_eval.py --model DIRECTORY --ours OURS.json [--limit N] piqa.jsonl arc_easy.jsonl winogrande.jsonl
+    python tests/interop/lm_eval.py --model DIRECTORY --write EXPECTED.json piqa.jsonl …
 
-Files are JSON Lines in the harness's own formats or prepared records, named after their task. The tasks are the
-harness's own definitions with another source of records; nothing is fetched. Needs torch and `lm-eval[hf]` from PyPI.
+Files are JSON Lines in the harness's own formats, named after their task; PIQA, ARC and WinoGrande may be prepared
+records too. The tasks are the harness's own definitions with another source of records; nothing is fetched. With
+`--write`, what the harness finds goes into a file, which is how `tests/fixtures/tasks/expected.json` was made. Needs
+torch and `lm-eval[hf]` from PyPI.
 """
 
 import argparse
 import json
+import math
 import os
 import pathlib
 import sys
@@ -26,6 +30,9 @@ from lm_eval.tasks import TaskManager
 
 # By how much log-likelihoods of the same text may differ, in nats, by two implementations in f32.
 TOLERANCE = 1e-2
+
+# The harness draws errors of perplexities at random, and computes those of means exactly if it may draw at all.
+DRAWS = 2
 
 
 def piqa(record: dict) -> dict:
@@ -61,7 +68,13 @@ TASKS = {
     "piqa": ("piqa/piqa.yaml", piqa),
     "arc_easy": ("arc/arc_easy.yaml", arc),
     "arc_challenge": ("arc/arc_challenge.yaml", arc),
+    "hellaswag": ("hellaswag/hellaswag.yaml", None),
     "winogrande": ("winogrande/default.yaml", winogrande),
+    "boolq": ("super_glue/boolq/default.yaml", None),
+    "openbookqa": ("openbookqa/openbookqa.yaml", None),
+    "sciq": ("sciq/sciq.yaml", None),
+    "copa": ("super_glue/copa/default.yaml", None),
+    "lambada_openai": ("lambada/lambada_openai.yaml", None),
 }
 
 
@@ -76,6 +89,8 @@ def define(file: pathlib.Path, directory: pathlib.Path) -> None:
         for line in filter(str.strip, lines):
             record = json.loads(line)
             prepared = "gold" in record
+            if prepared and convert is None:
+                sys.exit(f"{file}: a prepared record, expected those of {file.stem}'s own dataset")
             out.write(json.dumps(convert(record) if prepared else record) + "\n")
     task = {
         "include": str(definition),
@@ -92,37 +107,65 @@ def define(file: pathlib.Path, directory: pathlib.Path) -> None:
     (directory / f"{file.stem}.yaml").write_text(json.dumps(task))
 
 
+def log_likelihoods(sample: dict) -> list:
+    return [float(response[0]) for response in sample["filtered_resps"]]
+
+
 def follows(sample: dict, answer: dict, metric: str, field: str) -> bool:
     """Whether both answers follow from their log-likelihoods by the harness's rule, which then differ by rounding."""
+    theirs = log_likelihoods(sample)
+    if len(theirs) == 1:
+        # Whether a model would have said it cannot be read from how likely it is.
+        return (sample[metric] == 1.0) == answer[field]
     lengths = [1 if metric == "acc" else len(arguments[1].removeprefix(" ")) for arguments in sample["arguments"]]
 
     def is_right(log_likelihoods: list) -> bool:
         values = [value / length for value, length in zip(log_likelihoods, lengths)]
         return values.index(max(values)) == answer["gold"]
 
-    theirs = [float(response[0]) for response in sample["filtered_resps"]]
     return is_right(theirs) == (sample[metric] == 1.0) and is_right(answer["log_likelihoods"]) == answer[field]
 
 
-def compare(name: str, samples: list, ours: dict) -> int:
-    """Prints both results and where they differ; how many items differ by more than rounding explains."""
-    samples = sorted(samples, key=lambda sample: sample["doc_id"])
-    unexplained = abs(len(samples) - ours["items"])
-    print(f"{name}: {len(samples)} items by the harness, {ours['items']} by foldgpt")
-    for metric in ("acc", "acc_norm"):
+def number(result: dict, metric: str) -> float | None:
+    """What the harness found; nothing where it has no such metric, or says that there is no number."""
+    value = result.get(f"{metric},none")
+    return None if value is None or value == "N/A" else float(value)
+
+
+def compare_means(result: dict, samples: list, ours: dict) -> int:
+    """Prints accuracies with their errors, and perplexity; how many differ although as many items are right."""
+    unexplained = 0
+    for metric, error in (("acc", "stderr"), ("acc_norm", "acc_norm_stderr")):
+        if metric not in samples[0] and metric not in ours:
+            continue
         if metric not in samples[0] or metric not in ours:
+            print(f"  {metric:8} by {'the harness' if metric in samples[0] else 'foldgpt'} alone")
+            unexplained += 1
             continue
         theirs = sum(sample[metric] == 1.0 for sample in samples)
-        print(f"  {metric:8} {theirs} right by the harness, {round(ours[metric] * ours['items'])} by foldgpt")
-    if "answers" not in ours:
-        print("  no single answers to compare: run evaluate with --answers")
-        return unexplained
+        right = round(ours[metric] * ours["items"])
+        errors = number(result, f"{metric}_stderr"), ours.get(error)
+        print(f"  {metric:8} {theirs} right by the harness, {right} by foldgpt; standard errors {errors[0]}, {errors[1]}")
+        if theirs == right and len(samples) == ours["items"]:
+            same = errors[0] == errors[1] or (None not in errors and abs(errors[0] - errors[1]) < 1e-9)
+            unexplained += not same
+    perplexities = number(result, "perplexity"), ours.get("perplexity")
+    if perplexities != (None, None):
+        print(f"  perplexity {perplexities[0]} by the harness, {perplexities[1]} by foldgpt")
+        unexplained += None in perplexities or abs(math.log(perplexities[0] / perplexities[1])) > TOLERANCE
+    return unexplained
+
+
+def compare_answers(samples: list, answers: list) -> int:
+    """Prints items that differ; of how many the difference is more than rounding explains."""
+    unexplained = 0
     worst = 0.0
-    for sample, answer in zip(samples, ours["answers"]):
-        theirs = [float(response[0]) for response in sample["filtered_resps"]]
+    for sample, answer in zip(samples, answers):
+        theirs = log_likelihoods(sample)
         off = max(abs(one - other) for one, other in zip(theirs, answer["log_likelihoods"]))
         worst = max(worst, off)
-        metrics = [("acc", "right")] + [("acc_norm", "right_by_length")] * ("acc_norm" in sample)
+        metrics = [("acc", "right")] + [("acc_norm", "right_by_length")] * ("right_by_length" in answer)
+        metrics = [(metric, field) for metric, field in metrics if metric in sample]
         flipped = [metric for metric, field in metrics if (sample[metric] == 1.0) != answer[field]]
         odd = off > TOLERANCE or not all(follows(sample, answer, *pair) for pair in metrics)
         if odd or flipped:
@@ -135,34 +178,67 @@ def compare(name: str, samples: list, ours: dict) -> int:
     return unexplained
 
 
+def compare(name: str, result: dict, samples: list, ours: dict) -> int:
+    """Prints both results and where they differ; how many differences rounding does not explain."""
+    print(f"{name}: {len(samples)} items by the harness, {ours['items']} by foldgpt")
+    unexplained = abs(len(samples) - ours["items"]) + compare_means(result, samples, ours)
+    if "answers" not in ours:
+        print("  no single answers to compare: run evaluate with --answers")
+        return unexplained
+    return unexplained + compare_answers(samples, ours["answers"])
+
+
+def expected(result: dict, samples: list) -> dict:
+    """What the harness found, under the names that `evaluate` uses."""
+    metrics = {"acc": "acc", "stderr": "acc_stderr", "acc_norm": "acc_norm", "acc_norm_stderr": "acc_norm_stderr",
+               "perplexity": "perplexity"}
+    found = {ours: number(result, theirs) for ours, theirs in metrics.items()}
+    found = {name: value for name, value in found.items() if value is not None}
+    return found | {"items": len(samples), "log_likelihoods": [log_likelihoods(sample) for sample in samples]}
+
+
+def answer(files: list, model: str, batch_size: int, limit: int | None) -> dict:
+    """Of every file's task, what the harness found and its samples in the file's order."""
+    with tempfile.TemporaryDirectory() as directory:
+        for file in files:
+            define(file, pathlib.Path(directory))
+        os.environ.setdefault("HF_DATASETS_CACHE", str(pathlib.Path(directory) / "cache"))
+        found = lm_eval.simple_evaluate(
+            model=HFLM(pretrained=model, dtype="float32", device="cpu", batch_size=batch_size),
+            tasks=[f"local_{file.stem}" for file in files],
+            task_manager=TaskManager(include_path=directory, include_defaults=False),
+            limit=limit,
+            log_samples=True,
+            bootstrap_iters=DRAWS,
+        )
+    in_order = {file.stem: sorted(found["samples"][f"local_{file.stem}"], key=lambda sample: sample["doc_id"])
+                for file in files}
+    return {name: (found["results"][f"local_{name}"], samples) for name, samples in in_order.items()}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a directory that transformers loads")
-    parser.add_argument("--ours", required=True, help="what `evaluate --tasks … --answers --json` printed")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--ours", type=pathlib.Path, help="what `evaluate --tasks … --answers --json` printed")
+    what.add_argument("--write", type=pathlib.Path, help="write what the harness finds into this file")
     parser.add_argument("--limit", type=int, help="answer at most this many items of each task")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("files", nargs="+", type=pathlib.Path)
     args = parser.parse_args()
-    ours = json.loads(pathlib.Path(args.ours).read_text())["tasks"]
-    names = [file.stem for file in args.files]
-    missing = [name for name in names if name not in ours]
+    ours = json.loads(args.ours.read_text())["tasks"] if args.ours else {}
+    missing = [file.stem for file in args.files if args.ours and file.stem not in ours]
     if missing:
         sys.exit(f"{args.ours} has nothing of {', '.join(missing)}")
-    print(f"lm-eval {lm_eval.__version__}, transformers {transformers.__version__}, torch {torch.__version__}")
-    with tempfile.TemporaryDirectory() as directory:
-        for file in args.files:
-            define(file, pathlib.Path(directory))
-        os.environ.setdefault("HF_DATASETS_CACHE", str(pathlib.Path(directory) / "cache"))
-        result = lm_eval.simple_evaluate(
-            model=HFLM(pretrained=args.model, dtype="float32", device="cpu", batch_size=args.batch_size),
-            tasks=[f"local_{name}" for name in names],
-            task_manager=TaskManager(include_path=directory, include_defaults=False),
-            limit=args.limit,
-            log_samples=True,
-            bootstrap_iters=0,
-        )
-    unexplained = sum(compare(name, result["samples"][f"local_{name}"], ours[name]) for name in names)
-    print("all agree" if unexplained == 0 else f"{unexplained} items differ by more than rounding explains")
+    versions = f"lm-eval {lm_eval.__version__}, transformers {transformers.__version__}, torch {torch.__version__}"
+    print(versions)
+    found = answer(args.files, args.model, args.batch_size, args.limit)
+    if args.write:
+        tasks = {name: expected(*of_task) for name, of_task in found.items()}
+        args.write.write_text(json.dumps({"made_with": versions, "tasks": tasks}, indent=1) + "\n")
+        return 0
+    unexplained = sum(compare(name, *of_task, ours[name]) for name, of_task in found.items())
+    print("all agree" if unexplained == 0 else f"{unexplained} differences are more than rounding explains")
     return int(unexplained > 0)
 
 
