@@ -111,7 +111,7 @@ fn a_model_that_lost_too_much_is_not_saved() {
     let path = directory.path();
     let gated = |limit| compressor(path, "out").target(Goal::Blocks(6)).max_nll_increase(limit);
     let error = gated(0.01).run(&mut ()).unwrap_err();
-    let Error::QualityGate { dense, compressed, limit } = &error else { panic!("{error}") };
+    let Error::QualityGate { dense, compressed, limit, .. } = &error else { panic!("{error}") };
     assert!(*limit < 0.011 && compressed - dense > *limit);
     for part in [format!("{dense:.4}"), format!("{compressed:.4}"), "0.01".into()] {
         assert!(error.to_string().contains(&part), "{error}");
