@@ -229,7 +229,9 @@ impl Reader<'_> {
             return Ok(None);
         }
         // No token sees those after it: what stands there is of no consequence.
-        rests.iter_mut().for_each(|rest| rest.resize(longest, 0));
+        for rest in &mut rests {
+            rest.resize(longest, 0);
+        }
         let mut cache = query.repeated(texts.len(), longest)?;
         self.run(&rests.concat(), texts.len(), &mut cache).map(Some)
     }
