@@ -159,7 +159,8 @@ fn donors_give_what_their_names_say() {
         decoder.blocks()[depth].own.norms[foldgpt::model::NormSite::MlpIn].as_ref().unwrap().gain.id()
     };
     assert_eq!(norm(&make(Donor::First), 3), norm(&decoder, 3), "norms stay its own");
-    let plan = Plan::builder().share(Groups::of(2)).share_norms().build(decoder.architecture()).unwrap();
+    let plan = Plan::builder().share(Groups::of(2)).donor(Donor::First).share_norms();
+    let plan = plan.build(decoder.architecture()).unwrap();
     assert_eq!(norm(&fold(&decoder, &plan).unwrap(), 3), norm(&decoder, 2), "unless they are shared too");
 }
 

@@ -171,7 +171,7 @@ fn a_view_is_quantised_and_not_what_it_is_a_view_of() {
 #[test]
 fn what_depths_share_is_quantised_once_and_stays_shared() {
     let (_, dense) = stories();
-    let plan = Plan::builder().share(Groups::of(2)).build(dense.architecture()).unwrap();
+    let plan = Plan::builder().share(Groups::of(2)).donor(Donor::First).build(dense.architecture()).unwrap();
     let folded = fold(&dense, &plan).unwrap();
     let narrow = quantized(&folded, GgmlDType::Q8_0);
     assert_eq!(narrow.architecture(), folded.architecture());

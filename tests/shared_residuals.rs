@@ -252,7 +252,8 @@ fn a_residual_that_is_not_there_to_be_shared_is_refused() {
     let scratch = tempfile::tempdir().unwrap();
     let directory = scratch.path().join("compact");
     let dense = load("llama");
-    let plan = Plan::builder().share(Groups::of(2)).residual(Ranks::Uniform(2), ResidualStart::Svd);
+    let plan = Plan::builder().share(Groups::of(2)).donor(Donor::First);
+    let plan = plan.residual(Ranks::Uniform(2), ResidualStart::Svd);
     let folded = fold(&dense, &plan.build(dense.architecture()).unwrap()).unwrap();
     save(&open("llama"), &folded, &directory);
     let path = directory.join("config.json");
