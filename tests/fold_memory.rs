@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use foldgpt::candle::{DType, Device};
+use foldgpt::importance::Method;
 use foldgpt::pipeline::{Share, Stage};
 use foldgpt::plan::{Groups, Ranks, Residual, ResidualStart, ScaleStart};
 use foldgpt::{Bytes, Checkpoint, Compressor, Decoder, Error, Observer, SaveOptions};
@@ -58,6 +59,7 @@ fn compressor(directory: &Path, out: &str, ranks: Ranks) -> Compressor {
         directory.join("text.txt"),
         directory.join(out),
     )
+    .method(Method::BlockInfluence)
     .share(share);
     let recipe = &mut compressor.recipe;
     (recipe.windows.seq_len, recipe.windows.calibrate, recipe.windows.evaluate) = (SEQ, WINDOWS, 2);
@@ -77,7 +79,7 @@ fn planning_and_folding_take_what_is_counted_and_a_limit_below_it_is_refused() {
         let forecast = compressor(path, out, ranks).dry_run(&mut ()).unwrap();
         let expected = |stage: Stage| {
             let stage = forecast.stages.iter().find(|forecast| forecast.stage == stage).unwrap();
-            stage.peak_bytes as usize
+            (stage.peak_bytes - forecast.process_bytes.unwrap_or_default()) as usize
         };
         // A state of every window before every block and behind the last is there at once, beside the weights.
         let states = (DEPTH + 1) * WINDOWS * SEQ * HIDDEN * F32;
@@ -90,7 +92,7 @@ fn planning_and_folding_take_what_is_counted_and_a_limit_below_it_is_refused() {
             // What is counted leaves out the text, its tokenizer and the allocator's own.
             let limit = expected + expected / 16;
             assert!(found < limit, "{out} {name}: {found} bytes, expected fewer than {limit}");
-            assert!(found > expected / 3, "{out} {name}: {found} bytes, {expected} counted");
+            assert!(found > expected / 2, "{out} {name}: {found} bytes, {expected} counted");
         }
     }
     let (least, ranks) = (2 * WINDOWS * SEQ * HIDDEN * F32, Ranks::Uniform(4));
@@ -98,9 +100,10 @@ fn planning_and_folding_take_what_is_counted_and_a_limit_below_it_is_refused() {
         let limit = Bytes(limit as u64);
         compressor(path, "limited", ranks).max_memory(limit).dry_run(&mut ())
     };
-    let whole = compressor(path, "limited", ranks).dry_run(&mut ()).unwrap().peak_bytes() as usize;
-    assert!(limited(2 * whole).is_ok());
-    let error = limited(whole - least).unwrap_err();
+    let forecast = compressor(path, "limited", ranks).dry_run(&mut ()).unwrap();
+    let counted = (forecast.peak_bytes() - forecast.process_bytes.unwrap_or_default()) as usize;
+    assert!(limited(2 * counted).is_ok());
+    let error = limited(counted - least).unwrap_err();
     let Error::Recipe { field: Some(field), reason } = &error else { panic!("{error}") };
     assert_eq!(field, "max_memory");
     assert!(reason.contains("`share` has to have the model in memory"), "{error}");
