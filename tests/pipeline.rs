@@ -201,15 +201,6 @@ fn recipes_that_cannot_be_are_refused_by_field() {
     refused(base().protect(&[12]), "protect");
     refused(base().target(Goal::Blocks(3)).protect(&[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]), "target");
     refused(base().share(Share::new(Groups::of(2))).mix(mix), "share");
-    for groups in [Groups::of(0), Groups::of(1), Groups::of_within(2, 30..=40), Groups::of_within(2, 3..=12)]
-    {
-        refused(base().share(Share::new(groups)), "share.groups");
-    }
-    for ranks in [Ranks::Uniform(0), Ranks::Parameters(9)] {
-        let mut share = Share::new(Groups::of(2));
-        share.own.residual = Some(Residual { ranks, start: ResidualStart::Svd });
-        refused(base().share(share), "share.own.residual.ranks");
-    }
     refused(base().mix(MixOptions::new(Total::Share(1.5))), "mix.total.share");
     refused(base().heal(heal(0)), "heal");
     refused(
@@ -237,6 +228,28 @@ fn recipes_that_cannot_be_are_refused_by_field() {
     }
     assert_eq!(files(&path.join("out")), [path.join("out/mine")]);
     assert!(!path.join("work").exists());
+}
+
+#[test]
+fn sharing_without_effect_is_refused_by_field() {
+    let directory = directory();
+    let path = directory.path();
+    let refused = |share: Share, field: &str| {
+        let compressor = compressor(path, "out").share(share);
+        for error in [compressor.run(&mut ()).unwrap_err(), compressor.dry_run(&mut ()).unwrap_err()] {
+            assert!(matches!(&error, Error::Recipe { field: Some(found), .. } if found == field), "{error}");
+        }
+        assert!(!path.join("work").exists() && !path.join("out").exists(), "{field}");
+    };
+    for groups in [Groups::of(0), Groups::of(1), Groups::of_within(2, 30..=40), Groups::of_within(2, 3..=12)]
+    {
+        refused(Share::new(groups), "share.groups");
+    }
+    for ranks in [Ranks::Uniform(0), Ranks::Parameters(9)] {
+        let mut share = Share::new(Groups::of(2));
+        share.own.residual = Some(Residual { ranks, start: ResidualStart::Svd });
+        refused(share, "share.own.residual.ranks");
+    }
 }
 
 #[test]
