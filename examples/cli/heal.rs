@@ -1,5 +1,6 @@
 //! Flags of the commands that heal.
 
+use std::fmt::Write;
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
@@ -158,7 +159,8 @@ pub fn card(mut card: ModelCard, report: &HealReport, taught: bool, models: [&Pe
     let row = |name: &str, found: &Perplexity| {
         format!("| {name} | {:.4} | {:.2} |\n", found.mean_nll, found.perplexity)
     };
-    card.body += &format!(
+    let _ = write!(
+        card.body,
         "\n\n## Healing\n\n{}; {teacher}.\n\n## Results\n\n| | NLL, nats per token | perplexity |\n|---|---:|---:|\n{}{}\n\
          In f32 on {}.",
         summary(report),
