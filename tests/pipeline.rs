@@ -371,12 +371,12 @@ fn a_dry_run_says_what_its_sizes_take_for_granted() {
         let share = Share::new(Groups::of_within(2, 2..=9));
         compressor(path, "out").share(share).target(Goal::Blocks(blocks)).format(Format::Compact)
     };
+    assert!(within(0).dry_run(&mut ()).unwrap().compressed.unwrap().assumed.is_empty());
     let forecast = within(2).dry_run(&mut ()).unwrap().compressed.unwrap();
     let report = within(2).protect(&[10, 11]).run(&mut ()).unwrap();
     assert_ne!(forecast.parameters, report.compressed.parameters);
     assert_eq!(forecast.assumed.len(), 1, "{:?}", forecast.assumed);
     assert!(forecast.assumed[0].contains("blocks 2 to 9"), "{:?}", forecast.assumed);
-    assert!(within(0).dry_run(&mut ()).unwrap().compressed.unwrap().assumed.is_empty());
 }
 
 #[test]
