@@ -120,10 +120,9 @@ fn a_loss_can_be_the_target() {
     assert!(error.contains("block-influence, perplexity") && !error.contains("angular"), "{error}");
     // A target that is met where it calibrates and not where it evaluates says so.
     let story = std::fs::read_to_string(path.join("text.txt")).unwrap();
-    std::fs::write(path.join("text.txt"), story + &"Xyzzy qux 123 !! foo? ".repeat(50)).unwrap();
-    let mut elsewhere = compressor(path, "elsewhere").target(Goal::NllIncrease(4.0));
-    elsewhere.recipe.windows.evaluate = 8;
-    let error = elsewhere.run(&mut ()).unwrap_err();
+    // Of what means nothing to the model, no block knows much.
+    std::fs::write(path.join("text.txt"), "Xyzzy qux 123 !! foo? ".repeat(story.len() / 5) + &story).unwrap();
+    let error = compressor(path, "elsewhere").target(Goal::NllIncrease(2.0)).run(&mut ()).unwrap_err();
     assert!(matches!(error, Error::QualityGate { targeted: true, saved: None, .. }), "{error}");
     for part in ["`target.nll-increase`", "calibration windows", "`max_nll_increase`"] {
         assert!(error.to_string().contains(part), "{error}");
