@@ -314,7 +314,7 @@ fn toml_and_json_are_the_same_recipe() {
         let error = Recipe::read(&path).unwrap_err().to_string();
         let names = [
             "share",
-            "`rate` and `blocks`",
+            "`blocks` and `rate`",
             "remove",
             "step",
             "kl",
