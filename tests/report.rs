@@ -225,7 +225,7 @@ fn the_files_of_tasks_are_named_by_their_hashes() {
     let item = r#"{"premise": "Ben fell.", "choice1": "He cried.", "choice2": "He ate.", "question": "effect", "label": 0}"#;
     let expected = |text: &str| {
         std::fs::write(&task, text).unwrap();
-        let digest = Sha256::digest(text).iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+        let digest = format!("{:x}", Sha256::digest(text));
         let mut compressor = compressor(path, "out");
         compressor.recipe.tasks = vec![task.clone()];
         let report = compressor.run(&mut ()).unwrap();
