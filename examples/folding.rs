@@ -222,7 +222,7 @@ impl<'a> Bench<'a> {
                 Ok(line) => self.print(&line),
                 Err(error) => match error.downcast_ref() {
                     Some(foldgpt::Error::Budget { .. }) => {
-                        println!("| no groups for a budget of {share}: {error} | | | | |")
+                        println!("| no groups for a budget of {share}: {error} | | | | |");
                     }
                     _ => return Err(error),
                 },

@@ -275,7 +275,7 @@ fn ranks_are_those_that_were_asked_for_or_the_plan_does_not_load() {
     for change in [
         |sharing: &mut serde_json::Value| sharing["ranks"]["1"]["q_proj"] = 3.into(),
         |sharing: &mut serde_json::Value| {
-            drop(sharing["ranks"]["1"].as_object_mut().unwrap().remove("q_proj"))
+            drop(sharing["ranks"]["1"].as_object_mut().unwrap().remove("q_proj"));
         },
         |sharing: &mut serde_json::Value| drop(sharing["ranks"].as_object_mut().unwrap().remove("3")),
         |sharing: &mut serde_json::Value| drop(sharing.as_object_mut().unwrap().remove("ranks")),
