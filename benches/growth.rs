@@ -52,12 +52,11 @@ const COUPLING: Work = ("exact coupling", |decoder, windows| {
 });
 
 fn main() {
-    let works = WORKS.to_vec();
-    let with_coupling = [works.clone(), vec![COUPLING]].concat();
+    let with_coupling = [&WORKS[..], &[COUPLING]].concat();
     table("blocks", SMALL.blocks, &with_coupling, |blocks| Size { blocks, ..SMALL });
-    table("windows", SMALL.windows, &works, |windows| Size { windows, ..SMALL });
-    table("vocabulary", SMALL.vocab, &works, |vocab| Size { vocab, ..SMALL });
-    table("window length", SMALL.seq_len, &works, |seq_len| Size { seq_len, ..SMALL });
+    table("windows", SMALL.windows, &WORKS, |windows| Size { windows, ..SMALL });
+    table("vocabulary", SMALL.vocab, &WORKS, |vocab| Size { vocab, ..SMALL });
+    table("window length", SMALL.seq_len, &WORKS, |seq_len| Size { seq_len, ..SMALL });
 }
 
 /// A row for every doubling of `first`, the value of what grows.

@@ -168,7 +168,8 @@ pub fn search_mixes(
     Ok(pareto_front(measure_mixes(decoder, scores, mixes, windows, observer)?))
 }
 
-/// Measures every mix whose budget can be met by a finite loss, in their order, and of those that come to the same plan the first.
+/// Measures every mix whose budget can be met by a finite loss, in their order, and of those that come to the same plan
+/// the first.
 pub(crate) fn measure_mixes(
     decoder: &Decoder,
     scores: &Scores,

@@ -94,7 +94,8 @@ impl Recipe {
                 refuse(!sound, field, &format!("is {limit}, expected a number from 0 on"))?;
                 let ordering = Method::names(|method| !method.depends_on_count());
                 let reason = format!(
-                    "the method {} finds sets of one size and no order of blocks, expected `method` to be one of {ordering}",
+                    "the method {} finds sets of one size and no order of blocks, expected `method` to be one of \
+                     {ordering}",
                     self.method
                 );
                 refuse(self.method.depends_on_count(), field, &reason)?;

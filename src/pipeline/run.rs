@@ -329,7 +329,7 @@ impl Inputs<'_> {
         };
         let tasks = self.tasks.iter().map(answer).collect::<Result<BTreeMap<_, _>>>()?;
         let (blocks, parameters) = (decoder.depth(), decoder.parameter_count());
-        let account = self.account(decoder.architecture(), decoder.stored_types());
+        let account = Some(self.account(decoder.architecture(), decoder.stored_types()));
         Ok(Measured { blocks, parameters, perplexity, tasks, account, latency: None })
     }
 
@@ -338,14 +338,14 @@ impl Inputs<'_> {
         let model = self.stream(DType::F32)?.with_blocks(kept)?;
         let perplexity = perplexity_streamed(&model, &self.evaluation, observer)?;
         let (blocks, parameters) = (model.depth(), model.architecture().parameter_count());
-        let account = self.account(model.architecture(), self.checkpoint.stored_types().of_blocks(kept));
+        let stored = self.checkpoint.stored_types().of_blocks(kept);
+        let account = Some(self.account(model.architecture(), stored));
         Ok(Measured { blocks, parameters, perplexity, tasks: BTreeMap::new(), account, latency: None })
     }
 
     /// What a model takes in f32.
-    #[allow(clippy::unnecessary_wraps)] // what older results lack
-    fn account(&self, arch: &Architecture, stored: StoredTypes) -> Option<Account> {
+    fn account(&self, arch: &Architecture, stored: StoredTypes) -> Account {
         let held = Held { stored, resident: DType::F32, context: self.evaluation.seq_len() };
-        Some(Account::planned(arch, &held))
+        Account::planned(arch, &held)
     }
 }
