@@ -7,8 +7,11 @@
 //! ```
 //!
 //! The first 80 % of the text train, but for a few windows that choose the weights that are kept; the last 20 % and
-//! the tasks evaluate, in f32. Every row is kept in DIR, and the state of the one that runs: an interrupted ablation
-//! goes on where it was.
+//! the tasks evaluate, in f32. Every row is kept in DIR with the model that it healed, and the state of the one that
+//! runs: an interrupted ablation goes on where it was.
+//!
+//! Where the original model knows the text less well than a healed one, it is a poor teacher. `--correct-teacher` holds
+//! models to the original one after its fine-tune instead, the ceiling (teacher correction, arXiv 2408.11796).
 #![allow(clippy::print_stdout)]
 
 mod cli;
@@ -16,13 +19,13 @@ mod cli;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use cli::heal::Distill;
 use cli::work::Work;
 use foldgpt::candle::DType;
 use foldgpt::eval::{Task, accuracy};
 use foldgpt::heal::{HealReport, Teacher, hold_out};
-use foldgpt::{Checkpoint, Decoder, Heal, Tokenizer, Windows, perplexity};
+use foldgpt::{Checkpoint, Decoder, Heal, SaveOptions, Tokenizer, Windows, perplexity};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -56,6 +59,15 @@ struct Args {
     /// Evaluate on at most this many windows (all by default)
     #[arg(long)]
     eval_windows: Option<usize>,
+    /// What is trained: norms, scales as well, adapters as well (each of them by default)
+    #[arg(long, value_enum, value_delimiter = ',', default_values = ["norms", "scales", "lora"])]
+    train: Vec<Train>,
+    /// What models are held to beside the text (each by default)
+    #[arg(long, value_enum, value_delimiter = ',', default_values = ["none", "logits", "tail"])]
+    distill: Vec<Distill>,
+    /// Hold models to the original one as it is after its own fine-tune
+    #[arg(long)]
+    correct_teacher: bool,
     /// How matrices are held while healing
     #[arg(long, value_enum, default_value_t = cli::DtypeArg::F32)]
     dtype: cli::DtypeArg,
@@ -67,16 +79,34 @@ struct Args {
     seed: u64,
 }
 
-/// What the rows train: the first of them, the first two, all.
-#[derive(Debug, Clone, Copy)]
+/// What a row trains: this, and all before it.
+#[derive(Debug, Clone, Copy, ValueEnum)]
 enum Train {
+    /// The norms
     Norms,
+    /// A scale of every output of every linear map, too
     Scales,
+    /// Low-rank adapters of every linear map, too
     Lora,
 }
 
 impl Train {
     const ALL: [Self; 3] = [Self::Norms, Self::Scales, Self::Lora];
+
+    fn and_before(self) -> &'static [Self] {
+        match self {
+            Self::Norms => &Self::ALL[..1],
+            Self::Scales => &Self::ALL[..2],
+            Self::Lora => &Self::ALL,
+        }
+    }
+}
+
+/// A checkpoint, and what was loaded of it.
+struct Model {
+    name: String,
+    checkpoint: Checkpoint,
+    decoder: Decoder,
 }
 
 impl Args {
@@ -110,7 +140,6 @@ struct Setting<'a> {
     choosing: Windows,
     held_out: Windows,
     tasks: Vec<Task>,
-    dense: Decoder,
     work: Work,
 }
 
@@ -127,22 +156,25 @@ fn main() -> anyhow::Result<()> {
     let text = foldgpt::data::read_documents(&args.text, &args.field)?;
     let (first, held_out) = args.window.split(&tokenizer, &text, None, args.eval_windows)?;
     let (train, choosing) = hold_out(&first)?;
-    let dense = cli::load(&checkpoint, args.dtype.dtype())?;
+    let decoder = cli::load(&checkpoint, args.dtype.dtype())?;
     let work = open_work(&args, &checkpoint, &tasks, [&train, &choosing, &held_out])?;
-    let setting = Setting { args: &args, tokenizer, train, choosing, held_out, tasks, dense, work };
+    let dense = Model { name: "dense".into(), checkpoint, decoder };
+    let setting = Setting { args: &args, tokenizer, train, choosing, held_out, tasks, work };
 
-    let mut rows = Vec::new();
-    rows.push(setting.row("dense", &setting.dense, &[], Distill::None)?);
-    rows.push(setting.row("dense", &setting.dense, &Train::ALL, Distill::None)?);
+    let mut rows = vec![setting.row(&dense, &[], Distill::None, None)?];
+    rows.push(setting.row(&dense, &Train::ALL, Distill::None, None)?);
+    let corrected = args.correct_teacher.then(|| setting.corrected(&dense)).transpose()?;
     for model in &args.models {
         let name = Path::new(model).file_name().map_or(model.clone(), |name| name.to_string_lossy().into());
         let checkpoint = cli::open(model, None)?;
         let name = format!("{name} {:.8}", checkpoint.sha256(&mut cli::Bars::default())?);
-        let student = cli::load(&checkpoint, args.dtype.dtype())?.sharing(&setting.dense)?;
-        rows.push(setting.row(&name, &student, &[], Distill::None)?);
-        for train in [&Train::ALL[..1], &Train::ALL[..2], &Train::ALL[..]] {
-            for distill in [Distill::None, Distill::Logits, Distill::Tail] {
-                rows.push(setting.row(&name, &student, train, distill)?);
+        let decoder = cli::load(&checkpoint, args.dtype.dtype())?.sharing(&dense.decoder)?;
+        let model = Model { name, checkpoint, decoder };
+        rows.push(setting.row(&model, &[], Distill::None, None)?);
+        for train in &args.train {
+            for &distill in &args.distill {
+                let teacher = corrected.as_ref().unwrap_or(&dense.decoder);
+                rows.push(setting.row(&model, train.and_before(), distill, Some(teacher))?);
             }
         }
     }
@@ -154,8 +186,16 @@ fn main() -> anyhow::Result<()> {
 
 impl Setting<'_> {
     /// A row, measured or as it was kept. Without anything to train it is the model as it is.
-    fn row(&self, model: &str, decoder: &Decoder, train: &[Train], distill: Distill) -> anyhow::Result<Row> {
-        let name = format!("{model} {} {}", names(train, " "), lower(&distill));
+    fn row(
+        &self,
+        model: &Model,
+        train: &[Train],
+        distill: Distill,
+        teacher: Option<&Decoder>,
+    ) -> anyhow::Result<Row> {
+        let corrected = self.args.correct_teacher && distill != Distill::None;
+        let held_to = format!("{}{}", lower(&distill), if corrected { ", corrected" } else { "" });
+        let name = format!("{} {} {held_to}", model.name, names(train, " "));
         let state = self.work.path(&name, "state");
         let row = self.work.kept(&name, || {
             let mut bars = cli::Bars::default();
@@ -163,22 +203,22 @@ impl Setting<'_> {
                 Some(mut heal) => {
                     heal.state_file = Some(state.clone());
                     heal.log_file = Some(self.work.path(&name, "jsonl"));
-                    let teacher = heal.losses.need_teacher().then_some(Teacher::Model(&self.dense));
-                    let healed = heal.run(decoder, &self.train, Some(&self.choosing), teacher, &mut bars)?;
-                    (healed.decoder, Some(healed.report))
+                    let teacher = teacher.filter(|_| heal.losses.need_teacher()).map(Teacher::Model);
+                    let healed =
+                        heal.run(&model.decoder, &self.train, Some(&self.choosing), teacher, &mut bars)?;
+                    (healed.decoder.to_dtype(DType::F32)?, Some(healed.report))
                 }
-                None => (decoder.clone(), None),
+                None => (model.decoder.to_dtype(DType::F32)?, None),
             };
-            let row = Row {
-                model: model.into(),
-                train: names(train, " + "),
-                distill: lower(&distill),
-                parameters: healed.parameter_count(),
-                nll: 0.0,
-                accuracy: BTreeMap::new(),
-                report,
-            };
-            self.measure(row, &healed.to_dtype(DType::F32)?)
+            if report.is_some() {
+                let directory = self.work.path(&name, "model");
+                if directory.exists() {
+                    std::fs::remove_dir_all(&directory)?;
+                }
+                let options = SaveOptions::default();
+                model.checkpoint.save(&healed, None, &directory, &options, &mut bars)?;
+            }
+            self.measure(&healed, model, (train, held_to), report)
         })?;
         if state.exists() {
             std::fs::remove_file(&state)?;
@@ -186,13 +226,34 @@ impl Setting<'_> {
         Ok(row)
     }
 
-    fn measure(&self, mut row: Row, healed: &Decoder) -> anyhow::Result<Row> {
+    /// The original model as its row left it.
+    fn corrected(&self, dense: &Model) -> anyhow::Result<Decoder> {
+        let name = format!("{} {} none", dense.name, names(&Train::ALL, " "));
+        let checkpoint = Checkpoint::open(self.work.path(&name, "model"))?;
+        cli::load(&checkpoint, self.args.dtype.dtype())
+    }
+
+    fn measure(
+        &self,
+        healed: &Decoder,
+        model: &Model,
+        (train, distill): (&[Train], String),
+        report: Option<HealReport>,
+    ) -> anyhow::Result<Row> {
         let mut bars = cli::Bars::default();
-        row.nll = perplexity(healed, &self.held_out, &mut bars)?.mean_nll;
+        let mut accuracies = BTreeMap::new();
         for task in &self.tasks {
-            row.accuracy.insert(task.name.clone(), accuracy(healed, &self.tokenizer, task, &mut bars)?.acc);
+            accuracies.insert(task.name.clone(), accuracy(healed, &self.tokenizer, task, &mut bars)?.acc);
         }
-        Ok(row)
+        Ok(Row {
+            model: model.name.clone(),
+            train: names(train, " + "),
+            distill,
+            parameters: healed.parameter_count(),
+            nll: perplexity(healed, &self.held_out, &mut bars)?.mean_nll,
+            accuracy: accuracies,
+            report,
+        })
     }
 }
 

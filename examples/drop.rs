@@ -24,8 +24,8 @@ struct Args {
     /// A directory in the Hugging Face layout, a GGUF file, or a hub id (`org/name`, feature `hub`)
     #[arg(long)]
     model: String,
-    /// The blocks that go, by index from 0
-    #[arg(long, value_delimiter = ',', required = true)]
+    /// The blocks that go, by index from 0; without any, a GGUF file becomes a directory that transformers loads
+    #[arg(long, value_delimiter = ',')]
     blocks: Vec<usize>,
     /// The directory to write, new or empty
     #[arg(long)]

@@ -252,6 +252,13 @@ fn sharing_without_effect_is_refused_by_field() {
 }
 
 #[test]
+fn recipes_that_come_along_are_read() {
+    let directory = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/recipes");
+    let recipe = Recipe::read(directory.join("smollm2.toml")).unwrap();
+    assert_eq!((recipe.target, recipe.method), (Some(Goal::Blocks(6)), Method::BlockInfluence));
+}
+
+#[test]
 fn toml_and_json_are_the_same_recipe() {
     let toml = r#"
         model = "org/name"

@@ -159,8 +159,9 @@ pub fn speed_protocol(latency: &Latency) -> String {
     let Latency { prompt, new_tokens, dtype, threads, prefill, .. } = latency;
     format!(
         "medians (slowest-fastest) of {} runs in turns, {prompt} tokens read and {new_tokens} made, {dtype}, {threads} \
-         threads",
-        prefill.runs
+         thread{}",
+        prefill.runs,
+        if *threads == 1 { "" } else { "s" }
     )
 }
 

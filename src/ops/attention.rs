@@ -205,7 +205,7 @@ impl Attention {
     fn forward(&self, extent: &Extent, operands: &Operands<'_>) -> Result<Vec<f32>> {
         let (width, dim) = (self.query_width(), self.0.head_dim);
         let tiles = self.tiles(extent);
-        let parts = (tiles.par_iter())
+        let parts = (tiles.par_iter().with_max_len(1))
             .map(|tile| {
                 let probabilities = CpuStorage::F32(self.probabilities(extent, tile, operands)?);
                 let weights = view((tile.rows, tile.keys), (tile.keys, 1), 0);

@@ -101,9 +101,10 @@ impl Report {
         if let Some(latency) = &self.dense.latency {
             let (prompt, new, runs) = (latency.prompt, latency.new_tokens, latency.prefill.runs);
             parts.push(Part::Text(format!(
-                "Prefill reads {prompt} tokens, decode makes {new} after them, in {} on {} threads: medians of {runs} \
+                "Prefill reads {prompt} tokens, decode makes {new} after them, in {} on {}: medians of {runs} \
                  runs of the models in turns, with the slowest and the fastest.",
-                latency.dtype, latency.threads
+                latency.dtype,
+                if latency.threads == 1 { "1 thread".into() } else { format!("{} threads", latency.threads) }
             )));
         }
         parts

@@ -40,7 +40,9 @@ pub(super) const BLUE: Colour = Colour { light: (0x00, 0x72, 0xb2), dark: (0x56,
 pub(super) const ORANGE: Colour = Colour { light: (0xc4, 0x4e, 0x00), dark: (0xff, 0xa0, 0x5c) };
 pub(super) const GREEN: Colour = Colour { light: (0x00, 0x80, 0x5c), dark: (0x52, 0xd3, 0xa8) };
 pub(super) const PURPLE: Colour = Colour { light: (0x8a, 0x3f, 0x8f), dark: (0xdc, 0xa5, 0xdf) };
-const ALL: [Colour; 7] = [INK, MUTED, GRID, BLUE, ORANGE, GREEN, PURPLE];
+/// The page's own, for letters on coloured areas.
+pub(super) const GROUND: Colour = Colour { light: (0xff, 0xff, 0xff), dark: (0x14, 0x18, 0x1d) };
+const ALL: [Colour; 8] = [INK, MUTED, GRID, BLUE, ORANGE, GREEN, PURPLE, GROUND];
 
 impl Colour {
     pub(super) fn rgb(self) -> RGBColor {
@@ -111,7 +113,7 @@ impl Sheet {
         root.draw_text(&self.title, &letters(TITLE, INK), (8, 4)).map_err(failed)?;
         let mut at = (8, TITLE + 16);
         for entry in &self.legend {
-            let width = 60 + estimated_width(&entry.text);
+            let width = 76 + estimated_width(&entry.text);
             if at.0 > 8 && at.0 + width > WIDTH {
                 at = (8, at.1 + LINE);
             }
@@ -166,7 +168,7 @@ pub(super) fn beside(colour: Colour, left: bool) -> TextStyle<'static> {
 
 /// About how wide a text is: nobody here knows the reader's letters.
 fn estimated_width(text: &str) -> i32 {
-    (0.42 * text.chars().count() as f64 * f64::from(LETTERS)) as i32
+    (0.4 * text.chars().count() as f64 * f64::from(LETTERS)) as i32
 }
 
 /// Two axes.

@@ -4,7 +4,7 @@ use plotters::prelude::*;
 
 use super::Figure;
 use super::chart::{
-    Area, Axes, BLUE, Chart, Colour, Entry, GREEN, INK, MUTED, Mark, ORANGE, Sheet, centred, put, whole,
+    Area, Axes, BLUE, Chart, Colour, Entry, GREEN, GROUND, MUTED, Mark, ORANGE, Sheet, centred, put, whole,
 };
 use crate::error::Result;
 use crate::model::Part;
@@ -22,7 +22,10 @@ pub(super) fn draw(report: &Report) -> Result<Figure> {
     let roles: Vec<Role> =
         (0..report.plan.depth()).map(|block| role_of(&report.plan, block, Part::Whole)).collect();
     let any = |wanted: fn(&Role) -> bool| roles.iter().any(wanted);
-    let mut legend = vec![Entry::new(Mark::Area, BLUE, "its own matrices")];
+    let mut legend = Vec::new();
+    if any(|role| matches!(role, Role::Stays)) {
+        legend.push(Entry::new(Mark::Area, BLUE, "its own matrices"));
+    }
     if any(|role| matches!(role, Role::Shares(_))) {
         legend.push(Entry::new(Mark::Area, GREEN, "shared (letter: group)"));
     }
@@ -95,11 +98,10 @@ fn rows(area: &Area<'_>, report: &Report, roles: &[Role]) -> Result<()> {
             put(&mut chart, [filled(x, STORED, half, colour)])?;
         }
         if let Role::Shares(group) = role {
-            // On the edge of the box: letters inside would need a colour of their own.
             let name = letter(*group);
-            put(&mut chart, [Text::new(name.clone(), (x, RUNS + HALF + 0.13), centred(size, INK))])?;
+            put(&mut chart, [Text::new(name.clone(), (x, RUNS), centred(size, GROUND))])?;
             if (holder - x).abs() < 1e-6 {
-                put(&mut chart, [Text::new(name, (x, STORED - HALF - 0.13), centred(size, INK))])?;
+                put(&mut chart, [Text::new(name, (x, STORED), centred(size, GROUND))])?;
             }
         }
     }
