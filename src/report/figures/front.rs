@@ -131,7 +131,10 @@ fn draw(sheet: Sheet, points: &[Point]) -> Result<Figure> {
             lines: true,
         };
         let mut chart = axes.on(area)?;
-        put(&mut chart, [PathElement::new(stairs(points, unit), MUTED.line(3))])?;
+        let mut front = stairs(points, unit);
+        // Nothing larger is better than the last corner.
+        front.extend(front.last().map(|&(_, best)| (x.end, best)));
+        put(&mut chart, [PathElement::new(front, MUTED.line(3))])?;
         points.iter().try_for_each(|point| place(&mut chart, point, unit, middle))
     })
 }

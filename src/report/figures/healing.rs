@@ -38,6 +38,9 @@ pub(super) fn training(report: &Report) -> Result<Option<Figure>> {
     if losses.tail > 0.0 {
         curves.push(curve("distance of hidden states", GREEN, &|point| point.terms.tail));
     }
+    if (curves.len(), losses.cross_entropy) == (2, 1.0) {
+        curves.remove(0); // the text's term is all there is
+    }
     let each = report.heal_curve.iter().map(|point| point.steps).max().unwrap_or(1);
     let mean = if each > 1 { format!(" Means of {each} steps.") } else { String::new() };
     let sheet = Sheet {
