@@ -2,6 +2,7 @@
 
 use super::inputs::Inputs;
 use super::recipe::Goal;
+use crate::eval::{Choice, Item};
 use crate::heal::Budget;
 use crate::importance::Method;
 use crate::plan::{Donor, Groups};
@@ -145,9 +146,7 @@ impl Inputs<'_> {
 
     /// One evaluation of a model of so many blocks; of a text, four characters are taken for a token.
     pub(super) fn evaluation_cost(&self, blocks: usize) -> Cost {
-        let characters = self.tasks.iter().flat_map(|task| &task.items).flat_map(|item| &item.choices);
-        let characters: usize =
-            characters.map(|choice| choice.context.len() + choice.continuation.len()).sum();
+        let characters: usize = self.tasks.iter().flat_map(|task| &task.items).map(characters).sum();
         let tasks = characters as f64 / 4.0 / self.evaluation.seq_len() as f64;
         Cost::of(blocks as f64, 1.0).times(self.evaluation.len() as f64 + tasks)
     }
@@ -159,5 +158,39 @@ impl Inputs<'_> {
         let prompt = Cost::of(blocks as f64, 0.0).times(windows(options.prompt as f64));
         let made = Cost::of(blocks as f64, 2.0).times(windows(ALONE * options.new_tokens as f64));
         prompt.and(made).times((options.runs + 1) as f64)
+    }
+}
+
+/// The characters of an item that are read: what its choices begin with alike, once.
+fn characters(item: &Item) -> usize {
+    let first = item.choices.first().map_or("", |choice| choice.context.as_str());
+    let alike =
+        |choice: &Choice| first.bytes().zip(choice.context.bytes()).take_while(|(a, b)| a == b).count();
+    let once = item.choices.iter().map(alike).min().unwrap_or_default();
+    let rest = item.choices.iter().map(|choice| choice.context.len() - once + choice.continuation.len());
+    once + rest.sum::<usize>()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_choices_begin_with_alike_is_read_once() {
+        let choice = |(context, continuation): (&str, &str)| Choice {
+            context: context.into(),
+            continuation: continuation.into(),
+            length: continuation.len(),
+        };
+        let item = |choices: [(&str, &str); 2]| Item {
+            choices: choices.map(choice).into(),
+            gold: 0,
+            by_length: false,
+        };
+        assert_eq!(characters(&item([("Is it?", " Yes"), ("Is it?", " No")])), 6 + 4 + 3);
+        assert_eq!(
+            characters(&item([("He met Anna", " ran"), ("He met Ben", " ran")])),
+            7 + (4 + 4) + (3 + 4)
+        );
     }
 }
