@@ -19,6 +19,7 @@ mod cli;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use anyhow::Context;
 use clap::{Parser, ValueEnum};
 use cli::heal::Distill;
 use cli::work::Work;
@@ -229,7 +230,9 @@ impl Setting<'_> {
     /// The original model as its row left it.
     fn corrected(&self, dense: &Model) -> anyhow::Result<Decoder> {
         let name = format!("{} {} none", dense.name, names(&Train::ALL, " "));
-        let checkpoint = Checkpoint::open(self.work.path(&name, "model"))?;
+        let path = self.work.path(&name, "model");
+        let checkpoint = Checkpoint::open(&path)
+            .with_context(|| format!("the original's fine-tune is not in {}", path.display()))?;
         cli::load(&checkpoint, self.args.dtype.dtype())
     }
 

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! cargo run --release --example drop -- --model M --blocks 21,22,23 --out DIR
+//! cargo run --release --example drop -- --model M.gguf --out DIR
 //! ```
 //!
 //! Which blocks those are, `score` says; `compress` does both, and evaluates.
@@ -39,6 +40,11 @@ struct Args {
 
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
+    let whole = args.blocks.is_empty();
+    anyhow::ensure!(
+        !whole || !std::path::Path::new(&args.model).is_dir(),
+        "--blocks: none given, and the model is a directory"
+    );
     let checkpoint = cli::open(&args.model, None)?;
     let depth = checkpoint.architecture().depth();
     if let Some(index) = args.blocks.iter().find(|&&index| index >= depth) {

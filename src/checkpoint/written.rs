@@ -23,9 +23,24 @@ impl Checkpoint {
     /// # Errors
     /// A plan for another model.
     pub fn stored_bytes(&self, plan: &Plan, format: Format) -> Result<u64> {
+        self.stored_bytes_after(plan, format, |_, _| false)
+    }
+
+    /// As [`stored_bytes`](Self::stored_bytes), of a model some of whose vectors have `moved`, which is asked of each
+    /// and the model's depth.
+    pub(crate) fn stored_bytes_after(
+        &self,
+        plan: &Plan,
+        format: Format,
+        moved: impl Fn(Param, usize) -> bool,
+    ) -> Result<u64> {
         let arch = plan.architecture(&self.architecture)?;
-        let tensors = self.written_tensors(&arch, &plan.kept(), format);
-        Ok(tensors.iter().map(|(stored, dtype)| stored.bytes(*dtype)).sum())
+        let bytes = |(stored, dtype): &(Stored, DType)| {
+            let moved = stored.params.iter().any(|(param, _)| moved(*param, arch.depth()));
+            let wide = moved && dtype.size_in_bytes() < DType::F32.size_in_bytes();
+            stored.bytes(if wide { DType::F32 } else { *dtype })
+        };
+        Ok(self.written_tensors(&arch, &plan.kept(), format).iter().map(bytes).sum())
     }
 
     /// What removing blocks frees at least, ascending, in this format, and the bytes of the whole model.

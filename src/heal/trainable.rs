@@ -150,6 +150,17 @@ impl Trainable {
         }
     }
 
+    /// Whether it is this vector of a model of so many blocks that it moves, so that it is stored in f32 afterwards.
+    pub(crate) fn moves(&self, param: Param, depth: usize) -> bool {
+        match (self, param) {
+            (Self::Everything, param) => !param.is_matrix(),
+            (Self::LastBlocks(count), Param::Block(block, _)) => !param.is_matrix() && block + count >= depth,
+            (Self::Norms, Param::FinalNorm(_) | Param::Block(_, BlockParam::Norm(..)))
+            | (Self::Scales, Param::Block(_, BlockParam::Scale(_))) => true,
+            _ => false,
+        }
+    }
+
     fn name(&self) -> &'static str {
         match self {
             Self::Norms => "norms",

@@ -85,7 +85,8 @@ pub struct Recipe {
     /// How the rest is healed; not at all where absent. Its seed is the recipe's.
     pub heal: Option<Heal>,
     /// The quality gate: by how much the loss on the evaluation windows may be above that of the dense model, in nats
-    /// per token. Above it nothing is saved.
+    /// per token. Above it nothing is saved; what was healed until then stays in the working directory, for a recipe
+    /// that asks for less.
     pub max_nll_increase: Option<f64>,
     /// Files of tasks, JSON Lines, to be answered before and after.
     pub tasks: Vec<PathBuf>,
@@ -208,11 +209,13 @@ pub enum Goal {
     Blocks(usize),
     /// As few blocks as leave at most this many parameters.
     Parameters(usize),
-    /// As few blocks as leave at most this many bytes of tensors in the recipe's format, before anything is shared.
+    /// As few blocks as leave at most this many bytes of tensors in the recipe's format, before anything is shared;
+    /// norms that the recipe heals are stored in f32, and count so.
     Bytes(u64),
     /// As many blocks as can go, in the order of their scores, with a loss that is at most this much higher on the
     /// calibration windows, in nats per token, before any healing. Where the recipe sets no quality gate, this is the
     /// gate too.
+    #[serde(alias = "nll_increase")]
     NllIncrease(f64),
 }
 

@@ -15,7 +15,7 @@ use super::report::{Measured, Report, SavedRecord};
 use super::stage::Stage;
 use super::work::Key;
 use crate::account::{Account, Held};
-use crate::checkpoint::{Checkpoint, Format, SaveOptions, check_destination};
+use crate::checkpoint::{Checkpoint, Format, SaveOptions, check_destination, compact_bytes};
 use crate::error::{Error, Result};
 use crate::eval::{Accuracy, Latency, Task, accuracy, latency, perplexity, perplexity_streamed};
 use crate::fold::fold_on;
@@ -329,7 +329,9 @@ impl Inputs<'_> {
         };
         let tasks = self.tasks.iter().map(answer).collect::<Result<BTreeMap<_, _>>>()?;
         let (blocks, parameters) = (decoder.depth(), decoder.parameter_count());
-        let account = Some(self.account(decoder.architecture(), decoder.stored_types()));
+        let mut account = self.account(decoder.architecture(), decoder.stored_types());
+        account.stored_bytes = compact_bytes(decoder)?;
+        let account = Some(account);
         Ok(Measured { blocks, parameters, perplexity, tasks, account, latency: None })
     }
 

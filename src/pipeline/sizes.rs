@@ -41,9 +41,16 @@ impl Inputs<'_> {
         Ok(Sizes {
             blocks: arch.depth(),
             parameters: arch.parameter_count(),
-            stored_bytes: self.checkpoint.stored_bytes(plan, format)?,
+            stored_bytes: self.stored_bytes(plan, format)?,
             assumed: Vec::new(),
         })
+    }
+
+    /// The bytes that are saved of what a plan makes, after the recipe's healing.
+    fn stored_bytes(&self, plan: &Plan, format: Format) -> Result<u64> {
+        let groups = || self.recipe.heal.iter().flat_map(|heal| &heal.groups);
+        let moved = |param, depth| groups().any(|group| group.params.moves(param, depth));
+        self.checkpoint.stored_bytes_after(plan, format, moved)
     }
 
     /// The sizes where nothing has been scored yet; `None` where they depend on what will be measured.
@@ -153,7 +160,7 @@ impl Inputs<'_> {
             builder = builder.remove(Target::Blocks(0), scores);
         }
         let format = self.expected_format();
-        let bytes = |plan: &Plan| self.checkpoint.stored_bytes(plan, format);
+        let bytes = |plan: &Plan| self.stored_bytes(plan, format);
         let cut = builder.fewest(arch, self.recipe.free(arch.depth()), most, bytes)?;
         if cut.least <= most {
             return Ok(cut.blocks);

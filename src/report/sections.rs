@@ -133,7 +133,16 @@ impl Report {
             let tasks: Vec<String> = self.dense.tasks.iter().map(items).collect();
             facts.push(("tasks, by lm-evaluation-harness's rules", tasks.join(", ").into()));
         }
-        vec![Part::Text(text.into()), Part::Facts(facts)]
+        let mut parts = vec![Part::Text(text.into()), Part::Facts(facts)];
+        if self.heal.is_some() {
+            parts.push(Part::Text(
+                "The healed model was trained on the first 80 % of this text, the original was not. That its loss is \
+                 lower, where it is, tells of the text and not of a better model: the original gains by such a fine-tune \
+                 too."
+                    .into(),
+            ));
+        }
+        parts
     }
 
     fn blocks(&self) -> Vec<Part> {
@@ -145,8 +154,10 @@ impl Report {
                 ("importance is", words::importance(&scores.method).into()),
             ];
             facts.extend(removed(plan).into_iter().map(|(name, fact)| (name, fact.into())));
-            let stability =
-                |stability: f64| format!("{stability:.3}, Spearman's rank correlation of two halves");
+            let stability = |stability: f64| {
+                let low = if scores.is_stable() == Some(false) { ": low, use more windows" } else { "" };
+                format!("{stability:.3}, Spearman's rank correlation of two halves{low}")
+            };
             facts.extend(scores.stability.map(|found| ("stability", stability(found).into())));
             facts.push((
                 "cost",

@@ -113,7 +113,7 @@ impl Sheet {
         root.draw_text(&self.title, &letters(TITLE, INK), (8, 4)).map_err(failed)?;
         let mut at = (8, TITLE + 16);
         for entry in &self.legend {
-            let width = 76 + estimated_width(&entry.text);
+            let width = 72 + estimated_width(&entry.text);
             if at.0 > 8 && at.0 + width > WIDTH {
                 at = (8, at.1 + LINE);
             }
@@ -168,7 +168,12 @@ pub(super) fn beside(colour: Colour, left: bool) -> TextStyle<'static> {
 
 /// About how wide a text is: nobody here knows the reader's letters.
 fn estimated_width(text: &str) -> i32 {
-    (0.4 * text.chars().count() as f64 * f64::from(LETTERS)) as i32
+    let width = |letter: char| match letter {
+        'i' | 'j' | 'l' | 't' | 'f' | 'r' | ' ' | ',' | '.' | ':' | '(' | ')' => 0.24,
+        'm' | 'w' => 0.68,
+        _ => 0.46,
+    };
+    (text.chars().map(width).sum::<f64>() * f64::from(LETTERS)) as i32
 }
 
 /// Two axes.

@@ -38,23 +38,29 @@ pub(super) fn training(report: &Report) -> Result<Option<Figure>> {
     if losses.tail > 0.0 {
         curves.push(curve("distance of hidden states", GREEN, &|point| point.terms.tail));
     }
-    if (curves.len(), losses.cross_entropy) == (2, 1.0) {
-        curves.remove(0); // the text's term is all there is
+    let text_alone = (curves.len(), losses.cross_entropy) == (2, 1.0);
+    if text_alone {
+        curves.remove(0);
     }
     let each = report.heal_curve.iter().map(|point| point.steps).max().unwrap_or(1);
     let mean = if each > 1 { format!(" Means of {each} steps.") } else { String::new() };
     let sheet = Sheet {
         name: "training-loss",
         topic: Topic::Healing,
-        title: "Losses that healing trains by".into(),
-        caption: format!(
-            "Terms before their weights: NLL and divergence in nats per token, the distance relative to the teacher's \
-             states.{mean}"
-        ),
+        title: if text_alone { "Loss that healing trains by" } else { "Losses that healing trains by" }
+            .into(),
+        caption: if text_alone {
+            format!("On the windows of each step.{mean}")
+        } else {
+            format!(
+                "Terms before their weights: NLL and divergence in nats per token, the distance relative to the \
+                 teacher's states.{mean}"
+            )
+        },
         height: 640,
         legend: curves.iter().map(|curve| Entry::new(Mark::Line, curve.colour, curve.name)).collect(),
     };
-    draw(sheet, &curves, "loss", None).map(Some)
+    draw(sheet, &curves, if text_alone { "NLL, nats per token" } else { "loss" }, None).map(Some)
 }
 
 /// The loss on windows held out of it.

@@ -32,7 +32,10 @@ pub(super) fn draw(report: &Report) -> Result<Option<Figure>> {
         .collect();
     let unit = words::importance(&scores.method);
     let mut caption =
-        format!("By {}, in: {unit}. The lower a bar, the less the block matters.", scores.method);
+        format!("By {}, in: {unit}. The lower a bar, the less the block matters by itself.", scores.method);
+    if scores.coupling.is_some() {
+        caption += " Which blocks go together was decided by losses.";
+    }
     if scores.blocks.iter().any(|score| score.part != Part::Whole) {
         caption += " Of each block the attention is on the left and the MLP on the right.";
     }
