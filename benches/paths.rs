@@ -31,6 +31,9 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 /// Windows and steps of a healing: what it does once, before the first step, is shared by all.
 const HEALED: (usize, usize) = (2, 2);
 
+/// Blocks of the model whose coupling is measured.
+const SHALLOW: usize = 12;
+
 /// A path, and what it is held to.
 struct Path<'a> {
     name: String,
@@ -134,8 +137,7 @@ fn healing<'a>(models: &'a Models, windows: &'a Windows, products: &'a Products)
     paths.into()
 }
 
-fn coupling<'a>(models: &'a Models, windows: &'a Windows, units: &'a [Unit]) -> Path<'a> {
-    let decoder = &models.wide;
+fn coupling<'a>(decoder: &'a Decoder, windows: &'a Windows, units: &'a [Unit]) -> Path<'a> {
     let runs = work::coupling(decoder, windows, units);
     // None off, each off, each pair off.
     let sets = 1 + units.len() * (units.len() + 1) / 2;
@@ -172,12 +174,14 @@ fn paths(c: &mut Criterion) {
     let (models, memory) = (Models::new(), Memory::new());
     let (whole, inner) = (Products::new(&architecture(), TOKENS), Products::new(&architecture(), TOKENS - 1));
     let (one, healed) = (windows(1), windows(HEALED.0));
-    let units: Vec<Unit> = Unit::blocks(models.wide.depth()).into_iter().skip(3).step_by(8).collect();
+    // Work grows with the third power of the depth.
+    let shallow = models.wide.with_blocks(&(0..SHALLOW).collect::<Vec<_>>()).unwrap();
+    let units: Vec<Unit> = Unit::blocks(SHALLOW);
 
     let mut all = forward(&models, &one, &whole);
     all.extend(gates(&models, &one, &whole));
     all.extend(healing(&models, &healed, &inner));
-    all.push(coupling(&models, &healed, &units));
+    all.push(coupling(&shallow, &one, &units));
     all.extend(decoding(&models, &memory));
     all.retain(|path| wanted.as_ref().is_none_or(|wanted| path.name.contains(wanted.as_str())));
 

@@ -4,7 +4,8 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Storage, Tensor, bail};
 
 use super::gemm::{Threads, gemm, view};
-use super::{Kernels, Matrix, bf16};
+use super::simd::dot;
+use super::{Kernels, Matrix, bf16, few_rows, with_elements};
 
 /// A frozen matrix `(outputs, inputs)` on the CPU: in f32, bf16, or quantised.
 #[derive(Clone)]
@@ -48,6 +49,10 @@ impl Frozen {
     pub(super) fn forward(&self, x: &CpuStorage, offset: usize, rows: usize) -> Result<Vec<f32>> {
         let (outputs, inputs) = self.dims()?;
         match &self.0 {
+            Matrix::Tensor(tensor) if rows == 1 && tensor.dtype() == DType::F32 && tensor.is_contiguous() => {
+                let x = &x.as_slice::<f32>()?[offset..][..inputs];
+                with_elements([tensor], |[matrix]| Ok(few_rows(x, (matrix, inputs), dot)))
+            }
             Matrix::Tensor(tensor) => product(
                 tensor,
                 (x, offset, rows, inputs),

@@ -38,7 +38,8 @@ impl Matrix<'_> {
     /// `x · Mᵀ`: `(rows, inputs)` to `(rows, outputs)`.
     pub(super) fn forward(&self, x: &[f32]) -> Vec<f32> {
         if x.len() < ROWS * self.inputs {
-            return self.few_rows(x);
+            // Too few to be worth bringing the matrix into order.
+            return super::few_rows(x, (self.values, self.inputs), dot_bf16);
         }
         self.product(x, Over::Inputs)
     }
@@ -46,26 +47,6 @@ impl Matrix<'_> {
     /// `grad · M`: `(rows, outputs)` to `(rows, inputs)`.
     pub(super) fn backward(&self, grad: &[f32]) -> Vec<f32> {
         self.product(grad, Over::Outputs)
-    }
-
-    /// Too few rows to be worth bringing the matrix into order: it is read once, as it lies, and nothing is rounded.
-    fn few_rows(&self, x: &[f32]) -> Vec<f32> {
-        let mut out = vec![0.0f32; x.len() / self.inputs * self.outputs];
-        for (x, out) in x.chunks_exact(self.inputs).zip(out.chunks_exact_mut(self.outputs)) {
-            let task = super::task_rows(self.inputs);
-            let weights = self.values.par_chunks(task * self.inputs);
-            out.par_chunks_mut(task).zip(weights).for_each(|(out, weights)| {
-                vectorised(
-                    #[inline(always)]
-                    || {
-                        for (out, weights) in out.iter_mut().zip(weights.chunks_exact(self.inputs)) {
-                            *out = dot_bf16(x, weights);
-                        }
-                    },
-                );
-            });
-        }
-        out
     }
 
     fn product(&self, x: &[f32], over: Over) -> Vec<f32> {
