@@ -48,8 +48,8 @@ struct Args {
     /// The field of JSON Lines that holds the text
     #[arg(long, default_value = "text")]
     field: String,
-    /// Tasks as JSON Lines
-    #[arg(long, value_delimiter = ',')]
+    /// Tasks as JSON Lines, in the formats of lm-evaluation-harness's datasets
+    #[arg(long, num_args = 1.., value_delimiter = ',')]
     tasks: Vec<PathBuf>,
     /// Answer at most this many items of each task (all by default)
     #[arg(long)]
@@ -150,8 +150,7 @@ fn main() -> anyhow::Result<()> {
         args.heal(&Train::ALL, Distill::Tail).is_some(),
         "one of --heal-steps, --heal-tokens and --heal-minutes is needed"
     );
-    let tasks =
-        args.tasks.iter().map(|path| Task::read(path, args.limit)).collect::<foldgpt::Result<Vec<_>>>()?;
+    let tasks = Task::read_all(&args.tasks, args.limit)?;
     let checkpoint = cli::open(&args.dense, None)?;
     let tokenizer = checkpoint.tokenizer()?;
     let text = foldgpt::data::read_documents(&args.text, &args.field)?;

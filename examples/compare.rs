@@ -34,7 +34,7 @@ struct Args {
     #[arg(long, value_delimiter = ',', required = true)]
     blocks: Vec<usize>,
     /// Methods to compare (all by default)
-    #[arg(long, value_parser = cli::methods(), value_delimiter = ',')]
+    #[arg(long, value_parser = cli::scoring::methods(), value_delimiter = ',')]
     methods: Vec<Method>,
     /// Where the methods' results are kept
     #[arg(long)]
@@ -118,8 +118,11 @@ fn run(
     for count in counts {
         let name = format!("{}-{count}", method.name());
         let scores = work.kept(&name, || {
-            let scoring = cli::ScoringArgs { state: Some(args.work.clone()), ..cli::ScoringArgs::default() };
-            let method = cli::build(method, count, &[], args.seed, &scoring)?;
+            let scoring = cli::scoring::ScoringArgs {
+                state: Some(args.work.clone()),
+                ..cli::scoring::ScoringArgs::default()
+            };
+            let method = cli::scoring::build(method, count, &[], args.seed, &scoring)?;
             Ok(method.score(decoder, windows, &mut cli::Bars::default())?)
         })?;
         line.seconds += scores.seconds;

@@ -55,17 +55,17 @@ struct Args {
     #[arg(long)]
     field: Option<String>,
     /// How blocks are scored and chosen
-    #[arg(long, value_parser = cli::methods(), default_value_t = Method::Coupling)]
+    #[arg(long, value_parser = cli::scoring::methods(), default_value_t = Method::Coupling)]
     method: Method,
     #[command(flatten)]
-    target: cli::TargetArgs,
+    target: cli::target::TargetArgs,
     #[command(flatten)]
-    scoring: cli::ScoringArgs,
+    scoring: cli::scoring::ScoringArgs,
     #[command(flatten)]
-    sharing: cli::SharingArgs,
+    sharing: cli::target::SharingArgs,
     /// How the model is written: compact by default where blocks share, in --out or in --model, and expanded otherwise
     #[arg(long, value_enum)]
-    format: Option<cli::FormatArg>,
+    format: Option<cli::target::FormatArg>,
     /// Blocks that have to stay, by index from 0
     #[arg(long, value_delimiter = ',')]
     protect: Vec<usize>,

@@ -32,7 +32,7 @@ struct Args {
     #[arg(long)]
     out: PathBuf,
     #[command(flatten)]
-    format: cli::FormatArgs,
+    format: cli::target::FormatArgs,
     /// Tensors are split into files of at most this many bytes
     #[arg(long, default_value = "5GB")]
     max_shard: Bytes,

@@ -40,7 +40,7 @@ struct Args {
     #[arg(long, group = "what", conflicts_with_all = ["seq_len", "bos"])]
     ids: Option<PathBuf>,
     /// Tasks as JSON Lines, in the formats of lm-evaluation-harness's datasets
-    #[arg(long, group = "what", num_args = 1.., conflicts_with_all = ["windows", "seq_len", "bos"])]
+    #[arg(long, group = "what", num_args = 1.., value_delimiter = ',', conflicts_with_all = ["windows", "seq_len", "bos"])]
     tasks: Vec<PathBuf>,
     /// Answer at most this many items of each task (all by default)
     #[arg(long, requires = "tasks")]

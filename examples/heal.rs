@@ -5,9 +5,8 @@
 //! ```
 //!
 //! The first 80 % of the text train, but for a few windows that choose the weights that are kept; the last 20 %
-//! evaluate. Killed and started again with
-//! the same flags and a --heal-state, it goes on where it was. What lies side by side in memory is the student and its
-//! teacher, and with a --teacher-cache only ever one model.
+//! evaluate. Killed and started again with the same flags and a --heal-state, it goes on where it was. What lies side by
+//! side in memory is the student and its teacher, and with a --teacher-cache only ever one model.
 #![allow(clippy::print_stdout)]
 
 mod cli;
@@ -49,7 +48,7 @@ struct Args {
     #[arg(long)]
     out: PathBuf,
     #[command(flatten)]
-    format: cli::FormatArgs,
+    format: cli::target::FormatArgs,
     /// Seed of the order of windows and of the adapters
     #[arg(long, default_value_t = 0)]
     seed: u64,

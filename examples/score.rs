@@ -28,12 +28,12 @@ struct Args {
     #[arg(long)]
     text: PathBuf,
     /// How blocks are scored; by default in one pass, where compress searches for the best set
-    #[arg(long, value_parser = cli::methods(), default_value_t = Method::BlockInfluence)]
+    #[arg(long, value_parser = cli::scoring::methods(), default_value_t = Method::BlockInfluence)]
     method: Method,
     #[command(flatten)]
-    scoring: cli::ScoringArgs,
+    scoring: cli::scoring::ScoringArgs,
     #[command(flatten)]
-    target: cli::TargetArgs,
+    target: cli::target::TargetArgs,
     /// Blocks that have to stay, by index from 0
     #[arg(long, value_delimiter = ',')]
     protect: Vec<usize>,
@@ -46,7 +46,8 @@ struct Args {
     /// (methods block-influence, angular, perplexity and gates)
     #[arg(long)]
     max_memory: Option<Bytes>,
-    /// With --max-memory, the directory for states that memory has no room for
+    /// With --max-memory, the directory for states that memory has no room for: one that is on disk (by default the
+    /// system's for temporary files, which may itself be in memory)
     #[arg(long, requires = "max_memory")]
     scratch: Option<PathBuf>,
     /// Seed of everything drawn at random
@@ -85,7 +86,7 @@ fn main() -> anyhow::Result<()> {
 /// Scores with the model in memory, or with its blocks on disk where it may not take as much.
 fn score(args: &Args, checkpoint: &Checkpoint, windows: &Windows, count: usize) -> anyhow::Result<Scores> {
     let (name, dtype) = (args.method, args.model.dtype.dtype());
-    let options = cli::options(name, count, &args.protect, args.seed, &args.scoring)?;
+    let options = cli::scoring::options(name, count, &args.protect, args.seed, &args.scoring)?;
     let (method, mut bars) = (name.build(&options), cli::Bars::default());
     let Some(most) = args.max_memory else {
         return Ok(method.score(&cli::load(checkpoint, dtype)?, windows, &mut bars)?);
@@ -131,7 +132,7 @@ fn print_scores(scores: &Scores, would_go: &[Unit], windows: &Windows) {
     }
     println!("{:.1} s, {:.0} block runs", scores.seconds, scores.block_runs);
     match scores.stability {
-        Some(_) if scores.is_stable() == Some(false) => cli::warn_unstable(scores),
+        Some(_) if scores.is_stable() == Some(false) => cli::scoring::warn_unstable(scores),
         Some(stability) => {
             println!("stability {stability:.2} (Spearman's correlation of two halves of the text)");
         }

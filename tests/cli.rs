@@ -11,9 +11,9 @@ use foldgpt::plan::{Donor, Ranks, ResidualStart, ScaleStart};
 #[derive(Debug, Parser)]
 struct Args {
     #[command(flatten)]
-    target: cli::TargetArgs,
+    target: cli::target::TargetArgs,
     #[command(flatten)]
-    sharing: cli::SharingArgs,
+    sharing: cli::target::SharingArgs,
 }
 
 fn parse(flags: &str) -> Result<Args, clap::Error> {

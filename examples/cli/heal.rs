@@ -66,7 +66,7 @@ pub struct TuningArgs {
     /// The share of the steps over which learning rates rise (0.05 by default)
     #[arg(long, requires = "budget")]
     pub warmup: Option<f64>,
-    /// Decoupled weight decay of all that is trained (0 by default)
+    /// Decoupled weight decay of all that is trained but norms and scales (0 by default)
     #[arg(long, requires = "budget")]
     pub weight_decay: Option<f64>,
     /// Highest learning rate of norms and scales (5e-3 by default)
@@ -182,7 +182,11 @@ impl TuningArgs {
         (heal.batch, heal.micro_batch) = (self.batch, self.micro_batch);
         heal.schedule.warmup = self.warmup.unwrap_or(heal.schedule.warmup);
         heal.losses = self.losses(distill);
-        let decayed = |group: ParamGroup| group.with_decay(self.weight_decay.unwrap_or_default());
+        // Norms and scales are near 1, and decay would pull them to 0.
+        let decayed = |group: ParamGroup| match group.params {
+            Trainable::Norms | Trainable::Scales => group,
+            _ => group.with_decay(self.weight_decay.unwrap_or_default()),
+        };
         heal.groups = groups.into_iter().map(decayed).collect();
         Some(heal)
     }

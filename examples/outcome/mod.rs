@@ -21,7 +21,7 @@ pub fn print(report: &Report) {
     if let Some(scores) = plan.scores() {
         println!("importance by {} on {} windows of {}", scores.method, scores.windows, scores.seq_len);
         print!("{}", chart::bars(scores, &plan.units(), "removed"));
-        cli::warn_unstable(scores);
+        cli::scoring::warn_unstable(scores);
     }
     if let Some(sharing) = plan.sharing().filter(|sharing| !sharing.groups.is_empty()) {
         for group in &sharing.groups {
