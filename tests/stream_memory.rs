@@ -5,7 +5,8 @@ use std::path::Path;
 
 use foldgpt::candle::{DType, Device};
 use foldgpt::importance::{BlockInfluence, Gates, Method, MethodOptions, PerplexityIncrease, Residence};
-use foldgpt::{Bytes, Checkpoint, Decoder, Importance, SaveOptions, StreamOptions, Windows};
+use foldgpt::plan::{Groups, Ranks, ResidualStart};
+use foldgpt::{Bytes, Checkpoint, Decoder, Format, Importance, Plan, SaveOptions, StreamOptions, Windows};
 use peak_alloc::PeakAlloc;
 
 #[global_allocator]
@@ -16,14 +17,16 @@ const HIDDEN: usize = 256;
 const INTERMEDIATE: usize = 1024;
 const VOCAB: usize = 2000;
 const DEPTH: usize = 12;
+/// Residuals that are larger than the matrices they add to.
+const RANK: usize = 200;
 const F32: usize = size_of::<f32>();
 /// One block's matrices, in numbers.
 const BLOCK: usize = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * INTERMEDIATE;
 /// One hidden state of a window.
 const STATE: usize = SEQ * HIDDEN * F32;
 
-/// A random model on disk, in bf16 and several shards.
-fn write(directory: &Path) {
+/// A random model on disk, in bf16 and several shards; `sharing` ties pairs of its blocks, with residuals of a high rank.
+fn write(directory: &Path, sharing: bool) {
     let config = serde_json::json!({
         "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE,
         "num_hidden_layers": DEPTH, "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": VOCAB,
@@ -31,9 +34,15 @@ fn write(directory: &Path) {
     });
     let tiny = Checkpoint::open(Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/tiny-stories")).unwrap();
     let checkpoint = Checkpoint::create(config, tiny.tokenizer().unwrap()).unwrap();
-    let decoder = Decoder::random(checkpoint.architecture().clone(), 0, DType::F32, &Device::Cpu).unwrap();
+    let mut arch = checkpoint.architecture().clone();
+    if sharing {
+        let plan = Plan::builder().share(Groups::of(2)).residual(Ranks::Uniform(RANK), ResidualStart::Svd);
+        arch = plan.build(&arch).unwrap().architecture(&arch).unwrap();
+    }
+    let decoder = Decoder::random(arch, 0, DType::F32, &Device::Cpu).unwrap();
     let mut options = SaveOptions::default();
     options.max_shard_bytes = 8_000_000;
+    options.format = if sharing { Format::Compact } else { Format::Expanded };
     checkpoint.save(&decoder, None, directory, &options, &mut ()).unwrap();
 }
 
@@ -56,7 +65,7 @@ fn peak<T>(work: impl Fn() -> T) -> usize {
 fn streaming_holds_two_blocks_and_copying_a_tensor() {
     let scratch = tempfile::tempdir().unwrap();
     let directory = scratch.path().join("model");
-    write(&directory);
+    write(&directory, false);
     let checkpoint = Checkpoint::open(&directory).unwrap();
     let (model, stored) = ((DEPTH * BLOCK + 2 * VOCAB * HIDDEN) * F32, checkpoint.tensor_bytes() as usize);
     // Three matrices of the MLP's width and about ten of the model's; backwards each has a gradient, and one to add.
@@ -71,8 +80,8 @@ fn streaming_holds_two_blocks_and_copying_a_tensor() {
         peak(|| method.score_streamed(&streamed, &windows, &mut ()).unwrap())
     };
     // What is said before.
-    let told = |method: Method, dtype: DType, options: &MethodOptions| match method
-        .residence(&checkpoint, dtype, &windows(4), options, Bytes(model as u64 / 2))
+    let say = |checkpoint: &Checkpoint, method: Method, dtype: DType, options: &MethodOptions| match method
+        .residence(checkpoint, dtype, &windows(4), options, Bytes(model as u64 / 2))
         .unwrap()
     {
         Residence::Streamed { bytes, .. } => bytes as usize,
@@ -83,7 +92,7 @@ fn streaming_holds_two_blocks_and_copying_a_tensor() {
         let taken = score(&BlockInfluence::default(), dtype, 4, None);
         assert!(taken < limit, "{dtype:?}: {taken} bytes, expected fewer than {limit}");
         assert!(3 * taken < model, "{dtype:?}: {taken} bytes of a model of {model}");
-        let told = told(Method::BlockInfluence, dtype, &MethodOptions::default());
+        let told = say(&checkpoint, Method::BlockInfluence, dtype, &MethodOptions::default());
         assert!(taken < told, "{dtype:?}: {taken} bytes, and {told} were told");
     }
     let mut gates = Gates::default();
@@ -93,8 +102,17 @@ fn streaming_holds_two_blocks_and_copying_a_tensor() {
     assert!(taken < limit, "gates: {taken} bytes, expected fewer than {limit}");
     let mut options = MethodOptions::default();
     options.gates = gates;
-    let told = told(Method::Gates, DType::F32, &options);
+    let told = say(&checkpoint, Method::Gates, DType::F32, &options);
     assert!(taken < told, "gates: {taken} bytes, and {told} were told");
+
+    // What a block adds to shared matrices is read with it.
+    let shared = scratch.path().join("shared");
+    write(&shared, true);
+    let shared = Checkpoint::open(&shared).unwrap();
+    let streamed = shared.streamed(DType::F32, &Device::Cpu, StreamOptions::default()).unwrap();
+    let taken = peak(|| BlockInfluence::default().score_streamed(&streamed, &windows(4), &mut ()).unwrap());
+    let told = say(&shared, Method::BlockInfluence, DType::F32, &MethodOptions::default());
+    assert!(taken < told, "with residuals: {taken} bytes, and {told} were told");
 
     // States that lie on disk take no memory, however many windows there are.
     let few = score(&PerplexityIncrease::default(), DType::F32, 1, Some(0));

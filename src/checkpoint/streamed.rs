@@ -210,13 +210,15 @@ impl BlockSource for StreamedDecoder<'_> {
                     }
                 }
             };
-            let started = std::thread::Builder::new().spawn_scoped(scope, read);
-            started.map_err(Error::io("start a thread that reads", &self.checkpoint.location))?;
+            let reader = std::thread::Builder::new().spawn_scoped(scope, read);
+            let reader = reader.map_err(Error::io("start a thread that reads", &self.checkpoint.location))?;
             let ended = |_| Error::format(&self.checkpoint.location, "the reader of blocks ended");
             let done = order.iter().try_for_each(|_| visit(&receiver.recv().map_err(ended)??));
             // The reader may be in the middle of a block, or wait with one.
             abandoned.store(true, Ordering::Relaxed);
             drop(receiver);
+            // A reader that panicked has sent nothing, so that `done` tells of it.
+            reader.join().ok();
             done
         })
     }

@@ -97,13 +97,25 @@ impl<'a> Footprint<'a> {
 
     /// Two blocks, and what takes to read one, or one of the ends.
     fn weights_streamed(&self, checkpoint: &Checkpoint) -> u64 {
-        let bytes = |(param, shape): (BlockParam, Vec<usize>)| {
-            let held = Param::Block(0, param).dtype_on_cpu(self.dtype).size_in_bytes();
-            (shape.iter().product::<usize>() * held) as u64
-        };
-        let block: u64 = self.arch.block_params().into_iter().map(bytes).sum();
+        let block = (0..self.arch.depth()).map(|depth| self.block(depth)).max().unwrap_or_default();
         let (beside_blocks, end) = checkpoint.reading_bytes(self.dtype);
         (2 * block + beside_blocks).max(end + ROWS * self.arch.vocab_size as u64 * 4)
+    }
+
+    /// A block that is read alone: its matrices, whichever depth holds them, and its adapters.
+    fn block(&self, depth: usize) -> u64 {
+        let bytes = |param: BlockParam, size: usize| {
+            (size * Param::Block(depth, param).dtype_on_cpu(self.dtype).size_in_bytes()) as u64
+        };
+        let own = self.arch.block_params().into_iter();
+        let own = own.map(|(param, shape)| bytes(param, shape.iter().product()));
+        let adapters =
+            self.arch.fold.block(depth).adapters.into_iter().filter_map(|(projection, adapter)| {
+                let (output, input) = self.arch.projection_shape(projection)?;
+                let scale = if adapter.scale { bytes(BlockParam::Scale(projection), output) } else { 0 };
+                Some(scale + bytes(BlockParam::LoraA(projection), adapter.rank * (output + input)))
+            });
+        own.chain(adapters).sum()
     }
 
     /// The states between blocks, where none lies on disk.

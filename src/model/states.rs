@@ -49,6 +49,9 @@ impl States {
     /// # Errors
     /// A slot that does not exist, a state of another size than the others, or a full disk.
     pub(crate) fn put(&mut self, slot: usize, state: Tensor) -> Result<()> {
+        if slot >= self.slots.len() {
+            return Err(Error::argument("slot", slot, format!("less than {}", self.slots.len())));
+        }
         let bytes = (state.elem_count() * state.dtype().size_in_bytes()) as u64;
         let size = *self.size.get_or_insert(bytes);
         if bytes != size {
@@ -62,10 +65,7 @@ impl States {
             let (shape, dtype) = (state.dims().to_vec(), state.dtype());
             State::Spilled { shape, dtype, device: state.device().clone() }
         };
-        match self.slots.get_mut(slot) {
-            Some(place) => *place = Some(kept),
-            None => return Err(Error::argument("slot", slot, format!("less than {}", self.slots.len()))),
-        }
+        self.slots[slot] = Some(kept);
         Ok(())
     }
 

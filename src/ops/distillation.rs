@@ -133,7 +133,11 @@ impl Kernels {
         count: usize,
         temperature: f64,
     ) -> Result<TopTokens> {
-        let (rows, vocab) = (hidden.dim(0)?, head.weight.dim(0)?);
+        let ((rows, width), (vocab, head_width)) = (hidden.dims2()?, head.weight.dims2()?);
+        if width != head_width {
+            bail!("rows of {width} and a head of {head_width}");
+        }
+        check_temperature(temperature)?;
         if count == 0 || count > vocab {
             bail!("{count} likeliest tokens of a vocabulary of {vocab}");
         }
@@ -177,6 +181,13 @@ impl Kernels {
     }
 }
 
+fn check_temperature(temperature: f64) -> Result<()> {
+    if !(temperature.is_finite() && temperature > 0.0) {
+        bail!("temperature is {temperature}, expected a positive number");
+    }
+    Ok(())
+}
+
 fn check(
     hidden: &Tensor,
     head: Head<'_>,
@@ -191,9 +202,7 @@ fn check(
     if let Some(target) = targets.iter().find(|&&target| target as usize >= vocab) {
         bail!("target {target} is outside of the vocabulary of {vocab}");
     }
-    if weights.temperature.is_nan() || weights.temperature <= 0.0 {
-        bail!("temperature is {}, expected a positive number", weights.temperature);
-    }
+    check_temperature(weights.temperature)?;
     match soft {
         Some(Soft::States(states, teacher)) => {
             let found = (states.dims2()?, teacher.weight.dims2()?);

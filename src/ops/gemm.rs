@@ -4,6 +4,7 @@
 //! the call, against the slices that the pointers come from.
 #![allow(unsafe_code)]
 
+use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, Layout, Result, bail};
 
 /// Who computes a product.
@@ -31,44 +32,52 @@ pub(super) fn gemm(
     if k != inner {
         bail!("matrices of shapes ({m}, {k}) and ({inner}, {n}) cannot be multiplied");
     }
-    multiply(left, right, (m, k, n), threads)
+    let Some(count) = m.checked_mul(n) else { bail!("a product of shape ({m}, {n}) has too many elements") };
+    if count == 0 || k == 0 {
+        return Ok(vec![0.0; count]);
+    }
+    // Checked for whoever computes it.
+    let (a, b) = (strided(left)?, strided(right)?);
+    if cfg!(any(feature = "mkl", feature = "accelerate")) {
+        return platform(left, right, (m, k, n));
+    }
+    Ok(multiply(&a, &b, (m, k, n), threads))
 }
 
 /// The platform's own library, where a feature asks for it.
-#[cfg(any(feature = "mkl", feature = "accelerate"))]
-fn multiply(
+fn platform(
     left: &(&CpuStorage, Layout),
     right: &(&CpuStorage, Layout),
     (m, k, n): (usize, usize, usize),
-    _: Threads,
 ) -> Result<Vec<f32>> {
-    use candle_core::backend::BackendStorage;
     match left.0.matmul(right.0, (1, m, n, k), &left.1, &right.1)? {
         CpuStorage::F32(product) => Ok(product),
         other => bail!("product is {:?}, expected f32", other.dtype()),
     }
 }
 
-#[cfg(not(any(feature = "mkl", feature = "accelerate")))]
+/// A matrix view whose every element lies inside of its storage.
+struct Strided<'a> {
+    /// The elements from the view's first on.
+    values: &'a [f32],
+    down: isize,
+    right: isize,
+}
+
 fn multiply(
-    left: &(&CpuStorage, Layout),
-    right: &(&CpuStorage, Layout),
+    left: &Strided<'_>,
+    right: &Strided<'_>,
     (m, k, n): (usize, usize, usize),
     threads: Threads,
-) -> Result<Vec<f32>> {
-    if m == 0 || n == 0 || k == 0 {
-        return Ok(vec![0.0; m * n]);
-    }
-    let (a, a_down, a_right) = strided(left)?;
-    let (b, b_down, b_right) = strided(right)?;
+) -> Vec<f32> {
     let parallelism = match (threads, rayon::current_num_threads()) {
         (Threads::All, count) if count > 1 => gemm::Parallelism::Rayon(count),
         _ => gemm::Parallelism::None,
     };
     let mut out: Vec<f32> = Vec::with_capacity(m * n);
-    // SAFETY: `strided` checked that the last element of each operand, and with it every one, lies in its slice; the
-    // result has room for m × n elements. Without `read_dst` each of them is written and none is read, so that all are
-    // initialised when the length is set.
+    // SAFETY: the last element of each operand, and with it every one, lies in its slice (`strided`); the result has
+    // room for m × n elements, a number that does not overflow (`gemm`). Without `read_dst` each of them is written and
+    // none is read, so that all are initialised when the length is set.
     unsafe {
         gemm::gemm(
             m,
@@ -78,12 +87,12 @@ fn multiply(
             1,
             n.cast_signed(),
             false,
-            a.as_ptr(),
-            a_right,
-            a_down,
-            b.as_ptr(),
-            b_right,
-            b_down,
+            left.values.as_ptr(),
+            left.right,
+            left.down,
+            right.values.as_ptr(),
+            right.right,
+            right.down,
             0.0f32,
             1.0f32,
             false,
@@ -93,12 +102,11 @@ fn multiply(
         );
         out.set_len(m * n);
     }
-    Ok(out)
+    out
 }
 
-/// The elements from a view's first on, and how far its rows and columns are apart; all of it lies inside.
-#[cfg(not(any(feature = "mkl", feature = "accelerate")))]
-fn strided<'a>((storage, layout): &(&'a CpuStorage, Layout)) -> Result<(&'a [f32], isize, isize)> {
+/// Checks that all of a view that has elements lies inside of its storage.
+fn strided<'a>((storage, layout): &(&'a CpuStorage, Layout)) -> Result<Strided<'a>> {
     let values = storage.as_slice::<f32>()?;
     let (rows, columns) = layout.shape().dims2()?;
     let &[down, right] = layout.stride() else { bail!("a matrix has two strides") };
@@ -114,7 +122,8 @@ fn strided<'a>((storage, layout): &(&'a CpuStorage, Layout)) -> Result<(&'a [f32
             values.len()
         );
     }
-    Ok((&values[layout.start_offset()..], down.cast_signed(), right.cast_signed()))
+    let values = &values[layout.start_offset()..];
+    Ok(Strided { values, down: down.cast_signed(), right: right.cast_signed() })
 }
 
 #[cfg(test)]
@@ -149,5 +158,14 @@ mod tests {
             gemm(&fits, &(&a, view((3, 4), (4, 1), 0)), Threads::One).is_err(),
             "inner dimensions differ"
         );
+    }
+
+    #[test]
+    fn more_elements_than_can_be_counted_are_refused() {
+        let one = CpuStorage::F32(vec![1.0; 12]);
+        // All rows and columns lie on top of each other, inside of the storage.
+        let (tall, wide) = (view((1 << 61, 4), (0, 1), 0), view((4, 8), (1, 0), 0));
+        let error = gemm(&(&one, tall), &(&one, wide), Threads::One).err().map(|error| error.to_string());
+        assert!(error.as_ref().is_some_and(|error| error.contains("too many elements")), "{error:?}");
     }
 }

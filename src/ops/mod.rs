@@ -86,6 +86,9 @@ fn few_rows<T: Sync>(
     dot: impl Fn(&[f32], &[T]) -> f32 + Sync,
 ) -> Vec<f32> {
     let outputs = matrix.len() / inputs;
+    if outputs == 0 {
+        return Vec::new();
+    }
     let mut out = vec![0.0f32; x.len() / inputs * outputs];
     for (x, out) in x.chunks_exact(inputs).zip(out.chunks_exact_mut(outputs)) {
         let task = task_rows(inputs);

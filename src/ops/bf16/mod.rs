@@ -61,6 +61,9 @@ impl Matrix<'_> {
             Over::Outputs => (self.outputs, self.inputs),
         };
         let rows = x.len() / inner;
+        if rows == 0 {
+            return Vec::new();
+        }
         let left = Left::new(x, inner);
         let mut out = vec![0.0f32; rows * width];
         let task = rows.div_ceil(2 * rayon::current_num_threads()).next_multiple_of(ROWS).min(TASK_ROWS);
