@@ -252,3 +252,27 @@ fn a_damaged_result_says_what_to_do_about_it() {
     std::fs::remove_file(&plan).unwrap();
     assert_eq!(compressor.run(&mut ()).unwrap().ran, [Stage::Plan]);
 }
+
+#[test]
+fn weights_whose_report_was_deleted_are_made_anew() {
+    let directory = directory();
+    let path = directory.path();
+    let compressor = compressor(path, "out").heal(heal(2));
+    compressor.run(&mut ()).unwrap();
+    let healed = |report: bool| {
+        let mut found = files(&path.join("work")).into_iter();
+        let is_wanted = |path: &PathBuf| {
+            let name = path.file_name().unwrap().to_string_lossy();
+            name.starts_with("healed-") && name.ends_with(".json") == report
+        };
+        found.find(is_wanted).unwrap()
+    };
+    let (report, kept) = (healed(true), healed(false));
+    let is_weights = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "safetensors");
+    let kept = files(&kept).into_iter().find(is_weights).unwrap();
+    let good = std::fs::read(&kept).unwrap();
+    std::fs::write(&kept, b"of another run").unwrap();
+    std::fs::remove_file(report).unwrap();
+    assert!(compressor.run(&mut ()).unwrap().ran.contains(&Stage::Heal));
+    assert!(std::fs::read(&kept).unwrap() == good);
+}

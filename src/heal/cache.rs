@@ -23,7 +23,7 @@ use crate::model::Decoder;
 use crate::ops::TopTokens;
 use crate::progress::{self, Observer};
 
-const MAGIC: &[u8; 8] = b"foldtch1";
+const MAGIC: &[u8; 8] = b"foldtch2";
 const STAGE: &str = "teacher";
 const CHECKSUM: usize = 32;
 /// No header is longer: what claims to be is damaged.
@@ -34,11 +34,11 @@ const MAX_HEADER: u64 = 1 << 16;
 #[serde(default)]
 #[non_exhaustive]
 pub struct CacheOptions {
-    /// States after this many last blocks.
+    /// States after this many last blocks; 1 by default.
     pub tail_blocks: usize,
-    /// This many likeliest tokens at every position.
+    /// This many likeliest tokens at every position; 64 by default.
     pub top_tokens: usize,
-    /// The temperature of their probabilities.
+    /// The temperature of their probabilities; that of [`Losses`] by default.
     pub temperature: f64,
 }
 
@@ -67,6 +67,8 @@ struct Header {
     vocab_size: usize,
     hidden_size: usize,
     depth: usize,
+    /// What the matrices were held in.
+    dtype: String,
     options: CacheOptions,
 }
 
@@ -100,7 +102,8 @@ impl TeacherCache {
     /// `path`, which appears when it is whole.
     ///
     /// # Errors
-    /// Options that the model cannot meet, a full disk, or a cancelling observer.
+    /// Options that the model cannot meet, [`Error::NotFinite`] for what the teacher says, a full disk, or a cancelling
+    /// observer.
     pub fn write(
         path: impl AsRef<Path>,
         teacher: &Decoder,
@@ -119,6 +122,7 @@ impl TeacherCache {
             vocab_size: arch.vocab_size,
             hidden_size: arch.hidden_size,
             depth: teacher.depth(),
+            dtype: format!("{:?}", teacher.dtype()),
             options: *options,
         };
         check_options(&header)?;
@@ -292,6 +296,13 @@ fn record(teacher: &Decoder, windows: &Windows, index: usize, options: &CacheOpt
         let values =
             state.to_device(&Device::Cpu)?.to_dtype(DType::BF16)?.flatten_all()?.to_vec1::<bf16>()?;
         record.extend(values.into_iter().flat_map(bf16::to_le_bytes));
+    }
+    let said = top.probabilities.iter().chain(&top.rest).copied().chain(halves(&record));
+    if let Some(value) = said.into_iter().find(|value| !value.is_finite()) {
+        return Err(Error::NotFinite {
+            what: format!("what the teacher says of window {index}"),
+            value: value.into(),
+        });
     }
     record.extend(top.ids.iter().flat_map(|id| id.to_le_bytes()));
     for (row, rest) in top.probabilities.chunks_exact(top.count).zip(&top.rest) {

@@ -29,8 +29,8 @@ pub enum Record {
         terms: Terms,
         /// The norm of the gradient of all that is trained, before clipping.
         gradient_norm: f64,
-        /// What the learning rates were multiplied by.
-        learning_rate: f64,
+        /// What the learning rates of all groups were multiplied by.
+        rate_factor: f64,
         /// Seconds of training so far.
         seconds: f64,
     },
@@ -109,7 +109,9 @@ impl Log {
 
 /// Whether this is the beginning of a record that was never written to its end.
 fn is_torn(line: &str) -> bool {
-    !line.ends_with('\n') && (line.starts_with(BEGIN) || BEGIN.starts_with(line))
+    // A file system that lost power may have made the file longer before it wrote to it.
+    let written = line.trim_end_matches('\0');
+    !line.ends_with('\n') && (written.starts_with(BEGIN) || BEGIN.starts_with(written))
 }
 
 #[cfg(test)]
@@ -120,7 +122,7 @@ mod tests {
     fn step(step: usize) -> String {
         format!(
             "{{\"step\":{step},\"tokens\":8,\"loss\":1.5,\"cross_entropy\":1.5,\"divergence\":0.0,\"tail\":0.0,\
-             \"gradient_norm\":0.5,\"learning_rate\":1.0,\"seconds\":0.25}}\n"
+             \"gradient_norm\":0.5,\"rate_factor\":1.0,\"seconds\":0.25}}\n"
         )
     }
 
@@ -130,7 +132,7 @@ mod tests {
         let path = directory.path().join("log");
         let held_out = "{\"step\":0,\"held_out\":2.5}\n";
         let whole = [held_out.to_string(), step(1), step(2)].concat();
-        for torn in ["", "{", "{\"step\":", "{\"step\":3,\"tok"] {
+        for torn in ["", "{", "{\"step\":", "{\"step\":3,\"tok", "{\"step\":3,\0\0", "\0\0\0"] {
             std::fs::write(&path, format!("{whole}{torn}")).unwrap();
             Log::open(Some(&path), 1, 1).unwrap();
             assert_eq!(std::fs::read_to_string(&path).unwrap(), [held_out.to_string(), step(1)].concat());

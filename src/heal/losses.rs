@@ -1,6 +1,6 @@
 //! What healing minimises.
 
-use candle_core::{D, DType, Tensor};
+use candle_core::{D, DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -17,36 +17,36 @@ use crate::ops::HeadWeights;
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct Losses {
-    /// Weight of the negative log-likelihood of the text.
+    /// Weight of the negative log-likelihood of the text; 1 by default.
     pub cross_entropy: f64,
-    /// Weight of the divergence from the teacher's next-token distribution.
+    /// Weight of the divergence from the teacher's next-token distribution; 0 by default.
     pub divergence: f64,
-    /// τ of the divergence.
+    /// τ of the divergence; 1 by default.
     pub temperature: f64,
-    /// Weight of the distance from the teacher's last hidden states.
+    /// Weight of the distance from the teacher's last hidden states; 0 by default.
     pub tail: f64,
-    /// How many last blocks are held to the teacher's.
+    /// How many last blocks are held to the teacher's; 1 by default.
     pub tail_blocks: usize,
 }
 
 impl Default for Losses {
     /// The text alone: what needs no teacher.
     fn default() -> Self {
-        Self { cross_entropy: 1.0, divergence: 0.0, temperature: 2.0, tail: 0.0, tail_blocks: 1 }
+        Self { cross_entropy: 1.0, divergence: 0.0, temperature: 1.0, tail: 0.0, tail_blocks: 1 }
     }
 }
 
 impl Losses {
-    /// The text, and the teacher's logits.
+    /// The text, and the teacher's logits at weight 0.5.
     #[must_use]
     pub fn logits() -> Self {
-        Self { divergence: 1.0, ..Self::default() }
+        Self { divergence: 0.5, ..Self::default() }
     }
 
-    /// The text, the teacher's logits, and its last hidden state.
+    /// The text, the teacher's logits at weight 0.5, and its last hidden state at weight 0.3.
     #[must_use]
     pub fn tail() -> Self {
-        Self { tail: 1.0, ..Self::logits() }
+        Self { tail: 0.3, ..Self::logits() }
     }
 
     /// Whether any term needs a teacher.
@@ -135,19 +135,20 @@ pub(super) fn relative_distance(student: &Tensor, teacher: &Tensor) -> Result<(f
         let expected = format!("{:?} as the student's", student.dims());
         return Err(Error::argument("the teacher's hidden state", format!("{:?}", teacher.dims()), expected));
     }
-    let difference = (student - teacher)?;
+    // Off the CPU, vectors of a model in half precision are in half precision too.
+    let (dtype, teacher) = (student.dtype(), &teacher.to_dtype(DType::F32)?);
+    let difference = (student.to_dtype(DType::F32)? - teacher)?;
     // A state of zeros has no direction to be held to; the bound keeps its term finite.
     let size = teacher.sqr()?.sum_keepdim(D::Minus1)?.maximum(1e-12)?;
     let ratios = difference.sqr()?.sum_keepdim(D::Minus1)?.div(&size)?;
-    let total = ratios.to_dtype(DType::F64)?.sum_all()?.to_scalar::<f64>()?;
-    Ok((total, (difference.broadcast_div(&size)? * 2.0)?))
+    // On the CPU: not every device knows f64.
+    let total = ratios.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.sum_all()?.to_scalar::<f64>()?;
+    Ok((total, (difference.broadcast_div(&size)? * 2.0)?.to_dtype(dtype)?))
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use candle_core::Device;
-
     use super::*;
 
     fn tensor(values: [f32; 6]) -> Tensor {

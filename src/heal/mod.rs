@@ -16,7 +16,7 @@
 //!
 //! ```
 //! use foldgpt::candle::{DType, Device};
-//! use foldgpt::heal::{Budget, Heal, Losses, Teacher};
+//! use foldgpt::heal::{Budget, Heal, Losses, Teacher, hold_out};
 //! use foldgpt::{Bos, Checkpoint, Windows};
 //!
 //! let checkpoint = Checkpoint::open("examples/tiny-stories")?;
@@ -24,10 +24,11 @@
 //! let cut = dense.with_blocks(&[0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11])?;
 //! let text = "Anna lost her red kite near the old bridge. ".repeat(60);
 //! let windows = Windows::from_text(&checkpoint.tokenizer()?, &text, 64, Some(4), Bos::Auto)?;
+//! let (train, choosing) = hold_out(&windows)?;
 //!
 //! let mut heal = Heal::default();
 //! (heal.budget, heal.batch, heal.losses) = (Budget::Steps(3), 2, Losses::tail());
-//! let healed = heal.run(&cut, &windows, Some(&windows), Some(Teacher::Model(&dense)), &mut ())?;
+//! let healed = heal.run(&cut, &train, Some(&choosing), Some(Teacher::Model(&dense)), &mut ())?;
 //! assert_eq!(healed.report.steps, 3);
 //! # Ok::<(), foldgpt::Error>(())
 //! ```

@@ -11,7 +11,7 @@ use super::trainable::{Lora, ParamGroup, Trainable};
 use crate::error::{Error, Result};
 
 /// A small fine-tune that gives a cut and folded model back what it lost, as a `FoldGPT` ends (arXiv 2407.00928): on
-/// the text, the teacher's logits and the teacher's last hidden states.
+/// the text, and where [`losses`](Self::losses) say so on the teacher's logits and its last hidden states.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
@@ -37,12 +37,13 @@ pub struct Heal {
     pub seed: u64,
     /// Steps between measurements on the held-out windows, 25 by default; the first and the last are always measured.
     pub evaluate_every: usize,
-    /// Stops after this many measurements without a lowest loss; never where absent, as by default.
+    /// Stops after this many measurements on held-out windows without a lowest loss; never where absent, as by default.
     pub patience: Option<usize>,
     /// Steps between states, 20 by default; a run that is cancelled saves what is done.
     pub save_every: usize,
     /// Where the state is kept, and gone on from where it exists and fits: options, text, model and teacher have to be
-    /// the same. Of a model, its architecture and the first values of every tensor are compared. Nowhere by default.
+    /// the same. Of a model, its architecture and the first values of every tensor are compared. One run at a time has
+    /// it: nothing locks it. Nowhere by default.
     #[serde(skip)]
     pub state_file: Option<PathBuf>,
     /// Where every step is logged, as JSON Lines of [`Record`](super::Record). A log that is there goes on with the
@@ -60,7 +61,7 @@ pub enum Budget {
     Steps(usize),
     /// As many steps as read this many predicted tokens, rounded up.
     Tokens(usize),
-    /// Steps until this many minutes are over, those of interrupted runs included: the last step, and the measurement
+    /// Steps until this many minutes are over, those of interrupted runs up to their last state included: the last step, and the measurement
     /// after it, end beyond them. The one budget under which a result depends on the speed of the machine.
     Minutes(f64),
 }
@@ -108,6 +109,9 @@ impl Heal {
                 return Err(Error::argument("budget in minutes", minutes, "a positive number"));
             }
             _ => {}
+        }
+        if self.patience == Some(0) {
+            return Err(Error::argument("patience", 0, "at least 1"));
         }
         if let Some(limit) = self.max_grad_norm.filter(|limit| limit.is_nan() || *limit <= 0.0) {
             return Err(Error::argument("max_grad_norm", limit, "a positive number"));

@@ -59,6 +59,9 @@ impl<'a> Teacher<'a> {
         let arch = student.architecture();
         let (vocab, hidden, depth) = match self {
             Self::Model(teacher) => {
+                if losses.divergence > 0.0 {
+                    teacher.head()?;
+                }
                 let arch = teacher.architecture();
                 (arch.vocab_size, arch.hidden_size, teacher.depth())
             }

@@ -18,7 +18,7 @@ use super::trainable::Student;
 use crate::data::Windows;
 use crate::error::{Error, Result};
 use crate::eval::perplexity;
-use crate::model::Decoder;
+use crate::model::{BlockSource, Decoder};
 use crate::progress::{self, Observer};
 
 const STAGE: &str = "heal";
@@ -61,10 +61,10 @@ impl Heal {
     /// same weights, bit for bit, as one that was not; unless its budget is one of time.
     ///
     /// # Errors
-    /// Options outside of their range; a teacher that does not fit; [`Error::NoGradient`] for something trained that
+    /// Options outside of their range; a teacher that does not fit; [`Error::Quantized`] where there is no way back; [`Error::NoGradient`] for something trained that
     /// no loss depends on; [`Error::NotFinite`] for a loss, gradient or trained number that is not finite, with its
     /// step (the state file then holds numbers that are); a state file of another healing; a log file that is no log;
-    /// or a cancelling observer, after what is done was saved.
+    /// files that cannot be read or written; or a cancelling observer, after what is done was saved.
     pub fn run(
         &self,
         decoder: &Decoder,
@@ -74,6 +74,9 @@ impl Heal {
         observer: &mut dyn Observer,
     ) -> Result<Healed> {
         self.check()?;
+        if let Some(patience) = self.patience.filter(|_| held_out.is_none()) {
+            return Err(Error::argument("patience", patience, "none without held-out windows"));
+        }
         match teacher {
             Some(teacher) => teacher.check(&self.losses, decoder, windows)?,
             None => self.losses.check(decoder.depth(), None)?,
@@ -152,14 +155,17 @@ impl<'a> Run<'a> {
         if first > 0 {
             tracing::debug!(step = first, "healing goes on from its state");
         }
-        self.evaluate(total, observer)?;
-        while !self.state.position.stopped && self.progress(0.0) < 1.0 {
+        loop {
+            // Once: a budget of time may end between two looks at the clock.
+            let spent = self.progress(0.0) >= 1.0;
+            self.evaluate(spent, total, observer)?;
+            if spent || self.state.position.stopped {
+                return Ok(());
+            }
             self.step(total, observer)?;
             progress::advance(STAGE, self.done(0.0, total), total, observer)?;
             self.tell_time_left(first, observer);
-            self.evaluate(total, observer)?;
         }
-        Ok(())
     }
 
     /// Fails for a trained number that is not finite.
@@ -222,7 +228,7 @@ impl<'a> Run<'a> {
         let tokens = step * self.heal.batch * (self.windows.seq_len() - 1);
         let seconds = self.seconds();
         let record =
-            Record::Step { step, tokens, loss, terms, gradient_norm: norm, learning_rate: rate, seconds };
+            Record::Step { step, tokens, loss, terms, gradient_norm: norm, rate_factor: rate, seconds };
         self.log.add(&record)?;
         observer.measured(STAGE, "loss", loss);
         Ok(())
@@ -286,9 +292,8 @@ impl<'a> Run<'a> {
     }
 
     /// Measures the held-out loss where that is due, and keeps the weights where it is the lowest.
-    fn evaluate(&mut self, total: u64, observer: &mut dyn Observer) -> Result<()> {
+    fn evaluate(&mut self, last: bool, total: u64, observer: &mut dyn Observer) -> Result<()> {
         let step = self.state.position.step;
-        let last = self.progress(0.0) >= 1.0;
         let known = self.state.position.held_out.last().is_some_and(|(at, _)| *at == step);
         let due = step.is_multiple_of(self.heal.evaluate_every) || last;
         let Some(held_out) = self.held_out.filter(|_| due && !known) else { return Ok(()) };
@@ -358,6 +363,8 @@ fn identity(
     };
     let held_out = held_out.map(Windows::ids_sha256);
     let parts = (
+        env!("CARGO_PKG_VERSION"),
+        format!("{:?}", decoder.kernels()),
         heal.deciding(),
         decoder.fingerprint()?,
         format!("{:?}", decoder.dtype()),

@@ -3,11 +3,14 @@
 //! Only the input of every unit is kept; each unit is computed again on the way back, so that no graph ever spans
 //! more than one. Memory beyond the weights: one input a unit, one unit's activations, one chunk of logits.
 
+use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
 
+use super::adapter::LowRank;
 use super::block::Block;
 use super::decoder::{Decoder, Pass};
-use super::params::BlockParam;
+use super::params::{BlockParam, Projection};
+use super::residual::Ending;
 use super::unit::{Part, Unit};
 use crate::error::{Error, Result};
 
@@ -223,6 +226,75 @@ impl Decoder {
         let rest = Tensor::zeros((seq - targets.len(), width), gradient.dtype(), gradient.device())?;
         Ok((total, Tensor::cat(&[gradient, rest], 0)?.unsqueeze(0)?))
     }
+
+    /// Takes `upstream`, the gradient of a block's output, back through the block: the gradients of its input `x`,
+    /// where it is wanted, and of all of `wanted` that it uses.
+    ///
+    /// Where the block ends with a frozen product that joins the residual stream as it is, or by a frozen scale, that
+    /// product is never made: its part in the gradient is `upstream` taken back through its matrix. The gradient of a
+    /// scale needs what it scales.
+    pub(crate) fn block_vjp(
+        &self,
+        index: usize,
+        (x, wants_input): (&Tensor, bool),
+        upstream: &Tensor,
+        wanted: impl IntoIterator<Item = Tensor>,
+        pass: &Pass<'_>,
+    ) -> Result<(Option<Tensor>, Vec<Option<Tensor>>)> {
+        let (block, kernels) = (self.block(index)?, self.kernels);
+        let x = if wants_input { Var::from_tensor(x)?.into_inner() } else { x.detach() };
+        let last = if block.has(Part::Mlp) { Projection::Down } else { Projection::O };
+        let mut bare = block.clone();
+        let adapter = std::mem::take(&mut bare.own.adapters[last]);
+        let frozen = |ending: &Ending| {
+            let bias = ending.bias.as_ref().is_some_and(Tensor::track_op);
+            !ending.weight.track_op() && !bias && !adapter.scale.as_ref().is_some_and(Tensor::track_op)
+        };
+        let total = match bare.plain_ending(Part::Whole).filter(frozen) {
+            Some(ending) => {
+                let (state, inside) = bare.before(&ending, Part::Whole, &x, pass)?;
+                let scaled = match &adapter.scale {
+                    Some(scale) => kernels.scale(upstream, scale)?,
+                    None => upstream.clone(),
+                };
+                let into = kernels.linear_back(&scaled, &ending.weight)?;
+                let mut total = (kernels.inner(&state, upstream)? + kernels.inner(&inside, &into)?)?;
+                if let Some(LowRank { a, b }) = &adapter.low_rank {
+                    let residual = kernels.linear(&kernels.linear(&inside, a, None)?, b, None)?;
+                    total = (total + kernels.inner(&residual, upstream)?)?;
+                }
+                total
+            }
+            None => kernels.inner(&block.forward(&x, pass, None)?, upstream)?,
+        };
+        let mut gradients = total.backward()?;
+        let through = wants_input.then(|| of_input(&mut gradients, &x)).transpose()?;
+        Ok((through, of_wanted(&mut gradients, wanted)))
+    }
+
+    /// As [`block_vjp`](Self::block_vjp), of the final norm: `(rows, hidden)`.
+    pub(crate) fn final_norm_vjp(
+        &self,
+        x: &Tensor,
+        upstream: &Tensor,
+        wanted: impl IntoIterator<Item = Tensor>,
+    ) -> Result<(Tensor, Vec<Option<Tensor>>)> {
+        let x = Var::from_tensor(x)?;
+        let mut gradients = self.kernels.inner(&self.normalised(x.as_tensor())?, upstream)?.backward()?;
+        Ok((of_input(&mut gradients, x.as_tensor())?, of_wanted(&mut gradients, wanted)))
+    }
+
+    /// As [`block_vjp`](Self::block_vjp), of the embedding of `(batch, seq)` ids.
+    pub(crate) fn embedding_vjp(
+        &self,
+        ids: &Tensor,
+        upstream: &Tensor,
+        wanted: impl IntoIterator<Item = Tensor>,
+    ) -> Result<Vec<Option<Tensor>>> {
+        let pass = self.pass(0, ids.dims2()?.1)?;
+        let mut gradients = self.kernels.inner(&self.embed(ids, &pass)?, upstream)?.backward()?;
+        Ok(of_wanted(&mut gradients, wanted))
+    }
 }
 
 /// `x + gate · (y − x)`.
@@ -236,4 +308,15 @@ fn gated(x: &Tensor, y: &Tensor, gate: f64) -> Result<Tensor> {
 fn value(scalar: &Tensor) -> Result<f64> {
     // On the CPU: not every device knows f64.
     Ok(scalar.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.to_scalar()?)
+}
+
+/// The gradient with respect to an input, which has to be there.
+fn of_input(gradients: &mut GradStore, x: &Tensor) -> Result<Tensor> {
+    let missing = || Error::NoGradient { tensor: "the input of a block or of the final norm".into() };
+    gradients.remove(x).ok_or_else(missing)
+}
+
+/// The gradients with respect to all of `wanted` that the result depends on.
+fn of_wanted(gradients: &mut GradStore, wanted: impl IntoIterator<Item = Tensor>) -> Vec<Option<Tensor>> {
+    wanted.into_iter().map(|tensor| gradients.remove(&tensor)).collect()
 }

@@ -67,7 +67,7 @@ mod tests {
     fn step(step: usize) -> Record {
         let line = format!(
             r#"{{"step": {step}, "tokens": 1, "loss": {step}, "cross_entropy": 1.0, "divergence": 2.0, "tail": 3.0,
-            "gradient_norm": 1.0, "learning_rate": 1.0, "seconds": 1.0}}"#
+            "gradient_norm": 1.0, "rate_factor": 1.0, "seconds": 1.0}}"#
         );
         serde_json::from_str(&line).unwrap()
     }

@@ -203,8 +203,12 @@ impl<'a> Run<'a> {
                 return Err(Error::recipe("heal", "there are no windows to heal on"));
             };
             let teacher = heal.losses.need_teacher().then_some(Teacher::Model(&dense));
+            // A run that was killed right after it had written its weights left its state too.
+            let goes_on = heal.state_file.as_ref().is_some_and(|state| state.exists());
             let healed = heal.run(&folded, train, Some(choosing), teacher, observer)?;
-            // Whole where it exists: a run that was killed right after it was written left it.
+            if weights.exists() && !goes_on {
+                std::fs::remove_dir_all(&weights).map_err(Error::io("remove", &weights))?;
+            }
             if !weights.exists() {
                 let compact = SaveOptions::from(Format::Compact);
                 run.inputs.checkpoint.save(&healed.decoder, None, &weights, &compact, observer)?;

@@ -191,6 +191,7 @@ def main() -> None:
         return
     print(f"{versions}, {arguments.threads} threads, {conditions}; medians of ratios within a round")
     report(times)
+    print("greedy: foldgpt runs what candidates have in common once, PyTorch every candidate whole")
 
 
 if __name__ == "__main__":
