@@ -1,7 +1,7 @@
 //! How time and memory grow with blocks, tokens, vocabulary and window length, each doubled while the others stay.
 //!
 //! ```text
-//! RAYON_NUM_THREADS=2 cargo bench --bench growth
+//! RAYON_NUM_THREADS=2 cargo bench --bench growth [-- vocabulary]
 //! ```
 //!
 //! Memory is what was allocated beyond the weights, at its highest, counted by the allocator. Behind each figure
@@ -9,6 +9,8 @@
 #![allow(missing_docs, clippy::print_stdout, clippy::unwrap_used, clippy::expect_used)]
 
 mod support;
+
+use std::time::Instant;
 
 use foldgpt::heal::Losses;
 use foldgpt::importance::{BlockInfluence, Importance};
@@ -20,8 +22,8 @@ use support::{median, random, seconds, smollm2, windows_of, work};
 #[global_allocator]
 static ALLOCATOR: PeakAlloc = PeakAlloc;
 
-/// Every figure is the median of so many runs.
-const RUNS: usize = 5;
+/// Every figure is the median of as many runs as take this long together, of at least one.
+const SECONDS: f64 = 6.0;
 
 /// What is measured; one of these is doubled.
 #[derive(Clone, Copy)]
@@ -53,6 +55,12 @@ const COUPLING: Work = ("exact coupling", |decoder, windows| {
 
 fn main() {
     let with_coupling = [&WORKS[..], &[COUPLING]].concat();
+    let wanted = std::env::args().skip(1).find(|argument| !argument.starts_with('-'));
+    let table = |axis: &str, first, works: &[Work], size: fn(usize) -> Size| {
+        if wanted.as_ref().is_none_or(|wanted| axis.contains(wanted.as_str())) {
+            table(axis, first, works, size);
+        }
+    };
     table("blocks", SMALL.blocks, &with_coupling, |blocks| Size { blocks, ..SMALL });
     table("windows", SMALL.windows, &WORKS, |windows| Size { windows, ..SMALL });
     table("vocabulary", SMALL.vocab, &WORKS, |vocab| Size { vocab, ..SMALL });
@@ -95,7 +103,10 @@ fn measure(size: Size, work: fn(&Decoder, &Windows)) -> Figures {
     work(&decoder, &windows); // pools of threads and their buffers are there from now on
     let held = ALLOCATOR.current_usage();
     ALLOCATOR.reset_peak_usage();
-    let times = (0..RUNS).map(|_| 1e3 * seconds(|| work(&decoder, &windows))).collect();
+    let (start, mut times) = (Instant::now(), Vec::new());
+    while times.is_empty() || start.elapsed().as_secs_f64() < SECONDS {
+        times.push(1e3 * seconds(|| work(&decoder, &windows)));
+    }
     let megabytes = (ALLOCATOR.peak_usage() - held) as f64 / 1e6;
     Figures { milliseconds: median(times), megabytes }
 }

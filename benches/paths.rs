@@ -5,8 +5,9 @@
 //! ```
 //!
 //! Prints, after criterion's timings, a table of the share of its bound that each path reaches. Bounds: for what computes,
-//! its matrix products alone, by the same gemm on operands of the same shapes in f32 (a gate step and a healing step are
-//! three forward passes: there, again, and back); for coupling, the blocks and heads that it runs, as they run by
+//! the matrix products of a forward pass, by the same gemm on operands of the same shapes in f32 (a gate step and a healing
+//! step are three of them: there, again, and back, although less is multiplied: on the way back no block's last product
+//! is made again, nor is the head's); for coupling, the blocks and heads that it runs, as they run by
 //! themselves; for decoding, the bytes of the weights at the rate at which all threads read memory.
 #![allow(missing_docs, clippy::print_stdout, clippy::unwrap_used, clippy::expect_used)]
 
@@ -66,15 +67,17 @@ impl<'a> Path<'a> {
         self.rounds < 7
     }
 
-    /// A line of the table: medians over interleaved pairs.
+    /// A line of the table: medians over interleaved pairs, and the least and largest share.
     fn line(&self) -> String {
         (self.run)(); // before it counts
         let pairs: Vec<(f64, f64)> = (0..self.rounds).map(|_| ((self.bound)(), seconds(&self.run))).collect();
         let of = |value: fn(&(f64, f64)) -> f64| median(pairs.iter().map(value).collect());
         let (bound, time, share) =
             (of(|pair| pair.0 * 1e3), of(|pair| pair.1 * 1e3), of(|pair| 100.0 * pair.0 / pair.1));
+        let shares = pairs.iter().map(|pair| 100.0 * pair.0 / pair.1);
+        let (least, most) = (shares.clone().fold(f64::INFINITY, f64::min), shares.fold(0.0, f64::max));
         let goal = self.goal.map(|goal| format!("{:.0} %", 100.0 * goal)).unwrap_or_default();
-        format!("| {} | {time:.1} | {bound:.1} | {share:.0} % | {goal} |", self.name)
+        format!("| {} | {time:.1} | {bound:.1} | {share:.0} % ({least:.0}–{most:.0}) | {goal} |", self.name)
     }
 }
 
