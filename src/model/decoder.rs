@@ -290,7 +290,9 @@ impl Decoder {
         let seq = seq_of(ids)?;
         let pass = self.pass(cache.len(), seq)?;
         let before = cache.len();
-        let state = self.extend_blocks(ids, &pass, cache);
+        // On a thread of the pool: from outside, every operation that is shared out is handed over to one and waited for,
+        // which for a few tokens takes as long as a small product.
+        let state = rayon::scope(|_| self.extend_blocks(ids, &pass, cache));
         // After an error no block may remember tokens that others do not.
         if state.is_ok() {
             cache.advance(seq);
