@@ -81,7 +81,13 @@ fn streaming_holds_two_blocks_and_copying_a_tensor() {
     };
     // What is said before.
     let say = |checkpoint: &Checkpoint, method: Method, dtype: DType, options: &MethodOptions| match method
-        .residence(checkpoint, dtype, &windows(4), options, Bytes(model as u64 / 2))
+        .residence(
+            checkpoint,
+            dtype,
+            &windows(4),
+            options,
+            Bytes((model / F32 * dtype.size_in_bytes()) as u64 / 10 * 9),
+        )
         .unwrap()
     {
         Residence::Streamed { bytes, .. } => bytes as usize,

@@ -95,11 +95,11 @@ impl<'a> Footprint<'a> {
         (self.weights_streamed(checkpoint) + activations).saturating_add(states.saturating_mul(self.state()))
     }
 
-    /// Two blocks, and what takes to read one, or one of the ends.
+    /// Two blocks, what it takes to read one, and one of the ends: an allocator may keep what an end has given back.
     fn weights_streamed(&self, checkpoint: &Checkpoint) -> u64 {
         let block = (0..self.arch.depth()).map(|depth| self.block(depth)).max().unwrap_or_default();
         let (beside_blocks, end) = checkpoint.reading_bytes(self.dtype);
-        (2 * block + beside_blocks).max(end + ROWS * self.arch.vocab_size as u64 * 4)
+        2 * block + beside_blocks + end + ROWS * self.arch.vocab_size as u64 * 4
     }
 
     /// A block that is read alone: its matrices, whichever depth holds them, and its adapters.
