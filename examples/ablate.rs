@@ -151,12 +151,21 @@ fn main() -> anyhow::Result<()> {
         "one of --heal-steps, --heal-tokens and --heal-minutes is needed"
     );
     let tasks = Task::read_all(&args.tasks, args.limit)?;
+    let models = args.models.iter().map(|model| Ok((name_of(model)?, cli::open(model, None)?)));
+    let models = models.collect::<anyhow::Result<Vec<_>>>()?;
     let checkpoint = cli::open(&args.dense, None)?;
     let tokenizer = checkpoint.tokenizer()?;
     let text = foldgpt::data::read_documents(&args.text, &args.field)?;
     let (first, held_out) = args.window.split(&tokenizer, &text, None, args.eval_windows)?;
     let (train, choosing) = hold_out(&first)?;
     let decoder = cli::load(&checkpoint, args.dtype.dtype())?;
+    for (_, model) in &models {
+        cli::heal::check_tokenizers(model, &checkpoint)?;
+        let student = cli::load(model, args.dtype.dtype())?.sharing(&decoder)?;
+        for heal in args.distill.iter().filter_map(|&distill| args.heal(&Train::ALL, distill)) {
+            heal.check_run(&student, &train, Some(&choosing), Some(Teacher::Model(&decoder)))?;
+        }
+    }
     let work = open_work(&args, &checkpoint, &tasks, [&train, &choosing, &held_out])?;
     let dense = Model { name: "dense".into(), checkpoint, decoder };
     let setting = Setting { args: &args, tokenizer, train, choosing, held_out, tasks, work };
@@ -164,9 +173,7 @@ fn main() -> anyhow::Result<()> {
     let mut rows = vec![setting.row(&dense, &[], Distill::None, None)?];
     rows.push(setting.row(&dense, &Train::ALL, Distill::None, None)?);
     let corrected = args.correct_teacher.then(|| setting.corrected(&dense)).transpose()?;
-    for model in &args.models {
-        let name = Path::new(model).file_name().map_or(model.clone(), |name| name.to_string_lossy().into());
-        let checkpoint = cli::open(model, None)?;
+    for (name, checkpoint) in models {
         let name = format!("{name} {:.8}", checkpoint.sha256(&mut cli::Bars::default())?);
         let decoder = cli::load(&checkpoint, args.dtype.dtype())?.sharing(&dense.decoder)?;
         let model = Model { name, checkpoint, decoder };
@@ -257,6 +264,12 @@ impl Setting<'_> {
             report,
         })
     }
+}
+
+/// The last part of a path.
+fn name_of(model: &str) -> anyhow::Result<String> {
+    let name = Path::new(model).file_name().with_context(|| format!("{model} has no name"))?;
+    Ok(name.to_string_lossy().into())
 }
 
 /// The directory of rows, for one setting: all that every row depends on.

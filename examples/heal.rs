@@ -14,6 +14,7 @@ mod table;
 
 use std::path::PathBuf;
 
+use anyhow::ensure;
 use clap::Parser;
 use foldgpt::candle::DType;
 use foldgpt::checkpoint::check_destination;
@@ -34,7 +35,7 @@ struct Args {
     teacher: Option<String>,
     /// Keep the teacher's last states and likeliest tokens in this file, made where it does not exist: the teacher is
     /// then in memory while that is done, and not while the model is healed
-    #[arg(long, requires = "teacher")]
+    #[arg(long)]
     teacher_cache: Option<PathBuf>,
     /// Text, or JSON Lines (*.jsonl): its first 80 % train, its last 20 % evaluate
     #[arg(long)]
@@ -67,6 +68,8 @@ fn main() -> anyhow::Result<()> {
     let Some(heal) = args.heal.heal(args.seed)? else {
         anyhow::bail!("one of --heal-steps, --heal-tokens and --heal-minutes is needed");
     };
+    let caches = args.teacher_cache.is_some();
+    ensure!(!caches || heal.losses.need_teacher(), "--teacher-cache is for --distill tail and logits");
     cli::heal::HealArgs::check_teacher(&heal.losses, args.teacher.is_some())?;
     check_destination(&args.out)?;
     let mut bars = cli::Bars::default();
@@ -79,6 +82,9 @@ fn main() -> anyhow::Result<()> {
     let (train, choosing) = hold_out(&train)?;
 
     let original = args.teacher.as_ref().map(|name| cli::open(name, None)).transpose()?;
+    if let Some(original) = &original {
+        cli::heal::check_tokenizers(&checkpoint, original)?;
+    }
     // No two models are in memory together but a student and the teacher that it shares tensors with.
     let bytes = checkpoint.tensor_bytes();
     let before = Row::measure("before", bytes, &cli::load(&checkpoint, DType::F32)?, &held_out, &mut bars)?;

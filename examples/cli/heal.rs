@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 use foldgpt::checkpoint::ModelCard;
 use foldgpt::heal::{Budget, Heal, HealReport, Lora, Losses, ParamGroup, Trainable};
 use foldgpt::model::Projection;
-use foldgpt::{Format, Perplexity};
+use foldgpt::{Checkpoint, Format, Perplexity};
 
 // Whether a model is healed, what is trained, and what it learns from.
 #[derive(Debug, Clone, Args)]
@@ -16,7 +16,7 @@ pub struct HealArgs {
     #[command(flatten)]
     pub tuning: TuningArgs,
     /// What of the original model the healed one is held to: its last hidden states and logits (the default), its
-    /// logits, nothing
+    /// logits, nothing, which may be best for a text of a kind that it knows little of
     #[arg(long, value_enum, requires = "budget")]
     pub distill: Option<Distill>,
     /// What is trained; norms, scales and lora by default
@@ -90,13 +90,13 @@ pub struct TuningArgs {
     /// Weight of the text's loss (1 by default)
     #[arg(long, requires = "budget")]
     pub ce_weight: Option<f64>,
-    /// Weight of the divergence from the teacher's logits (1 by default)
+    /// Weight of the divergence from the teacher's logits (0.5 by default)
     #[arg(long, requires = "budget")]
     pub kl_weight: Option<f64>,
-    /// Temperature of that divergence (2 by default)
+    /// Temperature of that divergence (1 by default)
     #[arg(long, requires = "budget")]
     pub temperature: Option<f64>,
-    /// Weight of the distance from the teacher's last hidden states (1 by default)
+    /// Weight of the distance from the teacher's last hidden states (0.3 by default)
     #[arg(long, requires = "budget")]
     pub tail_weight: Option<f64>,
     /// How many last blocks are held to the teacher's (1 by default)
@@ -169,6 +169,14 @@ pub fn card(mut card: ModelCard, report: &HealReport, taught: bool, models: [&Pe
         super::protocol_of(after)
     );
     card
+}
+
+/// Fails for a teacher whose tokens are others than the model's.
+pub fn check_tokenizers(model: &Checkpoint, teacher: &Checkpoint) -> Result<()> {
+    let [of_model, of_teacher] = [model, teacher].map(Checkpoint::tokenizer);
+    let same = of_model?.inner().get_vocab(true) == of_teacher?.inner().get_vocab(true);
+    ensure!(same, "the teacher has other tokens than the model: it cannot say what comes next");
+    Ok(())
 }
 
 impl TuningArgs {

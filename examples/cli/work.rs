@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -17,7 +17,14 @@ impl Work {
             .with_context(|| format!("cannot create {}", directory.display()))?;
         let work = Self(directory.clone());
         let found: Vec<String> = work.kept("protocol", || Ok(protocol.to_vec()))?;
-        ensure!(found == protocol, "{} holds results of another run: {found:?}", directory.display());
+        let differ = found.iter().zip(protocol).find(|(found, expected)| found != expected);
+        if let Some((found, expected)) = differ {
+            bail!(
+                "{} holds results of another run: of {found}, and not of {expected}; take another directory, or delete it",
+                directory.display()
+            );
+        }
+        ensure!(found.len() == protocol.len(), "{} is of another version", directory.display());
         Ok(work)
     }
 

@@ -187,7 +187,10 @@ impl TeacherCache {
             return Ok(());
         }
         let found = &self.header.windows_sha256;
-        let reason = format!("is of windows with sha256 {found}, expected {expected}");
+        let reason = format!(
+            "is of windows with sha256 {found}, expected {expected}: of another text, or cut otherwise; delete it to have it \
+             made anew"
+        );
         Err(Error::format(&self.path, reason))
     }
 

@@ -39,6 +39,7 @@ mod cache;
 mod choosing;
 #[cfg(test)]
 mod gradient_tests;
+mod identity;
 mod log;
 mod losses;
 mod options;

@@ -16,7 +16,8 @@ use crate::error::{Error, Result};
 #[serde(default, deny_unknown_fields)]
 #[non_exhaustive]
 pub struct Heal {
-    /// How long it takes; 200 steps by default.
+    /// How long it takes; 200 steps by default. It is decided before the first step: the learning rate follows it, and a
+    /// state goes on under the same budget alone.
     pub budget: Budget,
     /// Windows in each step; 4 by default.
     pub batch: usize,
@@ -104,7 +105,8 @@ impl Heal {
             return Err(Error::argument(name, 0, "at least 1"));
         }
         match self.budget {
-            Budget::Steps(0) | Budget::Tokens(0) => return Err(Error::argument("budget", 0, "at least 1")),
+            Budget::Steps(0) => return Err(Error::argument("budget in steps", 0, "at least 1")),
+            Budget::Tokens(0) => return Err(Error::argument("budget in tokens", 0, "at least 1")),
             Budget::Minutes(minutes) if !(minutes.is_finite() && minutes > 0.0) => {
                 return Err(Error::argument("budget in minutes", minutes, "a positive number"));
             }

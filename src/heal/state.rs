@@ -13,12 +13,13 @@ use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use serde::{Deserialize, Serialize};
 
 use super::adamw::Moments;
+use super::identity::Identity;
 use super::trainable::{Student, Trained};
 use crate::checkpoint::{self, Entry};
 use crate::error::{Error, Result};
 use crate::file;
 
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const METADATA: &str = "heal";
 /// What is kept of every trained tensor, the last where there is a best.
 const KINDS: [&str; 4] = ["value", "mean", "variance", "best"];
@@ -30,7 +31,7 @@ const CHUNK: usize = 1 << 16;
 pub(super) struct Position {
     version: u32,
     /// What the state belongs to: options, text, model and teacher.
-    identity: String,
+    identity: Identity,
     /// Steps that are done.
     pub step: usize,
     /// Seconds spent on them.
@@ -58,7 +59,7 @@ impl Position {
 }
 
 impl State {
-    pub(super) fn new(identity: String, student: &Student) -> Self {
+    pub(super) fn new(identity: Identity, student: &Student) -> Self {
         let position = Position {
             version: VERSION,
             identity,
@@ -126,7 +127,7 @@ impl State {
     }
 
     /// The state in a file, which has to be one of this healing, read tensor by tensor; the student gets its values.
-    pub(super) fn read(path: &Path, identity: &str, student: &Student) -> Result<Self> {
+    pub(super) fn read(path: &Path, identity: &Identity, student: &Student) -> Result<Self> {
         let unreadable = |reason: String| Error::format(path, format!("is no state of a healing: {reason}"));
         let (about, stored) = checkpoint::header(path).map_err(|error| match error {
             Error::Format { reason, .. } => unreadable(reason),
@@ -135,8 +136,11 @@ impl State {
         let json =
             about.get(METADATA).ok_or_else(|| unreadable(format!("it has no metadata `{METADATA}`")))?;
         let position: Position = serde_json::from_str(json).map_err(|error| unreadable(error.to_string()))?;
-        if position.version != VERSION || position.identity != identity {
-            let reason = "is the state of another healing: of other options, text, model or teacher";
+        if position.version != VERSION || position.identity != *identity {
+            let differ = position.identity.differences(identity).join(", ");
+            let reason = format!(
+                "is the state of another healing ({differ}): delete it, or keep this one's elsewhere"
+            );
             return Err(Error::format(path, reason));
         }
         let get = |kind, trained: &Trained| read(path, &stored, &name(kind, trained), trained);

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::adamw::{self, Update};
 use super::backward::{Backward, Gradients, Uses};
+use super::identity::Identity;
 use super::log::{Log, Record};
 use super::losses::Terms;
 use super::options::{Budget, Heal};
@@ -18,7 +19,7 @@ use super::trainable::Student;
 use crate::data::Windows;
 use crate::error::{Error, Result};
 use crate::eval::perplexity;
-use crate::model::{BlockSource, Decoder};
+use crate::model::Decoder;
 use crate::progress::{self, Observer};
 
 const STAGE: &str = "heal";
@@ -54,6 +55,27 @@ pub struct HealReport {
 }
 
 impl Heal {
+    /// Fails where [`run`](Self::run) would before any work: for what many healings are asked for at once.
+    ///
+    /// # Errors
+    /// Options outside of their range, or a teacher that does not fit.
+    pub fn check_run(
+        &self,
+        decoder: &Decoder,
+        windows: &Windows,
+        held_out: Option<&Windows>,
+        teacher: Option<Teacher<'_>>,
+    ) -> Result<()> {
+        self.check()?;
+        if let Some(patience) = self.patience.filter(|_| held_out.is_none()) {
+            return Err(Error::argument("patience", patience, "none without held-out windows"));
+        }
+        match teacher {
+            Some(teacher) => teacher.check(&self.losses, decoder, windows),
+            None => self.losses.check(decoder.depth(), None),
+        }
+    }
+
     /// Trains what the groups name in `decoder` on `windows`. With `held_out`, the weights of its lowest loss there
     /// are kept, those before the first step included.
     ///
@@ -73,14 +95,7 @@ impl Heal {
         teacher: Option<Teacher<'_>>,
         observer: &mut dyn Observer,
     ) -> Result<Healed> {
-        self.check()?;
-        if let Some(patience) = self.patience.filter(|_| held_out.is_none()) {
-            return Err(Error::argument("patience", patience, "none without held-out windows"));
-        }
-        match teacher {
-            Some(teacher) => teacher.check(&self.losses, decoder, windows)?,
-            None => self.losses.check(decoder.depth(), None)?,
-        }
+        self.check_run(decoder, windows, held_out, teacher)?;
         let mut run = Run::start(self, decoder, windows, held_out, teacher)?;
         let total = match self.budget {
             Budget::Minutes(minutes) => (minutes * 60.0).ceil() as u64,
@@ -117,7 +132,7 @@ impl<'a> Run<'a> {
         teacher: Option<Teacher<'a>>,
     ) -> Result<Self> {
         let student = Student::new(decoder, &heal.groups, heal.seed)?;
-        let identity = identity(heal, decoder, windows, held_out, teacher)?;
+        let identity = Identity::of(heal, decoder, windows, held_out, teacher)?;
         let state = match heal.state_file.as_deref().filter(|path| path.exists()) {
             Some(path) => State::read(path, &identity, &student)?,
             None => State::new(identity, &student),
@@ -347,33 +362,6 @@ impl<'a> Run<'a> {
         );
         Ok(Healed { decoder: self.student.finished()?, report })
     }
-}
-
-/// What a state belongs to.
-fn identity(
-    heal: &Heal,
-    decoder: &Decoder,
-    windows: &Windows,
-    held_out: Option<&Windows>,
-    teacher: Option<Teacher<'_>>,
-) -> Result<String> {
-    let teacher = match teacher.filter(|_| heal.losses.need_teacher()) {
-        Some(teacher) => Some(teacher.identity()?),
-        None => None,
-    };
-    let held_out = held_out.map(Windows::ids_sha256);
-    let parts = (
-        env!("CARGO_PKG_VERSION"),
-        format!("{:?}", decoder.kernels()),
-        heal.deciding(),
-        decoder.fingerprint()?,
-        format!("{:?}", decoder.dtype()),
-        windows.ids_sha256(),
-        held_out,
-        teacher,
-    );
-    serde_json::to_string(&parts)
-        .map_err(|error| Error::argument("heal", error, "options that json can hold"))
 }
 
 /// All tokens of these windows but the last ones, `(windows, seq_len − 1)`, and all but the first ones.
