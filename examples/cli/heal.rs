@@ -162,7 +162,7 @@ pub fn card(mut card: ModelCard, report: &HealReport, taught: bool, models: [&Pe
     let _ = write!(
         card.body,
         "\n\n## Healing\n\n{}; {teacher}.\n\n## Results\n\n| | NLL, nats per token | perplexity |\n|---|---:|---:|\n{}{}\n\
-         In f32 on {}.",
+         In f32 on {}. The original model, fine-tuned on the same text, gains too: compare with that.",
         summary(report),
         row("before", before),
         row("healed", after),
