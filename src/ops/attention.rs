@@ -239,7 +239,10 @@ impl Attention {
             vectorised(
                 #[inline(always)]
                 || {
-                    let mut scores: Vec<f32> = (first..end).map(|key| dot(q, &k[at(key)..][..dim])).collect();
+                    let mut scores = vec![0.0f32; end - first];
+                    for (score, key) in scores.iter_mut().zip(first..end) {
+                        *score = dot(q, &k[at(key)..][..dim]);
+                    }
                     softmax_row(&mut scores, self.0.scale as f32, self.0.softcap);
                     for (key, &weight) in (first..end).zip(&scores) {
                         add_scaled(out, weight, &v[at(key)..][..dim]);

@@ -70,7 +70,11 @@ impl CustomOp1 for FrozenLinear {
                 y.par_chunks_mut(task_rows(output) * output).for_each(|rows| {
                     vectorised(
                         #[inline(always)]
-                        || rows.chunks_exact_mut(output).for_each(|row| add_scaled(row, 1.0, bias)),
+                        || {
+                            for row in rows.chunks_exact_mut(output) {
+                                add_scaled(row, 1.0, bias);
+                            }
+                        },
                     );
                 });
                 Ok(())

@@ -2,7 +2,8 @@
 
 /// Runs `f` compiled for the widest vector instructions of this machine, found at run time.
 ///
-/// `f` and what it calls must be `#[inline(always)]` to be compiled that way.
+/// `f` and what it calls must be `#[inline(always)]` to be compiled that way: loops are, and `map` with `collect` or
+/// `for_each` are not, which the standard library has as functions of their own.
 #[inline]
 pub(super) fn vectorised<R>(f: impl FnOnce() -> R) -> R {
     struct Run<F>(F);
