@@ -159,6 +159,7 @@ fn main() -> anyhow::Result<()> {
     let (first, held_out) = args.window.split(&tokenizer, &text, None, args.eval_windows)?;
     let (train, choosing) = hold_out(&first)?;
     let decoder = cli::load(&checkpoint, args.dtype.dtype())?;
+    // Loaded for this alone, so that no two are in memory together.
     for (_, model) in &models {
         cli::heal::check_tokenizers(model, &checkpoint)?;
         let student = cli::load(model, args.dtype.dtype())?.sharing(&decoder)?;

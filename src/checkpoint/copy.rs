@@ -146,8 +146,8 @@ impl Content for Copied<'_> {
     }
 }
 
-/// CRC-32 of every piece. It is to find what was written wrongly, which needs no cryptography: SHA-256 took a fifth of
-/// the time of copying.
+/// CRC-32 of every piece. It is to find what was written wrongly, which needs no cryptography: SHA-256 took two
+/// fifths of the processor's time.
 fn checksums(bytes: &[u8]) -> Vec<u32> {
     bytes.par_chunks(PIECE).map(crc32fast::hash).collect()
 }

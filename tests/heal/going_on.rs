@@ -139,14 +139,14 @@ fn the_state_of_another_healing_is_refused() {
     let mut heal = heal(2);
     heal.state_file = Some(directory.path().join("state"));
     heal.run(&dense, &train, None, None, &mut ()).unwrap();
-    let refused = |heal: &Heal, decoder: &Decoder, train: &Windows| {
+    let refused = |heal: &Heal, decoder: &Decoder, train: &Windows, differs: &str| {
         let error = heal.run(decoder, train, None, None, &mut ()).unwrap_err().to_string();
-        assert!(error.contains("another healing"), "{error}");
+        assert!(error.contains(&format!("another healing ({differs})")), "{error}");
     };
-    refused(&heal, &dense, &windows(7, 1, &dense));
-    refused(&heal, &dense.with_blocks(&[0, 1]).unwrap(), &train);
+    refused(&heal, &dense, &windows(7, 1, &dense), "text");
+    refused(&heal, &dense.with_blocks(&[0, 1]).unwrap(), &train, "model");
     heal.seed = 1;
-    refused(&heal, &dense, &train);
+    refused(&heal, &dense, &train, "seed");
     let state = directory.path().join("state");
     heal.seed = 0;
     let whole = std::fs::read(&state).unwrap();
