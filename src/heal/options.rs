@@ -62,8 +62,9 @@ pub enum Budget {
     Steps(usize),
     /// As many steps as read this many predicted tokens, rounded up.
     Tokens(usize),
-    /// Steps until this many minutes are over, those of interrupted runs up to their last state included: the last step, and the measurement
-    /// after it, end beyond them. The one budget under which a result depends on the speed of the machine.
+    /// Steps until this many minutes are over, those of interrupted runs up to their last state included: the last step,
+    /// and the measurement after it, end beyond them. The one budget under which a result depends on the speed of the
+    /// machine.
     Minutes(f64),
 }
 

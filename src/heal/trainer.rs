@@ -83,10 +83,11 @@ impl Heal {
     /// same weights, bit for bit, as one that was not; unless its budget is one of time.
     ///
     /// # Errors
-    /// Options outside of their range; a teacher that does not fit; [`Error::Quantized`] where there is no way back; [`Error::NoGradient`] for something trained that
-    /// no loss depends on; [`Error::NotFinite`] for a loss, gradient or trained number that is not finite, with its
-    /// step (the state file then holds numbers that are); a state file of another healing; a log file that is no log;
-    /// files that cannot be read or written; or a cancelling observer, after what is done was saved.
+    /// Options outside of their range; a teacher that does not fit; [`Error::Quantized`] where there is no way back;
+    /// [`Error::NoGradient`] for something trained that no loss depends on; [`Error::NotFinite`] for a loss, gradient or
+    /// trained number that is not finite, with its step (the state file then holds numbers that are); a state file of
+    /// another healing; a log file that is no log; files that cannot be read or written; or a cancelling observer, after
+    /// what is done was saved.
     pub fn run(
         &self,
         decoder: &Decoder,
