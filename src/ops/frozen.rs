@@ -7,6 +7,9 @@ use super::gemm::{Threads, gemm, view};
 use super::simd::dot;
 use super::{Kernels, Matrix, bf16, few_rows, with_elements};
 
+/// From so many rows on, blocks are brought into bf16 for a product: with fewer, candle's own are faster.
+const QUANTIZED_ROWS: usize = 16;
+
 /// A frozen matrix `(outputs, inputs)` on the CPU: in f32, bf16, or quantised.
 #[derive(Clone)]
 pub(super) struct Frozen(Matrix);
@@ -59,6 +62,9 @@ impl Frozen {
                 |matrix, x| matrix.forward(x),
                 |(down, right), start| view((inputs, outputs), (right, down), start),
             ),
+            Matrix::Quantized(blocks) if rows >= QUANTIZED_ROWS => {
+                bf16::by_blocks(&x.as_slice::<f32>()?[offset..][..rows * inputs], blocks)
+            }
             Matrix::Quantized(blocks) => {
                 let x_rows = Layout::contiguous_with_offset((rows, inputs), offset);
                 match blocks.cpu_fwd(x, &x_rows)?.0 {
@@ -89,7 +95,7 @@ impl Frozen {
 fn product(
     matrix: &Tensor,
     (x, offset, rows, width): (&CpuStorage, usize, usize, usize),
-    narrow: impl FnOnce(bf16::Matrix<'_>, &[f32]) -> Vec<f32>,
+    narrow: impl FnOnce(bf16::Matrix<'_>, &[f32]) -> Result<Vec<f32>>,
     right: impl FnOnce((usize, usize), usize) -> Layout,
 ) -> Result<Vec<f32>> {
     let (outputs, inputs) = matrix.dims2()?;
@@ -98,7 +104,7 @@ fn product(
     if let CpuStorage::BF16(values) = storage {
         let Some((start, end)) = layout.contiguous_offsets() else { bail!("matrix is not contiguous") };
         let matrix = bf16::Matrix { values: &values[start..end], outputs, inputs };
-        return Ok(narrow(matrix, &x.as_slice::<f32>()?[offset..][..rows * width]));
+        return narrow(matrix, &x.as_slice::<f32>()?[offset..][..rows * width]);
     }
     let strides = layout.stride();
     let right = right((strides[0], strides[1]), layout.start_offset());

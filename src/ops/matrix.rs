@@ -13,8 +13,9 @@ type Result<T, E = candle_core::Error> = std::result::Result<T, E>;
 pub enum Matrix {
     /// One number for each element, in f32 or a half-precision type.
     Tensor(Tensor),
-    /// Blocks of a few bits an element, in one of ggml's types, multiplied as they lie by candle's kernels. Products
-    /// round each row that goes in to 8 bits a number, and have no backward.
+    /// Blocks of a few bits an element, in one of ggml's types. Products have no backward. Of a few rows, they are
+    /// candle's: blocks are multiplied as they lie, and each row that goes in is rounded to 8 bits a number. Of 16 rows
+    /// and more, blocks and rows are brought into bf16 on the way.
     Quantized(Arc<QTensor>),
 }
 

@@ -1,4 +1,4 @@
-//! Products of f32 rows with matrices held in bf16.
+//! Products of f32 rows with matrices held in bf16, or brought into it from ggml's blocks.
 //!
 //! Rows are rounded to bf16 on the way in; sums are f32. The matrix is brought, a cache-sized part at a time, into
 //! the order in which the innermost loops read it: pairs of neighbours along the inner dimension side by side, since
@@ -6,10 +6,13 @@
 
 mod tile;
 
+use candle_core::quantized::QTensor;
+use candle_core::{Device, Result, Tensor};
 use half::bf16;
 use rayon::prelude::*;
 
 use super::simd::{dot_bf16, vectorised};
+use super::with_elements;
 use tile::{COLUMNS, Pairs, ROWS, Tile};
 
 /// Pairs along the inner dimension that one tile sums at once.
@@ -36,54 +39,29 @@ enum Over {
 
 impl Matrix<'_> {
     /// `x · Mᵀ`: `(rows, inputs)` to `(rows, outputs)`.
-    pub(super) fn forward(&self, x: &[f32]) -> Vec<f32> {
+    pub(super) fn forward(&self, x: &[f32]) -> Result<Vec<f32>> {
         if x.len() < ROWS * self.inputs {
             // Too few to be worth bringing the matrix into order.
             #[allow(clippy::redundant_closure)] // measured: the function itself is a sixth slower
-            return super::few_rows(
+            return Ok(super::few_rows(
                 x,
                 (self.values, self.inputs),
                 #[inline(always)]
                 |x, weights| dot_bf16(x, weights),
-            );
+            ));
         }
-        self.product(x, Over::Inputs)
+        product(x, (self.inputs, self.outputs), |columns, first, panel| {
+            self.bring_into_order(Over::Inputs, columns, first, panel);
+            Ok(())
+        })
     }
 
     /// `grad · M`: `(rows, outputs)` to `(rows, inputs)`.
-    pub(super) fn backward(&self, grad: &[f32]) -> Vec<f32> {
-        self.product(grad, Over::Outputs)
-    }
-
-    fn product(&self, x: &[f32], over: Over) -> Vec<f32> {
-        let (inner, width) = match over {
-            Over::Inputs => (self.inputs, self.outputs),
-            Over::Outputs => (self.outputs, self.inputs),
-        };
-        let rows = x.len() / inner;
-        if rows == 0 {
-            return Vec::new();
-        }
-        let left = Left::new(x, inner);
-        let mut out = vec![0.0f32; rows * width];
-        let task = rows.div_ceil(2 * rayon::current_num_threads()).next_multiple_of(ROWS).min(TASK_ROWS);
-        let mut part: Vec<Pairs> = Vec::new();
-        for first in (0..left.pairs).step_by(DEPTH) {
-            let depth = DEPTH.min(left.pairs - first);
-            let columns = (PART / (depth * COLUMNS)).max(1) * COLUMNS;
-            for column in (0..width).step_by(columns) {
-                let end = (column + columns).min(width);
-                part.resize((end - column).div_ceil(COLUMNS) * depth, [0; COLUMNS]);
-                part.par_chunks_mut(depth).enumerate().for_each(|(index, panel)| {
-                    let from = column + index * COLUMNS;
-                    self.bring_into_order(over, from..(from + COLUMNS).min(end), first, panel);
-                });
-                let stretch = Stretch { left: &left, first, panels: &part, depth, columns: column..end };
-                let tasks = out.par_chunks_mut(task * width).enumerate();
-                tasks.for_each(|(index, out)| stretch.add(out, index * task, width));
-            }
-        }
-        out
+    pub(super) fn backward(&self, grad: &[f32]) -> Result<Vec<f32>> {
+        product(grad, (self.outputs, self.inputs), |columns, first, panel| {
+            self.bring_into_order(Over::Outputs, columns, first, panel);
+            Ok(())
+        })
     }
 
     /// Columns `columns` of the product's right side, from pair `first` on, as a panel of tiles.
@@ -127,16 +105,71 @@ impl Matrix<'_> {
     }
 }
 
+/// `x · Mᵀ` by a matrix `(outputs, inputs)` in ggml's blocks: `(rows, inputs)` to `(rows, outputs)`, both rounded to
+/// bf16.
+pub(super) fn by_blocks(x: &[f32], blocks: &QTensor) -> Result<Vec<f32>> {
+    let (outputs, inputs) = blocks.shape().dims2()?;
+    product(x, (inputs, outputs), |columns, first, panel| {
+        if columns.len() < COLUMNS {
+            panel.fill([0; COLUMNS]);
+        }
+        let ids: Vec<u32> = columns.map(|output| output as u32).collect();
+        let rows = blocks.embedding(&Tensor::new(ids, &Device::Cpu)?)?;
+        let rows = with_elements([&rows], |[rows]| Ok(Left::new(rows, inputs)))?;
+        for (lane, row) in rows.values.chunks_exact(rows.pairs).take(rows.count).enumerate() {
+            for (pairs, &pair) in panel.iter_mut().zip(&row[first..]) {
+                pairs[lane] = pair;
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Rows of `inner` numbers times a matrix of `width` columns, of which `bring` puts a range into a panel of tiles, from
+/// a pair along the inner dimension on.
+fn product(
+    x: &[f32],
+    (inner, width): (usize, usize),
+    bring: impl Fn(std::ops::Range<usize>, usize, &mut [Pairs]) -> Result<()> + Sync,
+) -> Result<Vec<f32>> {
+    let rows = x.len() / inner;
+    if rows == 0 {
+        return Ok(Vec::new());
+    }
+    let left = Left::new(x, inner);
+    let mut out = vec![0.0f32; rows * width];
+    let task = rows.div_ceil(2 * rayon::current_num_threads()).next_multiple_of(ROWS).min(TASK_ROWS);
+    let mut part: Vec<Pairs> = Vec::new();
+    for first in (0..left.pairs).step_by(DEPTH) {
+        let depth = DEPTH.min(left.pairs - first);
+        let columns = (PART / (depth * COLUMNS)).max(1) * COLUMNS;
+        for column in (0..width).step_by(columns) {
+            let end = (column + columns).min(width);
+            part.resize((end - column).div_ceil(COLUMNS) * depth, [0; COLUMNS]);
+            part.par_chunks_mut(depth).enumerate().try_for_each(|(index, panel)| {
+                let from = column + index * COLUMNS;
+                bring(from..(from + COLUMNS).min(end), first, panel)
+            })?;
+            let stretch = Stretch { left: &left, first, panels: &part, depth, columns: column..end };
+            let tasks = out.par_chunks_mut(task * width).enumerate();
+            tasks.for_each(|(index, out)| stretch.add(out, index * task, width));
+        }
+    }
+    Ok(out)
+}
+
 /// The left side of a product in bf16: pairs along each row, and rows of zeros up to a whole number of tiles.
 struct Left {
     values: Vec<u32>,
     pairs: usize,
+    /// Rows that are not there to fill a tile.
+    count: usize,
 }
 
 impl Left {
     fn new(x: &[f32], inner: usize) -> Self {
-        let pairs = inner.div_ceil(2);
-        let mut values = vec![0u32; (x.len() / inner).next_multiple_of(ROWS) * pairs];
+        let (pairs, count) = (inner.div_ceil(2), x.len() / inner);
+        let mut values = vec![0u32; count.next_multiple_of(ROWS) * pairs];
         let task = super::task_rows(inner);
         values.par_chunks_mut(task * pairs).zip(x.par_chunks(task * inner)).for_each(|(out, x)| {
             vectorised(
@@ -154,7 +187,7 @@ impl Left {
                 },
             );
         });
-        Self { values, pairs }
+        Self { values, pairs, count }
     }
 }
 
@@ -210,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn products_are_those_of_the_rounded_operands() {
+    fn products_are_those_of_the_rounded_operands() -> Result<()> {
         for (rows, inputs, outputs) in
             [(1, 5, 3), (3, 64, 48), (8, 7, 50), (21, 100, 49), (70, 33, 131), (9, 2500, 2100)]
         {
@@ -221,18 +254,42 @@ mod tests {
             let x = numbers(rows * inputs, 2);
             // Few rows are not rounded.
             let left = |x: f32| if rows < ROWS { f64::from(x) } else { rounded(x) };
-            for (index, y) in matrix.forward(&x).into_iter().enumerate() {
+            for (index, y) in matrix.forward(&x)?.into_iter().enumerate() {
                 let (row, output) = (index / outputs, index % outputs);
                 let terms = (0..inputs).map(|i| left(x[row * inputs + i]) * wide(output * inputs + i));
                 assert!((f64::from(y) - terms.sum::<f64>()).abs() < 1e-4, "({rows}, {inputs}, {outputs})");
             }
             let grad = numbers(rows * outputs, 3);
-            for (index, dx) in matrix.backward(&grad).into_iter().enumerate() {
+            for (index, dx) in matrix.backward(&grad)?.into_iter().enumerate() {
                 let (row, input) = (index / inputs, index % inputs);
                 let terms = (0..outputs).map(|o| rounded(grad[row * outputs + o]) * wide(o * inputs + input));
                 assert!((f64::from(dx) - terms.sum::<f64>()).abs() < 1e-4, "({rows}, {inputs}, {outputs})");
             }
         }
+        Ok(())
+    }
+
+    #[test]
+    fn products_by_blocks_are_those_of_the_rounded_operands() -> Result<()> {
+        use candle_core::quantized::GgmlDType;
+        for (dtype, rows, inputs, outputs) in
+            [(GgmlDType::Q8_0, 9, 64, 50), (GgmlDType::Q4K, 20, 2560, 100), (GgmlDType::Q6K, 70, 256, 7)]
+        {
+            let weight = Tensor::from_vec(numbers(inputs * outputs, 1), (outputs, inputs), &Device::Cpu)?;
+            let blocks = QTensor::quantize(&weight, dtype)?;
+            let wide = blocks.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
+            let rounded = |x: f32| f64::from(bf16::from_f32(x).to_f32());
+            let x = numbers(rows * inputs, 2);
+            let y = by_blocks(&x, &blocks)?;
+            assert_eq!(y.len(), rows * outputs);
+            for (index, y) in y.into_iter().enumerate() {
+                let (row, output) = (index / outputs, index % outputs);
+                let at = |i: usize| rounded(x[row * inputs + i]) * rounded(wide[output * inputs + i]);
+                let expected: f64 = (0..inputs).map(at).sum();
+                assert!((f64::from(y) - expected).abs() < 1e-4, "{dtype:?} ({row}, {output})");
+            }
+        }
+        Ok(())
     }
 
     #[test]
