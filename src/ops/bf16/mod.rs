@@ -106,17 +106,17 @@ impl Matrix<'_> {
 }
 
 /// `x · Mᵀ` by a matrix `(outputs, inputs)` in ggml's blocks: `(rows, inputs)` to `(rows, outputs)`, both rounded to
-/// bf16.
+/// bf16. Candle gives rows as a whole: those of more inputs than two times [`DEPTH`] are read once for each stretch.
 pub(super) fn by_blocks(x: &[f32], blocks: &QTensor) -> Result<Vec<f32>> {
     let (outputs, inputs) = blocks.shape().dims2()?;
     product(x, (inputs, outputs), |columns, first, panel| {
         if columns.len() < COLUMNS {
             panel.fill([0; COLUMNS]);
         }
-        let ids: Vec<u32> = columns.map(|output| output as u32).collect();
+        let ids: Vec<u32> = columns.clone().map(|output| output as u32).collect();
         let rows = blocks.embedding(&Tensor::new(ids, &Device::Cpu)?)?;
         let rows = with_elements([&rows], |[rows]| Ok(Left::new(rows, inputs)))?;
-        for (lane, row) in rows.values.chunks_exact(rows.pairs).take(rows.count).enumerate() {
+        for (lane, row) in rows.values.chunks_exact(rows.pairs).take(columns.len()).enumerate() {
             for (pairs, &pair) in panel.iter_mut().zip(&row[first..]) {
                 pairs[lane] = pair;
             }
@@ -162,14 +162,12 @@ fn product(
 struct Left {
     values: Vec<u32>,
     pairs: usize,
-    /// Rows that are not there to fill a tile.
-    count: usize,
 }
 
 impl Left {
     fn new(x: &[f32], inner: usize) -> Self {
-        let (pairs, count) = (inner.div_ceil(2), x.len() / inner);
-        let mut values = vec![0u32; count.next_multiple_of(ROWS) * pairs];
+        let pairs = inner.div_ceil(2);
+        let mut values = vec![0u32; (x.len() / inner).next_multiple_of(ROWS) * pairs];
         let task = super::task_rows(inner);
         values.par_chunks_mut(task * pairs).zip(x.par_chunks(task * inner)).for_each(|(out, x)| {
             vectorised(
@@ -187,7 +185,7 @@ impl Left {
                 },
             );
         });
-        Self { values, pairs, count }
+        Self { values, pairs }
     }
 }
 
