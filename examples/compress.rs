@@ -151,6 +151,7 @@ fn recipe(args: &Args) -> anyhow::Result<Recipe> {
     };
     let windows = &mut recipe.windows;
     (windows.seq_len, windows.bos) = (args.window.seq_len, args.window.bos.into());
+    windows.split_special_tokens = args.window.split_special_tokens;
     (windows.calibrate, windows.evaluate) = (args.windows, args.eval_windows);
     recipe.method = args.method;
     if args.method == Method::Gates {

@@ -92,11 +92,17 @@ pub struct WindowArgs {
     /// Begin each window with the begin-of-text token
     #[arg(long, value_enum, default_value_t = BosArg::Auto)]
     pub bos: BosArg,
+    /// Read special tokens that the text writes out, such as `<unk>`, as any other characters
+    #[arg(long)]
+    pub split_special_tokens: bool,
 }
 
 impl WindowArgs {
     pub fn cut(&self, tokenizer: &Tokenizer, text: &str, limit: Option<usize>) -> Result<Windows> {
-        Ok(Windows::from_text(tokenizer, text, self.seq_len, limit, self.bos.into())?)
+        let tokenizer = tokenizer.clone().with_split_special_tokens(self.split_special_tokens);
+        let windows = Windows::from_text(&tokenizer, text, self.seq_len, limit, self.bos.into())?;
+        warn_of_unknown(&windows);
+        Ok(windows)
     }
 
     /// The windows that calibrate, at most so many, spread over the first 80 % of a text: its beginning alone is about
@@ -108,12 +114,23 @@ impl WindowArgs {
         calibrate: Option<usize>,
         evaluate: Option<usize>,
     ) -> Result<(Windows, Windows)> {
+        let tokenizer = tokenizer.clone().with_split_special_tokens(self.split_special_tokens);
         let (mut calibration, held_out) =
-            Windows::split_from_text(tokenizer, text, self.seq_len, evaluate, self.bos.into())?;
+            Windows::split_from_text(&tokenizer, text, self.seq_len, evaluate, self.bos.into())?;
+        warn_of_unknown(&held_out);
         if let Some(count) = calibrate {
             calibration = calibration.spread(count)?;
         }
         Ok((calibration, held_out))
+    }
+}
+
+fn warn_of_unknown(windows: &Windows) {
+    if windows.has_many_unknown() {
+        eprintln!(
+            "warning: one token in a hundred or more is the unknown one, and may decide the loss; where the text writes \
+             it out (<unk>), --split-special-tokens reads it as any other characters"
+        );
     }
 }
 
@@ -148,17 +165,23 @@ pub fn read_text(path: &Path) -> Result<String> {
 /// What a number depends on, in one line.
 pub fn protocol(windows: &Windows) -> String {
     let tokens = windows.len() * (windows.seq_len() - 1);
-    protocol_line(tokens, windows.len(), windows.seq_len(), windows.bos(), windows.text_sha256())
+    let read = (windows.bos(), windows.split_special_tokens());
+    protocol_line(tokens, windows.len(), windows.seq_len(), read, windows.text_sha256())
 }
 
 /// The same of a result.
 pub fn protocol_of(found: &Perplexity) -> String {
-    protocol_line(found.tokens, found.windows, found.seq_len, found.bos, &found.text_sha256)
+    let read = (found.bos, found.split_special_tokens);
+    protocol_line(found.tokens, found.windows, found.seq_len, read, &found.text_sha256)
 }
 
-fn protocol_line(tokens: usize, windows: usize, seq_len: usize, bos: bool, sha256: &str) -> String {
-    let bos = if bos { "with" } else { "without" };
-    format!("{tokens} predicted tokens in {windows} windows of {seq_len}, {bos} bos, text sha256 {sha256}")
+/// `read` is with BOS or without, and whether special tokens were split.
+fn protocol_line(tokens: usize, windows: usize, seq_len: usize, read: (bool, bool), sha256: &str) -> String {
+    let bos = if read.0 { "with" } else { "without" };
+    let split = if read.1 { ", special tokens split" } else { "" };
+    format!(
+        "{tokens} predicted tokens in {windows} windows of {seq_len}, {bos} bos{split}, text sha256 {sha256}"
+    )
 }
 
 /// The command that this process was run by, as a shell takes it.

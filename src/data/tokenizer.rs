@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use serde_json::{Value, json};
+use tokenizers::ModelWrapper;
 
 use crate::error::{Error, Result};
 
@@ -47,7 +48,33 @@ impl Tokenizer {
         Ok(Self::new(inner, config))
     }
 
-    /// The ids of a text, without special tokens.
+    /// Whether special tokens that are written out in a text are read as any other characters, transformers'
+    /// `split_special_tokens`; not by default, as there.
+    ///
+    /// The corpus wikitext, for one, writes `<unk>` for rare words. A model that has it as a special token has no use for it: what
+    /// such tokens cost is next to meaningless, and can be enough to decide which blocks look cheap.
+    #[must_use]
+    pub fn with_split_special_tokens(mut self, split: bool) -> Self {
+        self.inner.set_encode_special_tokens(split);
+        self
+    }
+
+    /// Whether special tokens that are written out in a text are read as any other characters.
+    #[must_use]
+    pub fn splits_special_tokens(&self) -> bool {
+        self.inner.get_encode_special_tokens()
+    }
+
+    /// The token for what the vocabulary does not have, where there is one.
+    pub(crate) fn unknown(&self) -> Option<u32> {
+        let declared = match self.inner.get_model() {
+            ModelWrapper::BPE(model) => model.get_unk_token().clone(),
+            _ => None,
+        };
+        self.inner.token_to_id(declared.as_deref().unwrap_or("<unk>"))
+    }
+
+    /// The ids of a text, without special tokens but those that it writes out.
     ///
     /// # Errors
     /// A text that the tokenizer refuses.

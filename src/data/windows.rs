@@ -21,12 +21,18 @@ pub enum Bos {
     Never,
 }
 
+/// One unknown token in so many is worth a warning.
+const MANY_UNKNOWN: usize = 100;
+
 /// Windows of `seq_len` tokens each, cut from one text, and what a result must say of them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Windows {
     ids: Vec<Vec<u32>>,
     seq_len: usize,
     bos: bool,
+    split_special_tokens: bool,
+    /// The tokenizer's unknown token.
+    unknown: Option<u32>,
     text_sha256: String,
 }
 
@@ -34,7 +40,7 @@ impl Windows {
     /// Tokenises `text` once and cuts it into non-overlapping windows; what is left over is dropped.
     ///
     /// With a begin-of-text token each window is that token and `seq_len − 1` tokens of the text. At most `limit`
-    /// windows are kept, the first ones.
+    /// windows are kept, the first ones. This warns where [many tokens are unknown](Self::has_many_unknown).
     ///
     /// ```
     /// use foldgpt::{Bos, Checkpoint, Windows};
@@ -80,7 +86,17 @@ impl Windows {
             return Err(Error::Text(reason));
         }
         let text_sha256 = hex(&Sha256::digest(text.as_bytes()));
-        Ok(Self { ids, seq_len, bos: first.is_some(), text_sha256 })
+        let split_special_tokens = tokenizer.splits_special_tokens();
+        let unknown = tokenizer.unknown();
+        let windows = Self { ids, seq_len, bos: first.is_some(), split_special_tokens, unknown, text_sha256 };
+        if windows.has_many_unknown() {
+            tracing::warn!(
+                windows = windows.len(),
+                seq_len,
+                "many tokens are the unknown one, and may decide the loss"
+            );
+        }
+        Ok(windows)
     }
 
     /// The windows of the first 80 % of a text, to calibrate and to train on, and of the rest, to evaluate on, at most
@@ -119,7 +135,7 @@ impl Windows {
             return Err(Error::Text(reason));
         }
         let text_sha256 = hash(&ids);
-        Ok(Self { ids, seq_len, bos: false, text_sha256 })
+        Ok(Self { ids, seq_len, bos: false, split_special_tokens: false, unknown: None, text_sha256 })
     }
 
     /// The SHA-256 of the windows' own tokens, as little-endian `u32`, in hexadecimal.
@@ -205,6 +221,20 @@ impl Windows {
         self.bos
     }
 
+    /// Whether special tokens that the text writes out were read as any other characters.
+    #[must_use]
+    pub fn split_special_tokens(&self) -> bool {
+        self.split_special_tokens
+    }
+
+    /// Whether one token in a hundred or more is the tokenizer's unknown one, often because the text writes it out:
+    /// they, and not the words, may then decide the loss. See [`Tokenizer::with_split_special_tokens`].
+    #[must_use]
+    pub fn has_many_unknown(&self) -> bool {
+        let unknown = self.ids.iter().flatten().filter(|id| Some(**id) == self.unknown).count();
+        unknown * MANY_UNKNOWN >= self.ids.len() * self.seq_len
+    }
+
     /// The SHA-256 of the whole text, in hexadecimal.
     #[must_use]
     pub fn text_sha256(&self) -> &str {
@@ -257,7 +287,31 @@ fn spread(len: usize, count: usize) -> impl Iterator<Item = usize> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use tokenizers::AddedToken;
+    use tokenizers::models::bpe::{BPE, Vocab};
+
     use super::*;
+
+    #[test]
+    fn special_tokens_in_the_text_are_special_unless_they_are_split() {
+        let vocab = ["<unk>", "<", "u", "n", "k", ">", "a"];
+        let vocab: Vec<_> = vocab.iter().zip(0..).map(|(token, id)| ((*token).to_string(), id)).collect();
+        let bpe = BPE::builder().vocab_and_merges(vocab.into_iter().collect::<Vocab>(), Vec::new());
+        let mut inner = tokenizers::Tokenizer::new(bpe.unk_token("<unk>".into()).build().unwrap());
+        inner.add_special_tokens([AddedToken::from("<unk>", true)]).unwrap();
+        let matched = Tokenizer::new(inner, &serde_json::Value::Null);
+        let split = matched.clone().with_split_special_tokens(true);
+        let cut = |tokenizer: &Tokenizer, text: &str| {
+            Windows::from_text(tokenizer, text, 7, Some(1), Bos::Auto).unwrap()
+        };
+        let text = format!("a<unk>a{}", "a".repeat(10));
+        let (matched, split) = (cut(&matched, &text), cut(&split, &text));
+        assert_eq!(matched.ids, [[6, 0, 6, 6, 6, 6, 6]]);
+        assert_eq!(split.ids, [[6, 1, 2, 3, 4, 5, 6]]);
+        assert!(matched.has_many_unknown() && !matched.split_special_tokens());
+        assert!(!split.has_many_unknown() && split.split_special_tokens());
+        assert!(!Windows::from_ids(matched.ids).unwrap().has_many_unknown());
+    }
 
     #[test]
     fn doubling_parts_hold_every_window_once_and_begin_with_the_spread_ones() {

@@ -25,14 +25,18 @@ pub struct Perplexity {
     pub seq_len: usize,
     /// Whether each window began with the begin-of-text token.
     pub bos: bool,
+    /// Whether special tokens that the text writes out were read as any other characters.
+    #[serde(default)]
+    pub split_special_tokens: bool,
     /// SHA-256 of the text.
     pub text_sha256: String,
 }
 
 impl Perplexity {
     /// What the number depends on besides the model: two with the same can be compared.
-    pub(crate) fn protocol(&self) -> (&str, usize, usize, usize, bool) {
-        (&self.text_sha256, self.tokens, self.windows, self.seq_len, self.bos)
+    pub(crate) fn protocol(&self) -> (&str, usize, usize, usize, bool, bool) {
+        let (bos, split) = (self.bos, self.split_special_tokens);
+        (&self.text_sha256, self.tokens, self.windows, self.seq_len, bos, split)
     }
 }
 
@@ -93,6 +97,7 @@ fn measure(source: &dyn BlockSource, windows: &Windows, observer: &mut dyn Obser
         windows: windows.len(),
         seq_len: windows.seq_len(),
         bos: windows.bos(),
+        split_special_tokens: windows.split_special_tokens(),
         text_sha256: windows.text_sha256().into(),
     })
 }

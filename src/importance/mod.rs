@@ -116,6 +116,9 @@ pub struct Scores {
     pub seq_len: usize,
     /// Whether each window began with the begin-of-text token.
     pub bos: bool,
+    /// Whether special tokens that the text writes out were read as any other characters.
+    #[serde(default)]
+    pub split_special_tokens: bool,
     /// SHA-256 of the calibration text.
     pub text_sha256: String,
     /// One score a block (or a half, where halves were scored), first to last.
@@ -197,6 +200,7 @@ impl Scores {
             windows: windows.len(),
             seq_len: windows.seq_len(),
             bos: windows.bos(),
+            split_special_tokens: windows.split_special_tokens(),
             text_sha256: windows.text_sha256().into(),
             blocks: blocks.collect::<Result<_>>()?,
             chosen: None,

@@ -89,9 +89,11 @@ impl<'a> Inputs<'a> {
         });
         let task_files = task_files.collect::<Result<_>>()?;
         let text = read_documents(&recipe.text, recipe.text_field.as_deref().unwrap_or("text"))?;
-        let (tokenizer, cut) = (checkpoint.tokenizer()?, &recipe.windows);
+        let cut = &recipe.windows;
+        let tokenizer = checkpoint.tokenizer()?;
+        let read_by = tokenizer.clone().with_split_special_tokens(cut.split_special_tokens);
         let (first, evaluation) =
-            Windows::split_from_text(&tokenizer, &text, cut.seq_len, Some(cut.evaluate), cut.bos)?;
+            Windows::split_from_text(&read_by, &text, cut.seq_len, Some(cut.evaluate), cut.bos)?;
         let healing = recipe.heal.as_ref().map(|_| hold_out(&first)).transpose();
         let healing = healing.map_err(|error| Error::recipe("heal", error.to_string()))?;
         let calibration = first.spread(cut.calibrate)?;

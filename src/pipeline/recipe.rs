@@ -169,6 +169,9 @@ pub struct WindowOptions {
     pub seq_len: usize,
     /// Whether windows begin with the begin-of-text token; as the tokenizer does it by default.
     pub bos: Bos,
+    /// Whether special tokens that the text writes out are read as any other characters; not by default. See
+    /// [`Tokenizer::with_split_special_tokens`](crate::Tokenizer::with_split_special_tokens).
+    pub split_special_tokens: bool,
     /// Windows that calibrate, at most, spread over the first 80 %; 16 by default. Healing trains on all that there are.
     pub calibrate: usize,
     /// Windows that evaluate, at most, the first of the last 20 %; 32 by default.
@@ -177,7 +180,7 @@ pub struct WindowOptions {
 
 impl Default for WindowOptions {
     fn default() -> Self {
-        Self { seq_len: 512, bos: Bos::Auto, calibrate: 16, evaluate: 32 }
+        Self { seq_len: 512, bos: Bos::Auto, split_special_tokens: false, calibrate: 16, evaluate: 32 }
     }
 }
 

@@ -193,6 +193,9 @@ pub struct Calibration {
     pub seq_len: usize,
     /// Whether each window began with the begin-of-text token.
     pub bos: bool,
+    /// Whether special tokens that the text writes out were read as any other characters.
+    #[serde(default)]
+    pub split_special_tokens: bool,
     /// SHA-256 of the text.
     pub text_sha256: String,
 }
@@ -203,6 +206,7 @@ impl From<&Windows> for Calibration {
             windows: windows.len(),
             seq_len: windows.seq_len(),
             bos: windows.bos(),
+            split_special_tokens: windows.split_special_tokens(),
             text_sha256: windows.text_sha256().into(),
         }
     }

@@ -116,10 +116,10 @@ impl Report {
                     its exponential. The evaluation windows are the first of the last 20 % of the text, each scored alone.";
         let calibration = &self.calibration;
         let calibrated = format!(
-            "{} windows of {} tokens, {} begin-of-text token, spread over the first 80 % of the text",
+            "{} windows of {} tokens, {}, spread over the first 80 % of the text",
             calibration.windows,
             calibration.seq_len,
-            with(calibration.bos)
+            read(calibration.bos, calibration.split_special_tokens)
         );
         let mut facts = vec![
             ("evaluated on", windows_of(found).into()),
@@ -370,16 +370,19 @@ fn compared(row: &Row, folded: bool) -> Vec<Cell> {
 
 fn windows_of(found: &Perplexity) -> String {
     format!(
-        "{} predicted tokens in {} windows of {}, {} begin-of-text token",
+        "{} predicted tokens in {} windows of {}, {}",
         fixed(found.tokens as f64, 0),
         found.windows,
         found.seq_len,
-        with(found.bos)
+        read(found.bos, found.split_special_tokens)
     )
 }
 
-fn with(bos: bool) -> &'static str {
-    if bos { "with" } else { "without" }
+/// How a text was read.
+fn read(bos: bool, split_special_tokens: bool) -> String {
+    let bos = if bos { "with" } else { "without" };
+    let split = if split_special_tokens { ", special tokens split" } else { "" };
+    format!("{bos} begin-of-text token{split}")
 }
 
 fn precision(dtype: crate::pipeline::Precision) -> &'static str {
