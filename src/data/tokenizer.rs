@@ -51,8 +51,8 @@ impl Tokenizer {
     /// Whether special tokens that are written out in a text are read as any other characters, transformers'
     /// `split_special_tokens`; not by default, as there.
     ///
-    /// The corpus wikitext, for one, writes `<unk>` for rare words. A model that has it as a special token has no use for it: what
-    /// such tokens cost is next to meaningless, and can be enough to decide which blocks look cheap.
+    /// The corpus wikitext, for one, writes `<unk>` for rare words. A model that has it as a special token has no use
+    /// for it: what such tokens cost is next to meaningless, and can be enough to decide which blocks look cheap.
     #[must_use]
     pub fn with_split_special_tokens(mut self, split: bool) -> Self {
         self.inner.set_encode_special_tokens(split);
