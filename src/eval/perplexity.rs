@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::checkpoint::StreamedDecoder;
 use crate::data::Windows;
 use crate::error::{Error, Result};
-use crate::importance::sweep::{groups, sweep};
+use crate::importance::sweep::{each, groups, side_by_side, sweep};
 use crate::model::{Architecture, BlockSource, Decoder};
 use crate::progress::{self, Observer};
 
@@ -75,15 +75,22 @@ fn measure(source: &dyn BlockSource, windows: &Windows, observer: &mut dyn Obser
                 report(done)
             })?;
             let back = source.back()?;
-            for (slot, index) in group.enumerate() {
-                let targets = windows.window(index)?.get(1..).unwrap_or_default();
-                let nll = back.window_nll(&states.take(slot)?, targets)?;
-                if !nll.is_finite() {
-                    return Err(Error::NotFinite { what: format!("the loss of window {index}"), value: nll });
+            let slots: Vec<usize> = (0..group.len()).collect();
+            for slots in slots.chunks(side_by_side(source.device())) {
+                let ends = slots.iter().map(|&slot| Ok((group.start + slot, states.take(slot)?)));
+                let ends = ends.collect::<Result<Vec<_>>>()?;
+                let losses = each(&ends, |(index, state)| {
+                    back.window_nll(state, windows.window(*index)?.get(1..).unwrap_or_default())
+                })?;
+                for ((index, _), nll) in ends.iter().zip(losses) {
+                    if !nll.is_finite() {
+                        let what = format!("the loss of window {index}");
+                        return Err(Error::NotFinite { what, value: nll });
+                    }
+                    total += nll;
+                    done += 1;
+                    report(done)?;
                 }
-                total += nll;
-                done += 1;
-                report(done)?;
             }
         }
         Ok(())

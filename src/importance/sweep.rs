@@ -1,11 +1,13 @@
 //! Windows taken through all blocks of a model, wherever these come from.
 //!
-//! Of a model in memory one window after the other goes through all blocks; of one that is read from disk all windows go
-//! through one block before the next, so that each block is read once. What is computed of a window is the same.
+//! Of a model in memory as many windows as there are cores go through all blocks before the next ones; of one that is read
+//! from disk all windows go through one block before the next, so that each block is read once. What is computed of a
+//! window is the same.
 
 use std::ops::Range;
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
+use rayon::prelude::*;
 
 use crate::data::Windows;
 use crate::error::Result;
@@ -17,8 +19,24 @@ pub(crate) type Step<'a> = &'a mut dyn FnMut(usize, &Tensor, &Tensor) -> Result<
 
 /// The windows in parts that go through the blocks together.
 pub(crate) fn groups(source: &dyn BlockSource, windows: &Windows) -> Vec<Range<usize>> {
-    let (count, together) = (windows.len(), source.windows_at_once().max(1));
+    let (count, together) = (windows.len(), source.windows_at_once().max(side_by_side(source.device())));
     (0..count).step_by(together).map(|first| first..count.min(first.saturating_add(together))).collect()
+}
+
+/// How many windows are computed at once: one a core, so that no core waits for another within a block.
+pub(crate) fn side_by_side(device: &Device) -> usize {
+    if device.is_cpu() { rayon::current_num_threads() } else { 1 }
+}
+
+/// What `compute` makes of each, at once.
+pub(crate) fn each<T: Sync, R: Send>(
+    inputs: &[T],
+    compute: impl Fn(&T) -> Result<R> + Sync + Send,
+) -> Result<Vec<R>> {
+    match inputs {
+        [alone] => Ok(vec![compute(alone)?]),
+        _ => inputs.par_iter().with_max_len(1).map(compute).collect(),
+    }
 }
 
 /// The embeddings of a group of windows, by their place in it.
@@ -43,14 +61,17 @@ pub(crate) fn sweep(
     pass: &Pass<'_>,
     step: Step<'_>,
 ) -> Result<States> {
-    let mut states = source.states(group.len());
+    let (mut states, at_once) = (source.states(group.len()), side_by_side(source.device()));
     embedded(&source.front()?, windows, group.clone(), pass, &mut states)?;
     source.visit(&source.all(), &mut |block| {
-        for (slot, window) in group.clone().enumerate() {
-            let x = states.take(slot)?;
-            let y = block.run(&x, pass)?;
-            step(window, &x, &y)?;
-            states.put(slot, y)?;
+        for first in (0..group.len()).step_by(at_once) {
+            let slots = first..group.len().min(first + at_once);
+            let inputs = slots.clone().map(|slot| states.take(slot)).collect::<Result<Vec<_>>>()?;
+            let outputs = each(&inputs, |x| block.run(x, pass))?;
+            for ((slot, x), y) in slots.zip(&inputs).zip(outputs) {
+                step(group.start + slot, x, &y)?;
+                states.put(slot, y)?;
+            }
         }
         Ok(())
     })?;
