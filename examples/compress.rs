@@ -156,13 +156,14 @@ fn recipe(args: &Args) -> anyhow::Result<Recipe> {
     recipe.method = args.method;
     if args.method == Method::Gates {
         let mut gates = Gates::default();
-        (gates.halves, gates.steps) = (args.scoring.halves, args.scoring.gate_steps.unwrap_or(gates.steps));
+        gates.halves = args.scoring.halves;
+        args.scoring.train(&mut gates);
         recipe.gates = Some(gates);
     }
-    if let Some(steps) = args.scoring.gate_steps.filter(|_| args.method == Method::Coupling) {
+    if args.method == Method::Coupling {
         let mut coupling = GatesWithCoupling::default();
-        coupling.gates.steps = steps;
-        recipe.coupling = Some(coupling);
+        args.scoring.train(&mut coupling.gates);
+        recipe.coupling = Some(coupling).filter(|coupling| *coupling != GatesWithCoupling::default());
     }
     recipe.target = args.target.goal();
     recipe.protect.clone_from(&args.protect);

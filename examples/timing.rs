@@ -54,6 +54,8 @@ enum Work {
     Forward,
     /// Forward and back to a gate on every block, on one window
     GateStep,
+    /// The same, keeping all activations: without gradient checkpointing
+    GateStepKeeping,
     /// Block Influence on all windows
     BlockInfluence,
     /// Greedy perplexity
@@ -132,9 +134,12 @@ impl Timing {
                 let hidden = decoder.hidden(&ids)?.squeeze(0)?;
                 decoder.nll(&hidden.narrow(0, 0, targets.len())?, targets)?.to_vec1::<f32>()?;
             }
-            Work::GateStep => {
-                let units = Unit::blocks(decoder.depth());
-                let walk = Walk::forward(decoder, &units, &vec![0.9; units.len()], &ids)?;
+            Work::GateStep | Work::GateStepKeeping => {
+                let (units, gates) = (Unit::blocks(decoder.depth()), vec![0.9; decoder.depth()]);
+                let walk = match work {
+                    Work::GateStep => Walk::forward(decoder, &units, &gates, &ids)?,
+                    _ => Walk::forward_keeping_activations(decoder, &units, &gates, &ids)?,
+                };
                 let (_, upstream) = decoder.loss_vjp(walk.output(), targets)?;
                 walk.gate_gradients(&upstream, |_| true)?;
             }

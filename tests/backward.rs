@@ -49,6 +49,25 @@ fn gate_gradients_are_those_of_the_whole_graph() {
 }
 
 #[test]
+fn keeping_activations_changes_no_bit_of_the_gate_gradients() {
+    for family in FAMILIES {
+        let decoder = load(family);
+        let ids = input_ids(family).narrow(0, 0, 1).unwrap();
+        let targets = &ids.squeeze(0).unwrap().to_vec1::<u32>().unwrap()[1..];
+        for units in [Unit::blocks(decoder.depth()), Unit::halves(decoder.depth())] {
+            let gates: Vec<f64> = (0..units.len()).map(|i| [0.9, 1.0, 0.0][i % 3]).collect();
+            let found = [Walk::forward, Walk::forward_keeping_activations].map(|forward| {
+                let walk = forward(&decoder, &units, &gates, &ids).unwrap();
+                let output = walk.output().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                let (_, upstream) = decoder.loss_vjp(walk.output(), targets).unwrap();
+                (output, walk.gate_gradients(&upstream, |_| true).unwrap())
+            });
+            assert_eq!(found[0], found[1], "{family}");
+        }
+    }
+}
+
+#[test]
 fn gate_gradients_with_matrices_in_bf16_are_those_in_f32_but_for_rounding() {
     for family in FAMILIES {
         let ids = input_ids(family).narrow(0, 0, 1).unwrap();

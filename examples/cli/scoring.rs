@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use foldgpt::Scores;
-use foldgpt::importance::{Importance, Method, MethodOptions};
+use foldgpt::importance::{Gates, Importance, Method, MethodOptions};
 
 /// Parses the library's methods by name, with what each does in a few words.
 pub fn methods() -> impl TypedValueParser<Value = Method> {
@@ -52,8 +52,8 @@ pub fn options(
     let mut options = MethodOptions::default();
     (options.remove, options.protected, options.seed) = (remove, protected.to_vec(), seed);
     options.gates.halves = scoring.halves;
-    options.gates.steps = scoring.gate_steps.unwrap_or(options.gates.steps);
-    options.coupling.gates.steps = scoring.gate_steps.unwrap_or(options.coupling.gates.steps);
+    scoring.train(&mut options.gates);
+    scoring.train(&mut options.coupling.gates);
     options.gates_file = scoring.file(&format!("{method}-{remove}-gates.json"))?;
     options.values_file = scoring.file(&format!("{method}-values.jsonl"))?;
     Ok(options)
@@ -79,6 +79,9 @@ pub struct ScoringArgs {
     /// Training steps of the gates
     #[arg(long)]
     pub gate_steps: Option<usize>,
+    /// Keep all activations while gates are trained, instead of computing each block again: faster, for more memory
+    #[arg(long)]
+    pub no_gradient_checkpointing: bool,
     /// Keep what was trained and measured in this directory, and go on from it
     #[arg(long)]
     pub state: Option<PathBuf>,
@@ -96,7 +99,17 @@ impl ScoringArgs {
             self.gate_steps.is_none() || gates,
             "--gate-steps is for --method gates or coupling, not {method}"
         );
+        anyhow::ensure!(
+            !self.no_gradient_checkpointing || gates,
+            "--no-gradient-checkpointing is for --method gates or coupling, not {method}"
+        );
         Ok(())
+    }
+
+    /// How gates are trained.
+    pub fn train(&self, gates: &mut Gates) {
+        gates.steps = self.gate_steps.unwrap_or(gates.steps);
+        gates.gradient_checkpointing = !self.no_gradient_checkpointing;
     }
 
     /// A file in the directory where state is kept, which is made where it is missing.

@@ -124,7 +124,7 @@ impl Coupling {
             // The last of each window's passes is the one with all units on.
             let gates = (0..n).map(|place| if place == off { 0.0 } else { 1.0 }).collect();
             let draw = Draw { window, drawn: Drawn { gates, slopes: vec![1.0; n] } };
-            for walked in walk(decoder, windows, units, &[draw], &mut || Ok(()))? {
+            for walked in walk(decoder, windows, units, &[draw], false, &mut || Ok(()))? {
                 let mut values = std::iter::once(&walked.loss).chain(&walked.gradients);
                 if let Some(&value) = values.find(|value| !value.is_finite()) {
                     let what = format!("the loss without unit {off} of {n}, or one of its gradients,");

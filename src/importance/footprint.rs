@@ -66,9 +66,15 @@ impl<'a> Footprint<'a> {
     }
 
     /// What a method keeps in memory beside the weights and the activations of one block.
-    pub(crate) fn kept(&self, method: Method) -> u64 {
+    pub(crate) fn kept(&self, method: Method, options: &MethodOptions) -> u64 {
         let depth = self.arch.depth() as u64;
+        let checkpointing = match method {
+            Method::Gates => options.gates.gradient_checkpointing,
+            Method::Coupling => options.coupling.gates.gradient_checkpointing,
+            _ => true,
+        };
         match method {
+            _ if !checkpointing => depth * (2 * self.state() + self.activations()),
             Method::Taylor => 2 * 4 * depth * self.arch.parameters_of(Part::Whole) as u64,
             Method::Coupling | Method::Gates => 2 * depth * self.state(),
             Method::GreedyPerplexity | Method::MacroInfluence => self.windows * (depth + 1) * self.state(),
@@ -85,10 +91,14 @@ impl<'a> Footprint<'a> {
 
     /// Scoring with blocks read from disk one at a time, but for the states between blocks.
     pub(crate) fn streamed(&self, checkpoint: &Checkpoint, method: Method, options: &MethodOptions) -> u64 {
-        // Each window of a batch has a state and the gradient with respect to it.
         let (activations, states) = match method {
+            // Each window of a batch has a state and the gradient with respect to it.
             Method::Gates => {
                 (self.activations_back(), (options.gates.batch as u64).saturating_mul(2).saturating_add(4))
+            }
+            Method::BlockInfluence | Method::Angular => {
+                let cores = (rayon::current_num_threads() as u64).min(self.windows);
+                (cores.saturating_mul(self.activations()), cores.saturating_mul(4))
             }
             _ => (self.activations(), 4),
         };

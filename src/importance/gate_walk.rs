@@ -6,7 +6,7 @@ use candle_core::Tensor;
 
 use crate::data::Windows;
 use crate::error::Result;
-use crate::model::{BlockSource, Gate, Pass, States, Unit};
+use crate::model::{BlockSource, Gate, Pass, States, Unit, UnitGraph};
 
 /// Gates of one forward pass, and their derivatives with respect to their parameters.
 pub(super) struct Drawn {
@@ -39,19 +39,23 @@ pub(super) struct Walked {
 }
 
 /// Takes windows forward through `units`, each under its gates, and back; as many together as the source of the blocks
-/// asks for. Only the inputs of units are kept in between. `tick` is called after every block.
+/// asks for. Only the inputs of units are kept in between, or, with `keep_activations`, all that units compute, of
+/// blocks that stay in memory. `tick` is called after every block.
 pub(super) fn walk(
     source: &dyn BlockSource,
     windows: &Windows,
     units: &[Unit],
     draws: &[Draw],
+    keep_activations: bool,
     tick: &mut dyn FnMut() -> Result<()>,
 ) -> Result<Vec<Walked>> {
     let pass = source.pass_over(windows.seq_len())?;
     let mut walked = Vec::with_capacity(draws.len());
     for draws in draws.chunks(source.windows_at_once().max(1)) {
         let inputs = source.states(units.len() * draws.len());
-        let mut batch = Batch { source, windows, units, pass: &pass, draws, inputs, states: Vec::new() };
+        let graphs = keep_activations.then(|| (0..units.len() * draws.len()).map(|_| None).collect());
+        let states = Vec::new();
+        let mut batch = Batch { source, windows, units, pass: &pass, draws, inputs, graphs, states };
         batch.forward(tick)?;
         walked.extend(batch.back(tick)?);
     }
@@ -67,6 +71,8 @@ struct Batch<'a> {
     draws: &'a [Draw],
     /// The input of every unit that runs on the way back, by place and window.
     inputs: States,
+    /// What units have computed, in the same places, where it is kept: of these the input need not be.
+    graphs: Option<Vec<Option<UnitGraph>>>,
     /// Each window's state; on the way back, the gradient of its loss with respect to it.
     states: Vec<Tensor>,
 }
@@ -95,6 +101,12 @@ impl Batch<'_> {
                 for (index, draw) in draws.iter().enumerate() {
                     let (gate, slot) = (draw.drawn.gate(place), self.slot(place, index));
                     let Some(state) = self.states.get_mut(index) else { continue };
+                    let graph = self.graphs.as_mut().filter(|_| gate.value != 0.0);
+                    if let Some(graph) = graph.and_then(|graphs| graphs.get_mut(slot)) {
+                        let kept = graph.insert(block.unit_graph(unit, state, self.pass)?);
+                        *state = kept.gated(gate.value, self.pass)?;
+                        continue;
+                    }
                     let next = block.gated(unit.part, gate.value, state, self.pass)?;
                     let input = std::mem::replace(state, next);
                     if gate.runs() {
@@ -123,7 +135,10 @@ impl Batch<'_> {
                     else {
                         continue;
                     };
-                    if gate.runs() {
+                    let graph = self.graphs.as_mut().and_then(|graphs| graphs.get_mut(slot)?.take());
+                    if let Some(graph) = graph {
+                        (*gradient, *upstream) = graph.gated_back(gate, upstream, self.pass)?;
+                    } else if gate.runs() {
                         let x = self.inputs.take(slot)?;
                         (*gradient, *upstream) = block.gated_back(unit, gate, &x, upstream, self.pass)?;
                     }

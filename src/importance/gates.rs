@@ -49,6 +49,11 @@ pub struct Gates {
     /// Stops when every gate's probability of being open has stayed within this of 0 or 1 for a tenth of the steps; 0.02
     /// by default.
     pub polarised: f64,
+    /// Keeps only the inputs of blocks on the way forward, and computes each block again on the way back; so by default,
+    /// and always where blocks are read from disk. Without it all activations of a window are kept, which changes
+    /// nothing but time and memory.
+    #[serde(skip)]
+    pub gradient_checkpointing: bool,
     /// Where the state is kept: written every few steps, and gone on from where it exists and fits. Nowhere by default.
     #[serde(skip)]
     pub state_file: Option<PathBuf>,
@@ -84,6 +89,7 @@ impl Default for Gates {
             seed: 0,
             warm_start: None,
             polarised: 0.02,
+            gradient_checkpointing: true,
             state_file: None,
         }
     }
@@ -107,7 +113,7 @@ impl Importance for Gates {
         windows: &Windows,
         observer: &mut dyn Observer,
     ) -> Result<Scores> {
-        self.score_on(model, windows, observer)
+        Self { gradient_checkpointing: true, ..self.clone() }.score_on(model, windows, observer)
     }
 }
 
@@ -333,7 +339,8 @@ impl Gates {
         };
         let draws: Vec<Draw> = (0..self.batch).map(draw).collect();
         let mut slopes = vec![0.0; units.len()];
-        for (walked, draw) in walk(source, windows, units, &draws, tick)?.into_iter().zip(&draws) {
+        let walked = walk(source, windows, units, &draws, !self.gradient_checkpointing, tick)?;
+        for (walked, draw) in walked.into_iter().zip(&draws) {
             if !walked.loss.is_finite() {
                 let what = format!("the loss of gate step {}", state.step);
                 return Err(Error::NotFinite { what, value: walked.loss });

@@ -46,7 +46,7 @@ impl Method {
         most: Bytes,
     ) -> Result<Residence> {
         let footprint = Footprint::new(checkpoint.architecture(), dtype, windows);
-        let bytes = with_overhead(footprint.in_memory(checkpoint, footprint.kept(self)));
+        let bytes = with_overhead(footprint.in_memory(checkpoint, footprint.kept(self, options)));
         if bytes <= most.0 {
             return Ok(Residence::Memory { bytes });
         }

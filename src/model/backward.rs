@@ -1,7 +1,8 @@
 //! Walking back through a decoder, unit by unit.
 //!
-//! Only the input of every unit is kept; each unit is computed again on the way back, so that no graph ever spans
-//! more than one. Memory beyond the weights: one input a unit, one unit's activations, one chunk of logits.
+//! Only the input of every unit is kept, unless more is asked for; each unit is computed again on the way back, so that
+//! no graph ever spans more than one. Memory beyond the weights: one input a unit, one unit's activations, one chunk of
+//! logits.
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor, Var};
@@ -23,8 +24,17 @@ pub struct Walk<'a> {
     pass: Pass<'a>,
     units: &'a [Unit],
     gates: Vec<f64>,
-    inputs: Vec<Tensor>,
+    kept: Vec<Kept>,
     output: Tensor,
+}
+
+/// What is kept of a unit on the way forward.
+#[derive(Debug)]
+enum Kept {
+    /// Its input: it is computed again on the way back.
+    Input(Tensor),
+    /// All that it computed.
+    Graph(UnitGraph),
 }
 
 impl<'a> Walk<'a> {
@@ -33,6 +43,30 @@ impl<'a> Walk<'a> {
     /// # Errors
     /// As many gates as units are needed; [`Error::Quantized`] where there is no way back; or a failed computation.
     pub fn forward(decoder: &'a Decoder, units: &'a [Unit], gates: &[f64], ids: &Tensor) -> Result<Self> {
+        Self::forward_keeping(false, decoder, units, gates, ids)
+    }
+
+    /// As [`forward`](Self::forward), without gradient checkpointing: the activations of all units are kept, so that the
+    /// way to the gates' gradients, which are the same, computes nothing again.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn forward_keeping_activations(
+        decoder: &'a Decoder,
+        units: &'a [Unit],
+        gates: &[f64],
+        ids: &Tensor,
+    ) -> Result<Self> {
+        Self::forward_keeping(true, decoder, units, gates, ids)
+    }
+
+    fn forward_keeping(
+        activations: bool,
+        decoder: &'a Decoder,
+        units: &'a [Unit],
+        gates: &[f64],
+        ids: &Tensor,
+    ) -> Result<Self> {
         if gates.len() != units.len() {
             return Err(Error::argument(
                 "gates",
@@ -43,12 +77,19 @@ impl<'a> Walk<'a> {
         decoder.check_not_quantized()?;
         let pass = decoder.pass(0, ids.dims2()?.1)?;
         let mut x = decoder.embed(ids, &pass)?.detach();
-        let mut inputs = Vec::with_capacity(units.len());
+        let mut kept = Vec::with_capacity(units.len());
         for (&unit, &gate) in units.iter().zip(gates) {
-            let next = decoder.block(unit.block)?.gated(unit.part, gate, &x, &pass)?;
-            inputs.push(std::mem::replace(&mut x, next));
+            let block = decoder.block(unit.block)?;
+            if activations && gate != 0.0 {
+                let graph = block.unit_graph(unit, &x, &pass)?;
+                x = graph.gated(gate, &pass)?;
+                kept.push(Kept::Graph(graph));
+            } else {
+                let next = block.gated(unit.part, gate, &x, &pass)?;
+                kept.push(Kept::Input(std::mem::replace(&mut x, next)));
+            }
         }
-        Ok(Self { decoder, pass, units, gates: gates.to_vec(), inputs, output: x })
+        Ok(Self { decoder, pass, units, gates: gates.to_vec(), kept, output: x })
     }
 
     /// The state after the last unit, before the final norm: `(batch, seq, hidden)`.
@@ -67,14 +108,17 @@ impl<'a> Walk<'a> {
         let mut upstream = upstream.detach();
         let mut gradients = vec![0.0; self.units.len()];
         for (place, gradient) in gradients.iter_mut().enumerate().rev() {
-            let (Some(x), Some(&unit), Some(&gate)) =
-                (self.inputs.pop(), self.units.get(place), self.gates.get(place))
+            let (Some(kept), Some(&unit), Some(&gate)) =
+                (self.kept.pop(), self.units.get(place), self.gates.get(place))
             else {
                 break;
             };
             let block = self.decoder.block(unit.block)?;
             let gate = Gate { value: gate, wanted: wanted(place) };
-            (*gradient, upstream) = block.gated_back(unit, gate, &x, &upstream, &self.pass)?;
+            (*gradient, upstream) = match kept {
+                Kept::Input(x) => block.gated_back(unit, gate, &x, &upstream, &self.pass)?,
+                Kept::Graph(graph) => graph.gated_back(gate, &upstream, &self.pass)?,
+            };
         }
         Ok(gradients)
     }
@@ -95,10 +139,12 @@ impl<'a> Walk<'a> {
         }
         let mut upstream = upstream.detach();
         for (place, unit) in self.units.iter().enumerate().rev() {
-            let (Some(x), Some(block)) = (self.inputs.pop(), self.decoder.blocks().get(unit.block)) else {
+            let (Some(kept), Some(block)) = (self.kept.pop(), self.decoder.blocks().get(unit.block)) else {
                 break;
             };
-            let x = Var::from_tensor(&x)?;
+            let x = match kept {
+                Kept::Input(x) | Kept::Graph(UnitGraph { x, .. }) => Var::from_tensor(&x.detach())?,
+            };
             let mut vars = Vec::new();
             let block = block.map(None, |param, value| match param {
                 BlockParam::Weight(_) => {
@@ -165,45 +211,84 @@ impl Block {
             let effect = value(&pass.kernels.inner(&(y - x)?, upstream)?)?;
             return Ok((effect, upstream.clone()));
         }
-        let (effect, through) = self.unit_vjp(unit, x, upstream, pass)?;
+        self.unit_graph(unit, x, pass)?.gated_back(gate, upstream, pass)
+    }
+
+    /// Computes a unit for an input `x`, `(batch, seq, hidden)`, up to where it can be walked back from.
+    pub(crate) fn unit_graph(&self, unit: Unit, x: &Tensor, pass: &Pass<'_>) -> Result<UnitGraph> {
+        let x = Var::from_tensor(x)?.into_inner();
+        let end = match self.plain_ending(unit.part) {
+            Some(ending) => {
+                let (state, inside) = self.before(&ending, unit.part, &x, pass)?;
+                End::BeforeProduct { ending, state, inside }
+            }
+            None => End::Output(self.forward_part(unit.part, &x, pass, None)?),
+        };
+        Ok(UnitGraph { unit, x, end })
+    }
+}
+
+/// What a unit has computed of an input, with all that it takes to walk back.
+#[derive(Debug)]
+pub(crate) struct UnitGraph {
+    unit: Unit,
+    x: Tensor,
+    end: End,
+}
+
+/// How far a unit was computed. A product that it ends with is not made: its part in what is asked on the way back is
+/// known from what goes into it and from the gradient taken back through its matrix.
+#[derive(Debug)]
+enum End {
+    BeforeProduct { ending: Ending, state: Tensor, inside: Tensor },
+    Output(Tensor),
+}
+
+impl UnitGraph {
+    /// What [`Block::gated`] gives, bit for bit, of the gated unit.
+    pub(crate) fn gated(&self, gate: f64, pass: &Pass<'_>) -> Result<Tensor> {
+        let y = match &self.end {
+            End::BeforeProduct { ending, state, inside } => {
+                ending.joined(&state.detach(), &inside.detach(), pass)?
+            }
+            End::Output(y) => y.detach(),
+        };
+        Ok(gated(&self.x.detach(), &y, gate)?.detach())
+    }
+
+    /// What [`Block::gated_back`] gives, of a gate that is not 0.
+    pub(crate) fn gated_back(&self, gate: Gate, upstream: &Tensor, pass: &Pass<'_>) -> Result<(f64, Tensor)> {
+        let (effect, through) = self.vjp(upstream, pass)?;
         Ok((if gate.wanted { effect } else { 0.0 }, gated(upstream, &through, gate.value)?))
     }
 
-    /// `⟨upstream, u(x) − x⟩` of a unit `u`, and the product of `upstream` with the unit's Jacobian with respect to
+    /// `⟨upstream, u(x) − x⟩` of the unit `u`, and the product of `upstream` with the unit's Jacobian with respect to
     /// its input, `(batch, seq, hidden)`.
-    ///
-    /// Where the unit ends with a product, that product is never made: its part in both is known from what goes into
-    /// it and from `upstream` taken back through its matrix.
-    fn unit_vjp(&self, unit: Unit, x: &Tensor, upstream: &Tensor, pass: &Pass<'_>) -> Result<(f64, Tensor)> {
-        let x = Var::from_tensor(x)?;
-        let kernels = pass.kernels;
-        let (effect, total) = match self.plain_ending(unit.part) {
-            Some(ending) => {
-                let (state, inside) = self.before(&ending, unit.part, x.as_tensor(), pass)?;
+    fn vjp(&self, upstream: &Tensor, pass: &Pass<'_>) -> Result<(f64, Tensor)> {
+        let (x, kernels) = (&self.x, pass.kernels);
+        let (effect, total) = match &self.end {
+            End::BeforeProduct { ending, state, inside } => {
                 let into = kernels.linear_back(upstream, &ending.weight)?;
-                let last = kernels.inner(&inside, &into)?;
+                let last = kernels.inner(inside, &into)?;
                 let mut effect = value(&last)?;
-                if unit.part == Part::Whole {
-                    let before = (state.detach() - x.as_tensor().detach())?;
+                if self.unit.part == Part::Whole {
+                    let before = (state.detach() - x.detach())?;
                     effect += value(&kernels.inner(&before, upstream)?)?;
                 }
                 if let Some(bias) = &ending.bias {
                     effect += value(&kernels.inner(&bias.broadcast_as(upstream.shape())?, upstream)?)?;
                 }
-                (effect, (kernels.inner(&state, upstream)? + last)?)
+                (effect, (kernels.inner(state, upstream)? + last)?)
             }
-            None => {
-                let y = self.forward_part(unit.part, x.as_tensor(), pass, None)?;
-                let added = (y.detach() - x.as_tensor().detach())?;
+            End::Output(y) => {
+                let added = (y.detach() - x.detach())?;
                 let effect = value(&kernels.inner(&added, upstream)?)?;
-                (effect, kernels.inner(&y, upstream)?)
+                (effect, kernels.inner(y, upstream)?)
             }
         };
-        let gradient = total.backward()?.remove(x.as_tensor());
-        Ok((
-            effect,
-            gradient.ok_or_else(|| Error::NoGradient { tensor: format!("the input of unit {unit}") })?,
-        ))
+        let gradient = total.backward()?.remove(x);
+        let missing = || Error::NoGradient { tensor: format!("the input of unit {}", self.unit) };
+        Ok((effect, gradient.ok_or_else(missing)?))
     }
 }
 

@@ -34,6 +34,6 @@ pub use params::{BlockParam, NormPart, NormSite, Param, PerNormSite, PerProjecti
 pub use stored_types::StoredTypes;
 pub use unit::{Part, Unit};
 
-pub(crate) use backward::Gate;
+pub(crate) use backward::{Gate, UnitGraph};
 pub(crate) use source::{BlockSource, fingerprint};
 pub(crate) use states::States;

@@ -13,10 +13,19 @@ use crate::error::{Error, Result};
 use crate::ops::{AttentionShape, Matrix};
 
 /// The product that a block's half ends with.
+#[derive(Debug)]
 pub(super) struct Ending {
     half: Part,
     pub(super) weight: Matrix,
     pub(super) bias: Option<Tensor>,
+}
+
+impl Ending {
+    /// The state with what the product makes of `inside` added to it.
+    pub(super) fn joined(&self, state: &Tensor, inside: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
+        let product = pass.kernels.linear(inside, &self.weight, self.bias.as_ref())?;
+        Ok(pass.kernels.add(state, &product)?)
+    }
 }
 
 impl Block {

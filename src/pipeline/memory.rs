@@ -108,7 +108,7 @@ impl<'a> Memory<'a> {
         }
         let recipe = self.inputs.recipe;
         let copy = if recipe.dtype == Precision::Bf16 { self.counted(DType::BF16).weights() } else { 0 };
-        self.plain() + copy + self.counted(DType::F32).kept(recipe.method)
+        self.plain() + copy + self.counted(DType::F32).kept(recipe.method, &self.inputs.method_options())
     }
 
     /// What blocks that share keep, where any do.

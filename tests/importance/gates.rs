@@ -64,6 +64,25 @@ fn without_a_number_to_remove_coupling_scores_singles_and_gates_refuse() {
 }
 
 #[test]
+fn gradient_checkpointing_changes_no_bit_of_what_is_trained() {
+    for family in ["llama", "gemma2"] {
+        let (decoder, windows) = (load(family), windows(family));
+        let mut gates = gates(1);
+        gates.steps = 6;
+        assert!(gates.gradient_checkpointing);
+        let expected = gates.score(&decoder, &windows, &mut ()).unwrap();
+        gates.gradient_checkpointing = false;
+        let found = gates.score(&decoder, &windows, &mut ()).unwrap();
+        assert_eq!(found.trajectory, expected.trajectory, "{family}");
+        assert_eq!(
+            (found.importance(), found.options),
+            (expected.importance(), expected.options),
+            "{family}"
+        );
+    }
+}
+
+#[test]
 fn halves_of_blocks_have_gates_of_their_own() {
     let (decoder, windows) = (load("gemma2"), windows("gemma2"));
     let mut gates = gates(3);

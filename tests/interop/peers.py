@@ -5,7 +5,8 @@
 
 DIRECTORY is a checkpoint that both read. Leave the machine alone meanwhile. Works: `blocks` and `forward` (blocks alone,
 and with the head to the loss, on one window), `gate-step` (a scalar gate on what every block adds, weights frozen,
-backward to the gates alone), `block-influence` on all windows, and `greedy`: greedy perplexity, which here runs every
+backward to the gates alone: PyTorch keeps all activations, foldgpt computes blocks again), `gate-step-keeping` (the same,
+and foldgpt keeps them too), `block-influence` on all windows, and `greedy`: greedy perplexity, which here runs every
 candidate as a whole forward pass, and in foldgpt what candidates have in common once. Both compute in f32, and with
 matrices in bf16; each round times each work in all four ways, one right after the other, and ratios are those of one
 round.
@@ -24,7 +25,7 @@ import transformers
 
 import ours
 
-WORKS = ["blocks", "forward", "gate-step", "block-influence", "greedy"]
+WORKS = ["blocks", "forward", "gate-step", "gate-step-keeping", "block-influence", "greedy"]
 LONG = {"block-influence", "greedy"}
 GATE = 0.9
 
@@ -45,10 +46,11 @@ class Torch:
             "blocks": lambda: self.base(self.windows[0], use_cache=False),
             "forward": lambda: self.loss(self.windows[0]).item(),
             "gate-step": self.gate_step,
+            "gate-step-keeping": self.gate_step,
             "block-influence": self.block_influence,
             "greedy": self.greedy,
         }[work]
-        with torch.enable_grad() if work == "gate-step" else torch.inference_mode():
+        with torch.enable_grad() if work.startswith("gate-step") else torch.inference_mode():
             start = time.perf_counter()
             run()
             return time.perf_counter() - start
