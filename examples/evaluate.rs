@@ -37,10 +37,10 @@ struct Args {
     #[arg(long, group = "what")]
     text: Option<PathBuf>,
     /// JSON array of arrays of token ids, each a window
-    #[arg(long, group = "what", conflicts_with_all = ["seq_len", "bos"])]
+    #[arg(long, group = "what", conflicts_with_all = ["seq_len", "bos", "split_special_tokens"])]
     ids: Option<PathBuf>,
     /// Tasks as JSON Lines, in the formats of lm-evaluation-harness's datasets
-    #[arg(long, group = "what", num_args = 1.., value_delimiter = ',', conflicts_with_all = ["windows", "seq_len", "bos"])]
+    #[arg(long, group = "what", num_args = 1.., value_delimiter = ',', conflicts_with_all = ["windows", "seq_len", "bos", "split_special_tokens"])]
     tasks: Vec<PathBuf>,
     /// Answer at most this many items of each task (all by default)
     #[arg(long, requires = "tasks")]

@@ -33,14 +33,15 @@ fn gates() -> Gates {
 }
 
 fn methods() -> Vec<Box<dyn Importance>> {
-    let (mut halves, mut warm) = (gates(), gates());
-    halves.halves = true;
+    let (mut halves, mut warm, mut keeping) = (gates(), gates(), gates());
+    (halves.halves, keeping.gradient_checkpointing) = (true, false);
     (warm.warm_start, warm.protected) = (Some(vec![0.3, 0.1, 0.4, 0.2]), vec![1]);
     vec![
         Box::new(BlockInfluence::default()),
         Box::new(AngularDistance { remove: 2, protected: vec![] }),
         Box::new(PerplexityIncrease::default()),
         Box::new(gates()),
+        Box::new(keeping),
         Box::new(halves),
         Box::new(Random { seed: 3 }),
         Box::new(AngularDistance { remove: 2, protected: vec![1] }),
@@ -335,5 +336,34 @@ fn what_fits_stays_in_memory_and_what_does_not_is_streamed_or_refused() {
             assert!(matches!(error, Error::Memory { .. }), "{text}");
             assert!(text.contains(method.name()) && text.contains("angular"), "{text}");
         }
+    }
+}
+
+#[test]
+fn windows_side_by_side_have_the_bits_of_windows_alone() {
+    for family in ["llama", "gemma2"] {
+        let decoder = load(family);
+        // Seven windows: no multiple of the threads.
+        let ids: Vec<Vec<u32>> =
+            (0..7u32).map(|w| (0..12).map(|i| (w * 31 + i * 7) % 90).collect()).collect();
+        let all = Windows::from_ids(ids.clone()).unwrap();
+        let alone = |ids: &Vec<u32>| Windows::from_ids(vec![ids.clone()]).unwrap();
+        let losses =
+            ids.iter().map(|ids| perplexity(&decoder, &alone(ids), &mut ()).unwrap().mean_nll * 11.0);
+        let expected = losses.fold(0.0, |sum, loss| sum + loss) / 77.0;
+        let scores = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| {
+                let loss = perplexity(&decoder, &all, &mut ()).unwrap().mean_nll;
+                assert!(
+                    (loss - expected).abs() < 1e-12,
+                    "{family}, {threads} threads: {loss}, expected {expected}"
+                );
+                (loss.to_bits(), timeless(BlockInfluence::default().score(&decoder, &all, &mut ()).unwrap()))
+            })
+        };
+        let one = scores(1);
+        assert_eq!(scores(3), one, "{family}");
+        assert_eq!(scores(16), one, "{family}");
     }
 }

@@ -117,7 +117,7 @@ impl WindowArgs {
         let tokenizer = tokenizer.clone().with_split_special_tokens(self.split_special_tokens);
         let (mut calibration, held_out) =
             Windows::split_from_text(&tokenizer, text, self.seq_len, evaluate, self.bos.into())?;
-        warn_of_unknown(&held_out);
+        warn_of_unknown(&calibration);
         if let Some(count) = calibrate {
             calibration = calibration.spread(count)?;
         }
@@ -126,7 +126,7 @@ impl WindowArgs {
 }
 
 fn warn_of_unknown(windows: &Windows) {
-    if windows.has_many_unknown() {
+    if windows.has_many_unknown() && !windows.split_special_tokens() {
         eprintln!(
             "warning: one token in a hundred or more is the unknown one, and may decide the loss; where the text writes \
              it out (<unk>), --split-special-tokens reads it as any other characters"

@@ -79,7 +79,8 @@ pub struct ScoringArgs {
     /// Training steps of the gates
     #[arg(long)]
     pub gate_steps: Option<usize>,
-    /// Keep all activations while gates are trained, instead of computing each block again: faster, for more memory
+    /// Keep all activations while gates are trained, instead of computing each block again: faster, for more memory;
+    /// of a model in memory
     #[arg(long)]
     pub no_gradient_checkpointing: bool,
     /// Keep what was trained and measured in this directory, and go on from it

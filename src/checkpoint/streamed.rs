@@ -227,6 +227,10 @@ impl BlockSource for StreamedDecoder<'_> {
         usize::MAX
     }
 
+    fn keeps_blocks(&self) -> bool {
+        false
+    }
+
     fn states(&self, slots: usize) -> States {
         let scratch = self.options.scratch.clone().unwrap_or_else(std::env::temp_dir);
         States::new(slots, self.options.state_bytes, scratch)

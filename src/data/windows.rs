@@ -231,7 +231,9 @@ impl Windows {
     /// they, and not the words, may then decide the loss. See [`Tokenizer::with_split_special_tokens`].
     #[must_use]
     pub fn has_many_unknown(&self) -> bool {
-        let unknown = self.ids.iter().flatten().filter(|id| Some(**id) == self.unknown).count();
+        // Some vocabularies begin texts with it.
+        let of_text = self.ids.iter().flat_map(|ids| ids.iter().skip(usize::from(self.bos)));
+        let unknown = of_text.filter(|id| Some(**id) == self.unknown).count();
         unknown * MANY_UNKNOWN >= self.ids.len() * self.seq_len
     }
 

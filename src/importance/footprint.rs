@@ -6,7 +6,7 @@ use super::{Method, MethodOptions};
 use crate::account::{Account, Held};
 use crate::checkpoint::Checkpoint;
 use crate::data::Windows;
-use crate::model::{Architecture, BlockParam, Param, Part};
+use crate::model::{Architecture, BlockParam, NormSite, Param, Part, Projection};
 
 /// What is counted, and a sixteenth of it for what is not: what the allocator keeps, code, threads, a tokenizer.
 pub(crate) fn with_overhead(counted: u64) -> u64 {
@@ -53,6 +53,31 @@ impl<'a> Footprint<'a> {
         self.seq_len * wide as u64 * 4
     }
 
+    /// What one block computes of one window, where all of it is kept for the way back.
+    fn kept_activations(&self) -> u64 {
+        use Projection::{K, Q, Up};
+        let width = |projection| self.arch.projection_shape(projection).map_or(0, |(output, _)| output);
+        let products: usize = Projection::ALL.into_iter().map(width).sum();
+        // Rotated queries and keys, what attention has gathered, and the activation.
+        let between = 2 * width(Q) + width(K) + width(Up);
+        let norms: usize = NormSite::ALL.into_iter().filter_map(|site| self.normalised(site)).sum();
+        // The block's input, the state between its halves, and its output.
+        let states = 3 * self.arch.hidden_size;
+        self.seq_len * (products + between + norms + states) as u64 * 4
+    }
+
+    /// How many numbers a norm makes of a token, where there is one.
+    fn normalised(&self, site: NormSite) -> Option<usize> {
+        let projection = match site {
+            NormSite::Q => Projection::Q,
+            NormSite::K => Projection::K,
+            NormSite::AttentionIn | NormSite::AttentionOut | NormSite::MlpIn | NormSite::MlpOut => {
+                Projection::O
+            }
+        };
+        self.arch.norm_width(site).and(self.arch.projection_shape(projection)).map(|(output, _)| output)
+    }
+
     /// The same backwards: every activation has a gradient, and one to add to it.
     fn activations_back(&self) -> u64 {
         3 * self.activations()
@@ -74,7 +99,7 @@ impl<'a> Footprint<'a> {
             _ => true,
         };
         match method {
-            _ if !checkpointing => depth * (2 * self.state() + self.activations()),
+            _ if !checkpointing => depth * self.kept_activations(),
             Method::Taylor => 2 * 4 * depth * self.arch.parameters_of(Part::Whole) as u64,
             Method::Coupling | Method::Gates => 2 * depth * self.state(),
             Method::GreedyPerplexity | Method::MacroInfluence => self.windows * (depth + 1) * self.state(),

@@ -39,8 +39,8 @@ pub(super) struct Walked {
 }
 
 /// Takes windows forward through `units`, each under its gates, and back; as many together as the source of the blocks
-/// asks for. Only the inputs of units are kept in between, or, with `keep_activations`, all that units compute, of
-/// blocks that stay in memory. `tick` is called after every block.
+/// asks for. Only the inputs of units are kept in between, or, with `keep_activations`, all that units compute, where
+/// blocks stay in memory anyway. `tick` is called after every block.
 pub(super) fn walk(
     source: &dyn BlockSource,
     windows: &Windows,
@@ -53,7 +53,8 @@ pub(super) fn walk(
     let mut walked = Vec::with_capacity(draws.len());
     for draws in draws.chunks(source.windows_at_once().max(1)) {
         let inputs = source.states(units.len() * draws.len());
-        let graphs = keep_activations.then(|| (0..units.len() * draws.len()).map(|_| None).collect());
+        let graphs = (keep_activations && source.keeps_blocks())
+            .then(|| (0..units.len() * draws.len()).map(|_| None).collect());
         let states = Vec::new();
         let mut batch = Batch { source, windows, units, pass: &pass, draws, inputs, graphs, states };
         batch.forward(tick)?;

@@ -51,8 +51,8 @@ pub struct Gates {
     pub polarised: f64,
     /// Keeps only the inputs of blocks on the way forward, and computes each block again on the way back; so by default,
     /// and always where blocks are read from disk. Without it all activations of a window are kept, which changes
-    /// nothing but time and memory.
-    #[serde(skip)]
+    /// nothing but time and memory, and is no part of what results say of their options.
+    #[serde(skip_serializing)]
     pub gradient_checkpointing: bool,
     /// Where the state is kept: written every few steps, and gone on from where it exists and fits. Nowhere by default.
     #[serde(skip)]
@@ -113,7 +113,7 @@ impl Importance for Gates {
         windows: &Windows,
         observer: &mut dyn Observer,
     ) -> Result<Scores> {
-        Self { gradient_checkpointing: true, ..self.clone() }.score_on(model, windows, observer)
+        self.score_on(model, windows, observer)
     }
 }
 

@@ -56,6 +56,12 @@ impl Method {
             limit: most,
             reason,
         };
+        let mut checkpointing = options.clone();
+        checkpointing.gates.gradient_checkpointing = true;
+        checkpointing.coupling.gates.gradient_checkpointing = true;
+        if footprint.kept(self, &checkpointing) < footprint.kept(self, options) {
+            return Err(refuse(bytes, "gates keep all activations, without gradient checkpointing".into()));
+        }
         if !self.streams() {
             let reason = format!("only {} can read block after block", Self::streaming());
             return Err(refuse(bytes, reason));

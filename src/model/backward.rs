@@ -143,8 +143,11 @@ impl<'a> Walk<'a> {
                 break;
             };
             let x = match kept {
-                Kept::Input(x) | Kept::Graph(UnitGraph { x, .. }) => Var::from_tensor(&x.detach())?,
+                Kept::Input(x) => x,
+                // Computed anew, with variables: what was kept only takes memory.
+                Kept::Graph(graph) => graph.x.detach(),
             };
+            let x = Var::from_tensor(&x)?;
             let mut vars = Vec::new();
             let block = block.map(None, |param, value| match param {
                 BlockParam::Weight(_) => {

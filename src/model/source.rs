@@ -41,9 +41,12 @@ pub(crate) trait BlockSource {
     /// `visit` fails with.
     fn visit(&self, order: &[usize], visit: &mut dyn FnMut(&Block) -> Result<()>) -> Result<()>;
 
-    /// How many windows each visit should serve: one where blocks cost nothing to come by, so that few states are
-    /// alive; all where each visit reads the whole model.
+    /// How many windows each visit should serve at least: one where blocks cost nothing to come by, so that few states
+    /// are alive; all where each visit reads the whole model.
     fn windows_at_once(&self) -> usize;
+
+    /// Whether blocks stay in memory once a visit is over.
+    fn keeps_blocks(&self) -> bool;
 
     /// Room for this many states.
     fn states(&self, slots: usize) -> States;
@@ -86,6 +89,10 @@ impl BlockSource for Decoder {
 
     fn windows_at_once(&self) -> usize {
         1
+    }
+
+    fn keeps_blocks(&self) -> bool {
+        true
     }
 
     fn states(&self, slots: usize) -> States {

@@ -174,8 +174,10 @@ impl<'a> Inputs<'a> {
     pub(super) fn keys(&self) -> Result<Keys> {
         let recipe = self.recipe;
         // Results name the whole text, of which windows are a part.
-        let cut =
-            |windows: &Windows| (windows.text_sha256().to_string(), windows.ids_sha256(), windows.bos());
+        let cut = |windows: &Windows| {
+            let read = (windows.bos(), windows.split_special_tokens());
+            (windows.text_sha256().to_string(), windows.ids_sha256(), read)
+        };
         let calibration = cut(&self.calibration);
         let score = self.needs_scores().then(|| {
             let options = recipe.method.relevant(&self.method_options());
