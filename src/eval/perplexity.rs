@@ -70,7 +70,7 @@ fn measure(source: &dyn BlockSource, windows: &Windows, observer: &mut dyn Obser
     progress::counted("perplexity", steps, observer, |report| {
         let mut done = 0;
         for group in groups(source, windows) {
-            let mut states = sweep(source, windows, &group, &pass, &mut |_, _, _| {
+            let mut states = sweep(source, windows, &group, &pass, &|_, _| Ok(()), &mut |_, ()| {
                 done += 1;
                 report(done)
             })?;

@@ -6,13 +6,13 @@ use candle_core::{IndexOp, Tensor};
 
 use serde::Serialize;
 
-use super::block_influence::{dots, norms};
 use super::sweep::sweep_all;
 use super::{Importance, Scores, check_blocks, check_removal};
 use crate::checkpoint::StreamedDecoder;
 use crate::data::Windows;
 use crate::error::{Error, Result};
 use crate::model::{BlockSource, Decoder};
+use crate::ops::Kernels;
 use crate::progress::Observer;
 
 /// Angular distance: `arccos cos(x_l, x_{l+n}) / π` at the last token, the mean over windows; the `n` consecutive
@@ -64,9 +64,11 @@ impl AngularDistance {
             return Err(Error::argument("protected blocks", format!("{:?}", self.protected), expected));
         }
         let last = last_tokens(source, windows, self.method(), observer)?;
+        let kernels = source.kernels();
         let (mut single, mut spans) = (Vec::new(), vec![0.0; (depth + 1).saturating_sub(self.remove)]);
         for states in &last {
-            let span = |n: usize| states.iter().zip(states.iter().skip(n)).map(|(x, y)| distance(x, y));
+            let span =
+                |n: usize| states.iter().zip(states.iter().skip(n)).map(|(x, y)| distance(kernels, x, y));
             single.push(span(1).collect::<Result<Vec<f64>>>()?);
             for (sum, distance) in spans.iter_mut().zip(span(self.remove)) {
                 *sum += distance?;
@@ -94,19 +96,18 @@ fn last_tokens(
     let mut last: Vec<Vec<Tensor>> = vec![Vec::new(); windows.len()];
     // A copy: otherwise the states of all tokens would be kept alive.
     let of = |x: &Tensor| -> Result<Tensor> { Ok(x.i((.., windows.seq_len() - 1..))?.force_contiguous()?) };
-    sweep_all(source, windows, stage, observer, &mut |window, x, y| {
-        let Some(row) = last.get_mut(window) else { return Ok(()) };
-        if row.is_empty() {
-            row.push(of(x)?);
+    sweep_all(source, windows, stage, observer, &|x, y| Ok((of(x)?, of(y)?)), &mut |window, (x, y)| {
+        if let Some(row) = last.get_mut(window) {
+            if row.is_empty() {
+                row.push(x);
+            }
+            row.push(y);
         }
-        row.push(of(y)?);
-        Ok(())
     })?;
     Ok(last)
 }
 
 /// The angle of two `(1, 1, hidden)` vectors over π, from 0 to 1.
-fn distance(x: &Tensor, y: &Tensor) -> Result<f64> {
-    let cosine = (dots(x, y)? / (norms(x)? * norms(y)?)?)?.mean_all()?.to_scalar::<f32>()?;
-    Ok(f64::from(cosine.clamp(-1.0, 1.0)).acos() / std::f64::consts::PI)
+fn distance(kernels: Kernels, x: &Tensor, y: &Tensor) -> Result<f64> {
+    Ok(kernels.mean_cosine(x, y)?.clamp(-1.0, 1.0).acos() / std::f64::consts::PI)
 }

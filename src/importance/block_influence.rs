@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use candle_core::{D, DType, Tensor};
+use candle_core::Tensor;
 
 use super::sweep::sweep_all;
 use super::{Importance, Scores};
@@ -47,31 +47,14 @@ impl BlockInfluence {
     ) -> Result<Scores> {
         let start = Instant::now();
         let mut by_window: Vec<Vec<f64>> = vec![Vec::new(); windows.len()];
-        // The lengths of a block's output are those of the next one's input.
-        let mut lengths: Vec<Option<Tensor>> = vec![None; windows.len()];
-        sweep_all(source, windows, self.method(), observer, &mut |window, x, y| {
-            let (Some(row), Some(kept)) = (by_window.get_mut(window), lengths.get_mut(window)) else {
-                return Ok(());
-            };
-            let x_norms = kept.take().map_or_else(|| norms(x), Ok)?;
-            let y_norms = norms(y)?;
-            let cosines = (dots(x, y)? / (x_norms * &y_norms)?)?;
-            row.push(1.0 - f64::from(cosines.mean_all()?.to_scalar::<f32>()?));
-            *kept = Some(y_norms);
-            Ok(())
+        let kernels = source.kernels();
+        let influence = |x: &Tensor, y: &Tensor| Ok(1.0 - kernels.mean_cosine(x, y)?);
+        sweep_all(source, windows, self.method(), observer, &influence, &mut |window, influence| {
+            if let Some(row) = by_window.get_mut(window) {
+                row.push(influence);
+            }
         })?;
         let runs = (windows.len() * source.architecture().depth()) as f64;
         Ok(Scores::of_windows(self.method(), windows, &by_window)?.costing(start, runs))
     }
-}
-
-/// The inner product of every token's two vectors, `(batch, seq)`.
-pub(super) fn dots(x: &Tensor, y: &Tensor) -> Result<Tensor> {
-    Ok((x.to_dtype(DType::F32)? * y.to_dtype(DType::F32)?)?.sum(D::Minus1)?)
-}
-
-/// The length of every token's vector, `(batch, seq)`; at least 1e-8, so that the cosine with a zero vector (the
-/// embedding of a padding token) is 0, as in PyTorch.
-pub(super) fn norms(x: &Tensor) -> Result<Tensor> {
-    Ok(x.to_dtype(DType::F32)?.sqr()?.sum(D::Minus1)?.sqrt()?.maximum(1e-8)?)
 }

@@ -6,12 +6,11 @@ use std::time::Instant;
 use candle_core::Tensor;
 use serde::Serialize;
 
-use super::block_influence::{dots, norms};
 use super::greedy::{Greedy, final_states};
 use super::{Importance, Scores};
 use crate::data::Windows;
 use crate::error::Result;
-use crate::model::Decoder;
+use crate::model::{BlockSource, Decoder};
 use crate::progress::Observer;
 
 /// Macro Influence: `1 − E[cos(X, X without the block)]` on the last block's output, measured anew after each
@@ -44,11 +43,11 @@ impl Importance for MacroInfluence {
             kept: &self.protected,
             file: self.values_file.as_deref(),
         };
+        let kernels = BlockSource::kernels(decoder);
         let mut scores = greedy.run(decoder, windows, observer, |removals, sets, report| {
             let leaf = |window: usize, _: &[u32], state: &Tensor| {
                 let Some(whole) = wholes.get(window) else { return Ok(0.0) };
-                let cosines = (dots(whole, state)? / (norms(whole)? * norms(state)?)?)?;
-                Ok(1.0 - f64::from(cosines.mean_all()?.to_scalar::<f32>()?))
+                Ok(1.0 - kernels.mean_cosine(whole, state)?)
             };
             removals.values(sets, &leaf, report)
         })?;

@@ -14,8 +14,8 @@ use crate::error::Result;
 use crate::model::{BlockSource, Decoder, Pass, States};
 use crate::progress::{self, Observer};
 
-/// Hears of every block: the window, the block's input and its output, `(1, seq, hidden)` each.
-pub(crate) type Step<'a> = &'a mut dyn FnMut(usize, &Tensor, &Tensor) -> Result<()>;
+/// What is asked of a block's input and its output, `(1, seq, hidden)` each, where the output was computed.
+pub(crate) type Look<'a, T> = &'a (dyn Fn(&Tensor, &Tensor) -> Result<T> + Sync);
 
 /// The windows in parts that go through the blocks together.
 pub(crate) fn groups(source: &dyn BlockSource, windows: &Windows) -> Vec<Range<usize>> {
@@ -54,12 +54,15 @@ fn embedded(
 }
 
 /// Takes a group of windows through all blocks, and gives the states after the last one, by their place in the group.
-pub(crate) fn sweep(
+///
+/// `step` is told, window by window of a block, what `look` has found.
+pub(crate) fn sweep<T: Send>(
     source: &dyn BlockSource,
     windows: &Windows,
     group: &Range<usize>,
     pass: &Pass<'_>,
-    step: Step<'_>,
+    look: Look<'_, T>,
+    step: &mut dyn FnMut(usize, T) -> Result<()>,
 ) -> Result<States> {
     let (mut states, at_once) = (source.states(group.len()), side_by_side(source.device()));
     embedded(&source.front()?, windows, group.clone(), pass, &mut states)?;
@@ -67,9 +70,12 @@ pub(crate) fn sweep(
         for first in (0..group.len()).step_by(at_once) {
             let slots = first..group.len().min(first + at_once);
             let inputs = slots.clone().map(|slot| states.take(slot)).collect::<Result<Vec<_>>>()?;
-            let outputs = each(&inputs, |x| block.run(x, pass))?;
-            for ((slot, x), y) in slots.zip(&inputs).zip(outputs) {
-                step(group.start + slot, x, &y)?;
+            let outputs = each(&inputs, |x| {
+                let y = block.run(x, pass)?;
+                Ok((look(x, &y)?, y))
+            })?;
+            for (slot, (found, y)) in slots.zip(outputs) {
+                step(group.start + slot, found)?;
                 states.put(slot, y)?;
             }
         }
@@ -79,20 +85,21 @@ pub(crate) fn sweep(
 }
 
 /// Takes all windows through all blocks as a stage, whose steps are blocks and windows.
-pub(super) fn sweep_all(
+pub(super) fn sweep_all<T: Send>(
     source: &dyn BlockSource,
     windows: &Windows,
     stage: &'static str,
     observer: &mut dyn Observer,
-    step: Step<'_>,
+    look: Look<'_, T>,
+    step: &mut dyn FnMut(usize, T),
 ) -> Result<()> {
     let pass = source.pass_over(windows.seq_len())?;
     let total = (windows.len() * source.architecture().depth()) as u64;
     progress::counted(stage, total, observer, |report| {
         let mut done = 0;
         for group in groups(source, windows) {
-            sweep(source, windows, &group, &pass, &mut |window, x, y| {
-                step(window, x, y)?;
+            sweep(source, windows, &group, &pass, look, &mut |window, found| {
+                step(window, found);
                 done += 1;
                 report(done)
             })?;

@@ -8,6 +8,7 @@ mod activation;
 mod add;
 mod attention;
 mod bf16;
+mod cosine;
 mod cross_entropy;
 mod distillation;
 mod frozen;
@@ -62,6 +63,9 @@ fn by_rows<const N: usize>(
     row: impl Fn(&mut [f32], [&[f32]; N]) + Sync,
 ) -> Vec<f32> {
     let len = inputs.first().map_or(0, |input| input.len());
+    if len == 0 {
+        return Vec::new();
+    }
     let task = task_rows(width) * width;
     let mut out = vec![0.0f32; len];
     out.par_chunks_mut(task).enumerate().for_each(|(index, out)| {
