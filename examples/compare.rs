@@ -16,8 +16,8 @@ use std::path::PathBuf;
 
 use anyhow::ensure;
 use clap::Parser;
-use foldgpt::importance::{Method, losses_without};
-use foldgpt::{Decoder, Plan, Scores, Target, Windows};
+use foldgpt::importance::{Method, MethodOptions, losses_without};
+use foldgpt::{Decoder, Plan, Target, Windows};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -67,12 +67,19 @@ struct Line {
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     let checkpoint = args.model.open()?;
+    for &blocks in &args.blocks {
+        ensure!(blocks > 0, "--blocks is {blocks}, expected at least 1");
+        Target::Blocks(blocks).blocks(checkpoint.architecture())?;
+    }
     let decoder = cli::load(&checkpoint, args.model.dtype.dtype())?;
     let (tokenizer, text) = (checkpoint.tokenizer()?, cli::read_text(&args.text)?);
     let (calibration, held_out) =
         args.window.split(&tokenizer, &text, Some(args.windows), args.eval_windows)?;
     let (model, dtype) = (checkpoint.sha256(&mut cli::Bars::default())?, args.model.dtype.to_string());
-    let protocol = [model, dtype, cli::protocol(&calibration), format!("seed {}", args.seed)];
+    let options = serde_json::to_string(&MethodOptions::default())?;
+    let version = concat!("foldgpt ", env!("CARGO_PKG_VERSION")).to_string();
+    let protocol =
+        [model, dtype, cli::protocol(&calibration), format!("seed {}", args.seed), version, options];
     let work = cli::work::Work::open(&args.work, &protocol)?;
 
     let methods = if args.methods.is_empty() { Method::ALL.to_vec() } else { args.methods.clone() };
@@ -97,7 +104,7 @@ fn main() -> anyhow::Result<()> {
     print_table(&args.blocks, &lines, dense.first().copied().unwrap_or_default());
     println!(
         "\nstability: Spearman's correlation of the scores of two halves of the text, the lowest of all numbers of \
-         blocks; seconds and block runs: of all of them together, each as if it had been alone"
+         blocks; seconds and block runs: of all of them together, each about as if it had been alone"
     );
     println!("\nin {}; nll in nats per token on {held_out_protocol}", args.model.dtype);
     println!("scored on {}", cli::protocol(&calibration));
@@ -125,25 +132,16 @@ fn run(
             let method = cli::scoring::build(method, count, &[], args.seed, &scoring)?;
             Ok(method.score(decoder, windows, &mut cli::Bars::default())?)
         })?;
+        cli::scoring::warn_unstable(&scores);
         line.seconds += scores.seconds;
         line.block_runs += scores.block_runs;
         line.stability = line.stability.into_iter().chain(scores.stability).reduce(f64::min);
         for &blocks in args.blocks.iter().filter(|blocks| !method.depends_on_count() || **blocks == count) {
-            let plan =
-                Plan::new(decoder.architecture(), &first(&scores, blocks), Target::Blocks(blocks), &[])?;
+            let plan = Plan::new(decoder.architecture(), &scores, Target::Blocks(blocks), &[])?;
             line.chosen.insert(blocks, plan.removed().to_vec());
         }
     }
     Ok(line)
-}
-
-/// The scores of a method that removes block after block, as they were when `blocks` were gone.
-fn first(scores: &Scores, blocks: usize) -> Scores {
-    let mut scores = scores.clone();
-    if let Some(chosen) = &mut scores.chosen {
-        chosen.truncate(blocks);
-    }
-    scores
 }
 
 fn print_table(blocks: &[usize], lines: &[(Line, BTreeMap<usize, f64>)], dense: f64) {

@@ -69,16 +69,23 @@ fn main() -> anyhow::Result<()> {
     let target = args.target.target();
     let count = target.map_or(Ok(0), |target| target.blocks(arch))?;
     let mut scores = score(&args, &checkpoint, &windows, count)?;
-    let mut would_go = Vec::new();
+    let (mut would_go, mut as_chosen) = (Vec::new(), false);
     if let Some(target) = target {
         let plan = Plan::new(arch, &scores, target, &args.protect)?;
-        scores.chosen = Some(plan.removed().to_vec());
+        // What the method chose stays in the order of removal.
+        let mut chosen = scores.chosen.clone().unwrap_or_default();
+        chosen.sort_unstable();
+        as_chosen = chosen == plan.removed();
+        if !as_chosen {
+            scores.chosen = Some(plan.removed().to_vec());
+        }
         would_go = plan.units();
     }
+    cli::scoring::warn_unstable(&scores);
     if args.json {
         println!("{}", json(&scores, &would_go, args.model.dtype)?);
     } else {
-        print_scores(&scores, &would_go, &windows);
+        print_scores(&scores, &would_go, as_chosen, &windows);
     }
     Ok(())
 }
@@ -117,7 +124,7 @@ fn json(scores: &Scores, would_go: &[Unit], dtype: cli::DtypeArg) -> serde_json:
     serde_json::to_string_pretty(&value)
 }
 
-fn print_scores(scores: &Scores, would_go: &[Unit], windows: &Windows) {
+fn print_scores(scores: &Scores, would_go: &[Unit], as_chosen: bool, windows: &Windows) {
     println!("{} on {}", scores.method, cli::protocol(windows));
     print!("{}", chart::bars(scores, would_go, "would go"));
     match &scores.coupling {
@@ -126,13 +133,13 @@ fn print_scores(scores: &Scores, would_go: &[Unit], windows: &Windows) {
         None => {}
     }
     if scores.chosen.is_some() {
-        let how = if scores.coupling.is_some() { " (chosen as a set, by true losses)" } else { "" };
+        let how =
+            if scores.coupling.is_some() && as_chosen { " (chosen as a set, by true losses)" } else { "" };
         let units: Vec<String> = would_go.iter().map(ToString::to_string).collect();
         println!("would go: {}{how}", units.join(", "));
     }
     println!("{:.1} s, {:.0} block runs", scores.seconds, scores.block_runs);
     match scores.stability {
-        Some(_) if scores.is_stable() == Some(false) => cli::scoring::warn_unstable(scores),
         Some(stability) => {
             println!("stability {stability:.2} (Spearman's correlation of two halves of the text)");
         }

@@ -122,6 +122,26 @@ fn protected_blocks_stay() {
 }
 
 #[test]
+fn fewer_blocks_than_were_chosen_are_the_first_of_an_order_and_the_least_of_a_set() {
+    let arch = load("llama").architecture().clone();
+    let removed = |method: &str, count: usize, protected: &[usize]| {
+        let windows = Windows::from_ids(vec![vec![1, 2]]).unwrap();
+        // By the loss of later rounds, what was chosen costs more than a block that has to stay.
+        let mut scores = Scores::new(method, &windows, vec![0.1, 0.4, 0.3, 0.9]).unwrap();
+        scores.chosen = Some(vec![2, 1]);
+        Plan::new(&arch, &scores, Target::Blocks(count), protected).unwrap().removed().to_vec()
+    };
+    for method in ["greedy-perplexity", "macro-influence"] {
+        assert_eq!(removed(method, 1, &[]), [2]);
+        assert_eq!(removed(method, 2, &[]), [1, 2]);
+        assert_eq!(removed(method, 1, &[1]), [2]);
+        assert_eq!(removed(method, 1, &[2]), [0]);
+    }
+    assert_eq!(removed("coupling", 1, &[]), [0]);
+    assert_eq!(removed("coupling", 2, &[]), [1, 2]);
+}
+
+#[test]
 fn a_plan_survives_json_and_a_tampered_one_does_not_load() {
     let plan = plan(6, Target::Rate(0.5)).unwrap();
     let json = plan.to_json().unwrap();

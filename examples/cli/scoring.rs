@@ -62,7 +62,7 @@ pub fn options(
 /// Says where two halves of the text rank the blocks differently.
 pub fn warn_unstable(scores: &Scores) {
     if let Some(stability) = scores.stability.filter(|_| scores.is_stable() == Some(false)) {
-        println!(
+        eprintln!(
             "warning: by {}, the two halves of the text rank the blocks differently (Spearman {stability:.2}, below \
              0.8): use more windows",
             scores.method

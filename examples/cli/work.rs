@@ -1,10 +1,14 @@
 //! A directory where a long run keeps what it has found, so that an interrupted one goes on.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+
+/// A name beyond this is cut and gets a hash of all of it: file systems take 255 bytes.
+const LONGEST: usize = 120;
 
 /// Results by name, one JSON file each.
 pub struct Work(PathBuf);
@@ -36,19 +40,28 @@ impl Work {
     ) -> Result<T> {
         let path = self.path(name, "json");
         if path.exists() {
-            let text = std::fs::read_to_string(&path)?;
+            let text =
+                std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
             return serde_json::from_str(&text).with_context(|| format!("{} is no result", path.display()));
         }
         let made = make()?;
         let partial = self.path(name, "partial");
-        std::fs::write(&partial, serde_json::to_string_pretty(&made)?)?;
-        std::fs::rename(&partial, &path)?;
+        std::fs::write(&partial, serde_json::to_string_pretty(&made)?)
+            .and_then(|()| std::fs::rename(&partial, &path))
+            .with_context(|| format!("cannot write {}", path.display()))?;
         Ok(made)
     }
 
     /// Where something of this name lies.
     pub fn path(&self, name: &str, extension: &str) -> PathBuf {
         let plain = |c: char| if c.is_ascii_alphanumeric() || c == '.' { c } else { '-' };
-        self.0.join(format!("{}.{extension}", name.chars().map(plain).collect::<String>()))
+        let mut plain: String = name.chars().map(plain).collect();
+        if plain.len() > LONGEST {
+            let mut hash = DefaultHasher::new();
+            name.hash(&mut hash);
+            plain.truncate(LONGEST);
+            plain = format!("{plain}-{:016x}", hash.finish());
+        }
+        self.0.join(format!("{plain}.{extension}"))
     }
 }

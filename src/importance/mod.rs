@@ -132,7 +132,8 @@ pub struct Scores {
     /// measurement. Methods that remove block after block are compared in their first round.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stability: Option<f64>,
-    /// Pairwise coupling, where the method measures it.
+    /// Pairwise coupling, where the method measures it; its diagonal is what each block costs alone. Pairs are measured
+    /// on the first of the search's windows, the diagonal on all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub coupling: Option<Vec<Vec<f64>>>,
     /// Every gate after every step of training, where the method trains gates.
@@ -141,7 +142,8 @@ pub struct Scores {
     /// Seconds that scoring took.
     #[serde(default)]
     pub seconds: f64,
-    /// Blocks computed on a window, forwards; a backward counts as two.
+    /// Blocks computed on a window, forwards; a way back counts as two, and as three where the gradients of weights are
+    /// computed too.
     #[serde(default)]
     pub block_runs: f64,
 }
@@ -268,6 +270,14 @@ impl Scores {
         let mut order: Vec<&BlockScore> = self.blocks.iter().rev().collect();
         order.sort_by(|a, b| a.importance.total_cmp(&b.importance));
         order.into_iter().map(BlockScore::unit).collect()
+    }
+
+    /// The blocks that the method itself would remove where `count` are to go: the set that it chose, or the first ones of
+    /// the order in which it removes them.
+    pub(crate) fn chosen_of(&self, count: usize) -> Option<&[usize]> {
+        let chosen = self.chosen.as_deref()?;
+        let in_order = self.method.parse().is_ok_and(Method::is_greedy);
+        if chosen.len() == count || in_order { chosen.get(..count) } else { None }
     }
 
     /// What it cost: the time since `start`, and block runs.

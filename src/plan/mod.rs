@@ -222,15 +222,12 @@ fn choose(
     count: usize,
     protected: &[usize],
 ) -> Result<(Vec<usize>, Vec<Unit>)> {
-    let units: Vec<Unit> = match scores.chosen.as_deref().filter(|chosen| suits(chosen, count, protected)) {
+    let may_go = |chosen: &&[usize]| chosen.iter().all(|index| !protected.contains(index));
+    let units: Vec<Unit> = match scores.chosen_of(count).filter(may_go) {
         Some(chosen) => chosen.iter().copied().map(Unit::whole).collect(),
         None => lowest(arch, scores, count, protected)?,
     };
     Ok(merged(&units))
-}
-
-fn suits(chosen: &[usize], count: usize, protected: &[usize]) -> bool {
-    chosen.len() == count && chosen.iter().all(|index| !protected.contains(index))
 }
 
 /// The units of least importance that have the parameters of `count` blocks.
