@@ -111,6 +111,22 @@ fn streaming_holds_two_blocks_and_copying_a_tensor() {
     let told = say(&checkpoint, Method::Gates, DType::F32, &options);
     assert!(taken < told, "gates: {taken} bytes, and {told} were told");
 
+    // In memory too, and where gates keep all activations, which is told and not guessed far too high.
+    for keeping in [false, true] {
+        let mut options = options.clone();
+        options.gates.gradient_checkpointing = !keeping;
+        let residence =
+            Method::Gates.residence(&checkpoint, DType::F32, &windows(4), &options, Bytes(u64::MAX)).unwrap();
+        let Residence::Memory { bytes: told } = residence else { panic!("{residence}") };
+        let taken = peak(|| {
+            let decoder = checkpoint.decoder(DType::F32, &Device::Cpu).unwrap();
+            options.gates.score(&decoder, &windows(4), &mut ()).unwrap()
+        });
+        let told = told as usize;
+        assert!(taken < told, "keeping {keeping}: {taken} bytes, and {told} were told");
+        assert!(told - model < 3 * (taken - model), "keeping {keeping}: {taken} bytes, and {told} were told");
+    }
+
     // What a block adds to shared matrices is read with it.
     let shared = scratch.path().join("shared");
     write(&shared, true);

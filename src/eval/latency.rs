@@ -42,7 +42,8 @@ pub struct Latency {
     pub prefill: Throughput,
     /// Making tokens one by one, with the prompt and all tokens before in the cache.
     pub decode: Throughput,
-    /// Bytes of all tensors in memory; those that the model shares with others count.
+    /// Bytes of all tensors in memory; those that the model shares with others count. What candle lays out anew of
+    /// quantised matrices, for the processor's instructions, does not.
     pub resident_bytes: u64,
     /// Bytes of keys and values that each token adds to the cache.
     pub kv_bytes_per_token: u64,

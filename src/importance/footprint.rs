@@ -90,7 +90,7 @@ impl<'a> Footprint<'a> {
         self.activations_back().saturating_mul(windows).max(logits)
     }
 
-    /// What a method keeps in memory beside the weights and the activations of one block.
+    /// What a method has in memory beside the weights and the activations of one block.
     pub(crate) fn kept(&self, method: Method, options: &MethodOptions) -> u64 {
         let depth = self.arch.depth() as u64;
         let checkpointing = match method {
@@ -99,9 +99,9 @@ impl<'a> Footprint<'a> {
             _ => true,
         };
         match method {
-            _ if !checkpointing => depth * self.kept_activations(),
-            Method::Taylor => 2 * 4 * depth * self.arch.parameters_of(Part::Whole) as u64,
-            Method::Coupling | Method::Gates => 2 * depth * self.state(),
+            _ if !checkpointing => depth * self.kept_activations() + self.back(1),
+            Method::Taylor => 2 * 4 * depth * self.arch.parameters_of(Part::Whole) as u64 + self.back(1),
+            Method::Coupling | Method::Gates => 2 * depth * self.state() + self.back(1),
             Method::GreedyPerplexity | Method::MacroInfluence => self.windows * (depth + 1) * self.state(),
             _ => depth * self.state(),
         }

@@ -53,6 +53,20 @@ pub(super) fn hard_concrete(log_odds: f64, uniform: f64) -> (f64, f64) {
 }
 
 impl Gated<'_> {
+    /// The paper's penalty on what is open beyond the target, `λ · max(0, F − (1 − p))²`, and its derivative by every
+    /// parameter. λ grows to 60 over two thirds of the steps.
+    pub(super) fn penalty(&self, phi: &[f64], progress: f64) -> (f64, Vec<f64>) {
+        let lambda = 60.0 * (progress * 1.5).min(1.0);
+        let gate =
+            |(&phi, &open): (&f64, &bool)| if open { (1.0, 0.0) } else { smoothed(phi, epsilon(progress)) };
+        let gates: Vec<(f64, f64)> = phi.iter().zip(&self.open).map(gate).collect();
+        let total: f64 = self.costs.iter().sum();
+        let kept: f64 = gates.iter().zip(&self.costs).map(|((gate, _), cost)| gate * cost).sum();
+        let excess = ((kept - self.target) / total).max(0.0);
+        let slope = |((_, slope), cost): (&(f64, f64), &f64)| 2.0 * lambda * excess * cost / total * slope;
+        (lambda * excess * excess, gates.iter().zip(&self.costs).map(slope).collect())
+    }
+
     /// The common offset of the log-odds under which as much is open, in expectation, as should be.
     pub(super) fn offset(&self, phi: &[f64]) -> f64 {
         let expected = |offset: f64| {
@@ -102,6 +116,36 @@ impl Gated<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::Unit;
+
+    #[test]
+    fn the_penalty_is_the_papers_and_its_gradient_that_of_differences() {
+        const STEP: f64 = 1e-6;
+        let units = Unit::blocks(3);
+        let gated =
+            Gated { units: &units, open: vec![false, true, false], costs: vec![2.0, 1.0, 1.0], target: 2.0 };
+        let phi = [1.2, 0.1, -0.7];
+        for progress in [0.0, 0.3, 1.0] {
+            let (penalty, slopes) = gated.penalty(&phi, progress);
+            let gate = |phi: f64| smoothed(phi, epsilon(progress)).0;
+            let excess = (2.0 * gate(1.2) + 1.0 + gate(-0.7) - 2.0) / 4.0;
+            assert!((penalty - 60.0 * (1.5 * progress).min(1.0) * excess * excess).abs() < 1e-12);
+            for (place, slope) in slopes.iter().enumerate() {
+                let moved = |step: f64| {
+                    let mut phi = phi;
+                    phi[place] += step;
+                    gated.penalty(&phi, progress).0
+                };
+                let expected = (moved(STEP) - moved(-STEP)) / (2.0 * STEP);
+                assert!(
+                    (slope - expected).abs() < 1e-6,
+                    "{place} at {progress}: {slope}, expected {expected}"
+                );
+            }
+        }
+        // As much is closed as should be: nothing is asked.
+        assert_eq!(gated.penalty(&[0.01, 0.0, 0.01], 0.0), (0.0, vec![0.0; 3]));
+    }
 
     #[test]
     fn gates_follow_their_parameters() {

@@ -13,8 +13,10 @@ use crate::file;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct State {
     pub version: u32,
-    /// What the state belongs to: options, text and depth.
+    /// What the state belongs to: options, text and model.
     pub identity: String,
+    /// What the gates started from, which other measurements may have found.
+    pub starts: String,
     pub step: usize,
     pub sets: [Adam; 2],
     pub trajectory: Vec<Vec<f64>>,
@@ -33,7 +35,7 @@ pub(super) struct Adam {
     pub updates: i32,
 }
 
-const STATE_VERSION: u32 = 2;
+const STATE_VERSION: u32 = 3;
 
 impl Adam {
     pub(super) fn update(&mut self, gradient: &[f64], open: &[bool], rate: f64) {
@@ -56,7 +58,7 @@ impl Adam {
 }
 
 impl State {
-    pub(super) fn new(identity: String, phis: [Vec<f64>; 2]) -> Self {
+    pub(super) fn new(identity: String, starts: String, phis: [Vec<f64>; 2]) -> Self {
         let sets = phis.map(|phi| {
             let zeros = vec![0.0; phi.len()];
             Adam { phi, mean: zeros.clone(), variance: zeros, updates: 0 }
@@ -64,6 +66,7 @@ impl State {
         Self {
             version: STATE_VERSION,
             identity,
+            starts,
             step: 0,
             sets,
             trajectory: Vec::new(),
@@ -73,13 +76,13 @@ impl State {
         }
     }
 
-    /// The state in a file, which has to be one of this training.
+    /// The state in a file, which has to be one of this training, from whatever it started.
     pub(super) fn read(path: &Path, identity: &str, units: usize) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
         let state: Self =
             serde_json::from_str(&text).map_err(|error| Error::format(path, error.to_string()))?;
         if state.version != STATE_VERSION || state.identity != identity {
-            return Err(Error::format(path, "is the state of another training of gates"));
+            return Err(another(path, "other options, another text or another model"));
         }
         let lists = state.sets.iter().flat_map(|set| [&set.phi, &set.mean, &set.variance]);
         let whole = lists.chain(&state.trajectory).all(|list| list.len() == units);
@@ -87,6 +90,11 @@ impl State {
             return Err(Error::format(path, format!("is damaged, expected {units} gates at every step")));
         }
         Ok(state)
+    }
+
+    /// The same, started from these.
+    pub(super) fn from(self, path: &Path, starts: &str) -> Result<Self> {
+        if self.starts == starts { Ok(self) } else { Err(another(path, "other scores to start from")) }
     }
 
     /// The mean gates of the last third of the steps, at least one of each set; of one set or of both.
@@ -106,4 +114,11 @@ impl State {
         let text = serde_json::to_string(self).map_err(|error| Error::format(path, error.to_string()))?;
         file::replace(path, |file| file.write_all(text.as_bytes()).map_err(Error::io("write", path)))
     }
+}
+
+fn another(path: &Path, by: &str) -> Error {
+    Error::format(
+        path,
+        format!("is the state of another training of gates, by {by}: delete it, or name another file"),
+    )
 }

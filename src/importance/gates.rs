@@ -68,7 +68,7 @@ pub enum GateKind {
     /// expected number of open gates is held at the target by a common offset, at every step.
     #[default]
     HardConcrete,
-    /// Gates of 0 and 1 in the forward pass, the lowest ones under Gumbel noise closed; the gradient goes straight
+    /// Gates of 0 and 1 in the forward pass, the lowest ones under logistic noise closed; the gradient goes straight
     /// through to the parameters.
     StraightThrough,
     /// The paper's gate `φ² / (φ² + ε)`, ε annealed from 1e-1 to 1e-4, with the penalty `λ · max(0, F − (1 − p))²`
@@ -239,6 +239,9 @@ impl Gates {
         if self.batch == 0 {
             return Err(Error::argument("batch", 0, "at least 1 window in a step"));
         }
+        if !(0.0..=0.5).contains(&self.polarised) {
+            return Err(Error::argument("polarised", self.polarised, "a distance from 0 or 1, at most 0.5"));
+        }
         if !(self.learning_rate.is_finite() && self.learning_rate > 0.0) {
             return Err(Error::argument("learning_rate", self.learning_rate, "a positive number"));
         }
@@ -296,12 +299,31 @@ impl Gates {
         tick: &mut dyn FnMut() -> Result<()>,
     ) -> Result<State> {
         let units = gated.units;
-        let begin = |identity| State::new(identity, starts.map(|start| self.initial(start, units.len())));
-        let Some(path) = self.state_file.as_deref() else { return Ok(begin(String::new())) };
+        let phis = starts.map(|start| self.initial(start, units.len()));
+        let Some(path) = self.state_file.as_deref() else {
+            return Ok(State::new(String::new(), String::new(), phis));
+        };
+        let starts = serde_json::to_string(&starts).map_err(|error| Error::Plan(error.to_string()))?;
+        match self.state(source, windows, units, tick)? {
+            (_, Some(state)) => state.from(path, &starts),
+            (identity, None) => Ok(State::new(identity, starts, phis)),
+        }
+    }
+
+    /// What a state has to belong to, and the one in the file, where there is one. Fails where that is of another training.
+    pub(super) fn state(
+        &self,
+        source: &dyn BlockSource,
+        windows: &Windows,
+        units: &[Unit],
+        tick: &mut dyn FnMut() -> Result<()>,
+    ) -> Result<(String, Option<State>)> {
         let options = Self { state_file: None, ..self.clone() };
-        let parts = (options, starts, units, windows.ids_sha256(), fingerprint(source, tick)?);
+        let parts = (options, units, windows.ids_sha256(), fingerprint(source, tick)?);
         let identity = serde_json::to_string(&parts).map_err(|error| Error::Plan(error.to_string()))?;
-        if path.exists() { State::read(path, &identity, units.len()) } else { Ok(begin(identity)) }
+        let path = self.state_file.as_deref().filter(|path| path.exists());
+        let state = path.map(|path| State::read(path, &identity, units.len())).transpose()?;
+        Ok((identity, state))
     }
 
     /// Parameters before the first step: ranks of the warm start, spread over two units of log-odds.
@@ -351,7 +373,10 @@ impl Gates {
             }
         }
         match self.kind {
-            GateKind::SmoothedL0 => self.add_penalty(&set.phi, gated, progress, &mut slopes),
+            GateKind::SmoothedL0 => {
+                let (_, penalty) = gated.penalty(&set.phi, progress);
+                slopes.iter_mut().zip(penalty).for_each(|(slope, more)| *slope += more);
+            }
             GateKind::HardConcrete | GateKind::StraightThrough => gated.follow_offset(&set.phi, &mut slopes),
         }
         set.update(&slopes, &gated.open, self.learning_rate);
@@ -411,18 +436,5 @@ impl Gates {
             (*gate, *slope) = (1.0, 0.0);
         }
         drawn
-    }
-
-    /// The gradient of the paper's penalty on the share of open gates, with λ growing over two thirds of the steps.
-    fn add_penalty(&self, phi: &[f64], gated: &Gated<'_>, progress: f64, slopes: &mut [f64]) {
-        const LAMBDA: f64 = 60.0;
-        let total: f64 = gated.costs.iter().sum();
-        let open = self.openness(phi, gated, progress);
-        let kept: f64 = open.iter().zip(&gated.costs).map(|(gate, cost)| gate * cost).sum();
-        let excess = ((kept - gated.target) / total).max(0.0);
-        let weight = LAMBDA * (progress * 1.5).min(1.0) * 2.0 * excess / total;
-        for ((slope, &phi), cost) in slopes.iter_mut().zip(phi).zip(&gated.costs) {
-            *slope += weight * cost * smoothed(phi, epsilon(progress)).1;
-        }
     }
 }

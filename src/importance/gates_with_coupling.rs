@@ -95,6 +95,10 @@ impl Importance for GatesWithCoupling {
         let free: Vec<usize> = (0..units.len()).filter(|place| !kept.contains(place)).collect();
         check_removal(self.gates.remove, free.len())?;
         self.check()?;
+        if self.gates.remove > 0 && self.gates.state_file.is_some() {
+            // What does not go on is told before pairs are measured.
+            self.gates.state(decoder, windows, &units, &mut || Ok(()))?;
+        }
         let memo = Memo::open(self.losses_file.as_deref(), METHOD, decoder, &units)?;
         let places = windows.doubling(self.search_windows)?;
         let parts = places.iter().map(|places| Removals::new(decoder, &windows.at(places), &units));

@@ -95,7 +95,10 @@ impl Memo {
             Some(first) => {
                 let header: Option<Header> = serde_json::from_str(first).ok();
                 if header.is_none_or(|header| header.version != VERSION || header.identity != identity) {
-                    return Err(Error::format(path, "holds what was measured of another model or method"));
+                    return Err(Error::format(
+                        path,
+                        "holds what was measured of another model or method: delete it, or name another file",
+                    ));
                 }
                 for (index, line) in lines.enumerate() {
                     let line: Line = serde_json::from_str(line)

@@ -60,7 +60,8 @@ impl Method {
         checkpointing.gates.gradient_checkpointing = true;
         checkpointing.coupling.gates.gradient_checkpointing = true;
         if footprint.kept(self, &checkpointing) < footprint.kept(self, options) {
-            return Err(refuse(bytes, "gates keep all activations, without gradient checkpointing".into()));
+            let reason = "gates keep all activations; with gradient checkpointing they would not";
+            return Err(refuse(bytes, reason.into()));
         }
         if !self.streams() {
             let reason = format!("only {} can read block after block", Self::streaming());

@@ -14,8 +14,9 @@ impl Coupling {
     /// the sets are few enough to be enumerated with bounds, otherwise greedy and improved by swaps until none helps.
     ///
     /// # Errors
-    /// More places to remove than are free.
+    /// More places to remove than are free, or a place to keep that there is not.
     pub fn select(&self, count: usize, kept: &[usize]) -> Result<Vec<usize>> {
+        super::check_blocks(kept, self.matrix.len())?;
         let free: Vec<usize> = (0..self.matrix.len()).filter(|place| !kept.contains(place)).collect();
         super::check_removal(count, free.len())?;
         let start = greedy(self, &free, count);

@@ -278,7 +278,8 @@ impl Decoder {
     }
 
     /// Reads `ids` after the tokens in `cache` and adds them to it; the hidden state of the new tokens before the
-    /// final norm, `(batch, seq, hidden)`. Reading a text in pieces gives what reading it whole gives.
+    /// final norm, `(batch, seq, hidden)`. Reading a text in pieces gives what reading it whole gives, but for rounding: few
+    /// tokens at once are multiplied by matrices in bf16, and by quantised ones, in another way than many.
     ///
     /// # Errors
     /// As [`forward`](Self::forward), and a cache of another depth or batch.

@@ -17,11 +17,17 @@ pub(super) struct Frozen(Matrix);
 impl Kernels {
     /// `matrix` for the fused products with f32 rows, where there are any.
     pub(super) fn frozen(self, matrix: impl Into<Matrix>) -> Option<Frozen> {
-        let matrix = matrix.into();
+        let matrix = match matrix.into() {
+            // Products in bf16 take rows as they lie.
+            Matrix::Tensor(tensor) if tensor.dtype() == DType::BF16 => {
+                Matrix::Tensor(tensor.contiguous().ok()?)
+            }
+            matrix => matrix,
+        };
         let fits = match &matrix {
             Matrix::Tensor(tensor) => {
                 let holds = matches!(tensor.dtype(), DType::F32 | DType::BF16) && tensor.device().is_cpu();
-                holds && tensor.rank() == 2 && !tensor.track_op()
+                holds && tensor.rank() == 2 && tensor.elem_count() > 0 && !tensor.track_op()
             }
             Matrix::Quantized(blocks) => blocks.device().is_cpu() && blocks.rank() == 2,
         };

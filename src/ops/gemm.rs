@@ -75,9 +75,13 @@ fn multiply(
         _ => gemm::Parallelism::None,
     };
     let mut out: Vec<f32> = Vec::with_capacity(m * n);
+    if m == 1 || n == 1 {
+        // Of one row or column `gemm` makes slices, whose elements have to be initialised.
+        out.resize(m * n, 0.0);
+    }
     // SAFETY: the last element of each operand, and with it every one, lies in its slice (`strided`); the result has
-    // room for m × n elements, a number that does not overflow (`gemm`). Without `read_dst` each of them is written and
-    // none is read, so that all are initialised when the length is set.
+    // room for m × n elements, a number that does not overflow (`gemm`). Without `read_dst` each of them is written
+    // before it is read, so that all are initialised when the length is set.
     unsafe {
         gemm::gemm(
             m,

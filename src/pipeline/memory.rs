@@ -56,6 +56,7 @@ impl Recipe {
             ));
         }
         let halves = self.gates.as_ref().is_some_and(|gates| gates.halves);
+        let keeping = self.gates.as_ref().is_some_and(|gates| !gates.gradient_checkpointing);
         let fields = [
             (self.heal.is_some(), "heal"),
             (self.share.is_some(), "share"),
@@ -63,6 +64,7 @@ impl Recipe {
             (!self.tasks.is_empty(), "tasks"),
             (matches!(self.target, Some(Goal::NllIncrease(_))), "target.nll-increase"),
             (halves, "gates.halves"),
+            (keeping, "gates.gradient_checkpointing = false"),
             (self.latency.is_some(), "latency"),
             (self.samples.tokens > 0 && !self.samples.prompts.is_empty(), "samples.prompts"),
         ];

@@ -2,7 +2,7 @@
 
 use std::ops::ControlFlow;
 
-use foldgpt::importance::{GateKind, GreedyPerplexity};
+use foldgpt::importance::{GateKind, GatesWithCoupling, GreedyPerplexity};
 use foldgpt::{Error, Importance, Observer};
 
 use super::methods::methods;
@@ -56,8 +56,30 @@ fn interrupted_gates_go_on_as_if_nothing_had_happened() {
         let mut other = kept.clone();
         other.learning_rate = 0.2;
         let error = other.score(&decoder, &windows, &mut ()).unwrap_err().to_string();
-        assert!(error.contains("another training"), "{error}");
+        assert!(error.contains("another training") && error.contains("other options"), "{error}");
+        let mut other = kept.clone();
+        other.warm_start = Some(vec![1.0, 2.0, 3.0, 4.0]);
+        let error = other.score(&decoder, &windows, &mut ()).unwrap_err().to_string();
+        assert!(error.contains("another training") && error.contains("delete it"), "{error}");
     }
+}
+
+#[test]
+fn a_state_of_another_training_is_told_before_pairs_are_measured() {
+    struct Stop;
+    impl Observer for Stop {
+        fn advanced(&mut self, _: &'static str, _: u64, _: u64) -> ControlFlow<()> {
+            ControlFlow::Break(())
+        }
+    }
+    let (decoder, windows, scratch) = (load("llama"), windows("llama"), tempfile::tempdir().unwrap());
+    let mut coupling = GatesWithCoupling::default();
+    (coupling.gates.remove, coupling.gates.steps) = (1, 4);
+    coupling.gates.state_file = Some(scratch.path().join("gates.json"));
+    coupling.score(&decoder, &windows, &mut ()).unwrap();
+    coupling.gates.steps = 6;
+    let error = coupling.score(&decoder, &windows, &mut Stop).unwrap_err().to_string();
+    assert!(error.contains("gates.json") && error.contains("other options"), "{error}");
 }
 
 #[test]

@@ -144,6 +144,10 @@ fn what_little_memory_cannot_do_is_refused_before_any_work() {
     assert!(refused(little().share(Share::new(Groups::of(2)))).contains("`share`"));
     assert!(refused(little().latency(LatencyOptions::default())).contains("`latency`"));
     assert!(refused(little().prompts(["Anna"])).contains("`samples.prompts`"));
+    let (mut recipe, mut gates) = (little().method(Method::Gates).recipe.clone(), Gates::default());
+    gates.gradient_checkpointing = false;
+    recipe.gates = Some(gates);
+    assert!(refused(Compressor::from(recipe)).contains("`gates.gradient_checkpointing = false`"));
     assert!(refused(compressor(path, "out").max_memory(Bytes(1000))).contains("at least"));
     assert!(!path.join("work").exists() && !path.join("out").exists());
     // With enough of it, a limit changes nothing.
