@@ -16,11 +16,12 @@ use foldgpt::heal::Losses;
 use foldgpt::importance::{BlockInfluence, Importance};
 use foldgpt::model::Unit;
 use foldgpt::{Decoder, Windows};
-use peak_alloc::PeakAlloc;
+use mimalloc::MiMalloc;
+use peakmem_alloc::{PeakMemAlloc, PeakMemAllocTrait};
 use support::{median, random, seconds, smollm2, windows_of, work};
 
 #[global_allocator]
-static ALLOCATOR: PeakAlloc = PeakAlloc;
+static ALLOCATOR: PeakMemAlloc<MiMalloc> = PeakMemAlloc::new(MiMalloc);
 
 /// Every figure is the median of as many runs as take this long together, of at least one.
 const SECONDS: f64 = 6.0;
@@ -101,12 +102,11 @@ fn measure(size: Size, work: fn(&Decoder, &Windows)) -> Figures {
     let decoder = random(smollm2(size.blocks, size.vocab));
     let windows = windows_of(size.windows, size.seq_len, size.vocab);
     work(&decoder, &windows); // pools of threads and their buffers are there from now on
-    let held = ALLOCATOR.current_usage();
-    ALLOCATOR.reset_peak_usage();
+    ALLOCATOR.reset_peak_memory();
     let (start, mut times) = (Instant::now(), Vec::new());
     while times.is_empty() || start.elapsed().as_secs_f64() < SECONDS {
         times.push(1e3 * seconds(|| work(&decoder, &windows)));
     }
-    let megabytes = (ALLOCATOR.peak_usage() - held) as f64 / 1e6;
+    let megabytes = ALLOCATOR.get_peak_memory() as f64 / 1e6;
     Figures { milliseconds: median(times), megabytes }
 }

@@ -11,17 +11,26 @@ use super::seconds;
 /// Every matrix product of one block, and of the head, on operands of the same shapes.
 pub struct Products {
     block: Vec<(Tensor, Tensor)>,
-    head: (Tensor, Tensor),
+    /// A stretch of the vocabulary at a time: nobody keeps all logits.
+    head: Vec<(Tensor, Tensor)>,
 }
+
+/// Entries of the vocabulary whose logits are made at once.
+const STRETCH: usize = 1536;
 
 impl Products {
     /// For this many rows.
     pub fn new(arch: &Architecture, rows: usize) -> Self {
         let random = |rows, columns| Tensor::randn(0f32, 1f32, (rows, columns), &Device::Cpu).unwrap();
         let shapes = Projection::ALL.into_iter().filter_map(|projection| arch.projection_shape(projection));
+        let (hidden, vocab) = (random(rows, arch.hidden_size), random(arch.vocab_size, arch.hidden_size));
+        let stretch = |first| {
+            let count = STRETCH.min(arch.vocab_size - first);
+            (hidden.clone(), vocab.narrow(0, first, count).unwrap())
+        };
         Self {
             block: shapes.map(|(output, input)| (random(rows, input), random(output, input))).collect(),
-            head: (random(rows, arch.hidden_size), random(arch.vocab_size, arch.hidden_size)),
+            head: (0..arch.vocab_size).step_by(STRETCH).map(stretch).collect(),
         }
     }
 
@@ -32,7 +41,7 @@ impl Products {
         };
         seconds(|| {
             (0..blocks).for_each(|_| self.block.iter().for_each(product));
-            (0..heads).for_each(|_| product(&self.head));
+            (0..heads).for_each(|_| self.head.iter().for_each(product));
         })
     }
 }
