@@ -1,9 +1,12 @@
 //! What long computations hold in memory, counted by the allocator.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+use std::sync::Mutex;
+
 use foldgpt::Decoder;
-use foldgpt::candle::{DType, Device, Tensor};
+use foldgpt::candle::{DType, Device, Tensor, Var};
 use foldgpt::model::{Architecture, Unit, Walk};
+use foldgpt::ops::Kernels;
 use peak_alloc::PeakAlloc;
 
 #[global_allocator]
@@ -16,6 +19,9 @@ const VOCAB: usize = 6000;
 /// Rows whose logits exist at once on the way back.
 const CHUNK: usize = 128;
 const F32: usize = size_of::<f32>();
+
+/// What others hold meanwhile would be counted too.
+static ONE: Mutex<()> = Mutex::new(());
 
 fn decoder(depth: usize) -> Decoder {
     let config = serde_json::json!({
@@ -44,8 +50,38 @@ fn gate_step(depth: usize) -> usize {
     ALLOCATOR.peak_usage() - before
 }
 
+/// The most bytes that a loss, differentiated with respect to its rows, holds beyond what it is given.
+fn loss(kernels: Kernels, rows: usize) -> usize {
+    let random = |shape| Tensor::randn(0f32, 1f32, shape, &Device::Cpu).unwrap();
+    let (hidden, head) = (Var::from_tensor(&random((rows, HIDDEN))).unwrap(), random((VOCAB, HIDDEN)));
+    let targets: Vec<u32> = (0..rows as u32).map(|i| i * 37 % VOCAB as u32).collect();
+    let step = || {
+        let losses = kernels.nll(hidden.as_tensor(), &head, &targets, None).unwrap();
+        losses.sum_all().unwrap().backward().unwrap();
+    };
+    step();
+    let before = ALLOCATOR.current_usage();
+    ALLOCATOR.reset_peak_usage();
+    step();
+    ALLOCATOR.peak_usage() - before
+}
+
+#[test]
+fn logits_of_one_chunk_exist_at_once() {
+    let _one = ONE.lock().unwrap();
+    let logits = CHUNK * VOCAB * F32;
+    // The primitives make several tensors of logits on the way to a loss, and a gradient of each on the way back.
+    for (kernels, tensors) in [(Kernels::Fused, 2), (Kernels::Primitive, 12)] {
+        let (few, many) = (loss(kernels, CHUNK), loss(kernels, 8 * CHUNK));
+        assert!(many < tensors * logits, "{kernels:?}: {many} bytes, and a chunk of logits takes {logits}");
+        let growth = many.saturating_sub(few);
+        assert!(growth < logits, "{kernels:?}: {growth} bytes more for eight chunks, each of {logits}");
+    }
+}
+
 #[test]
 fn a_gate_step_holds_block_inputs_one_blocks_activations_and_one_chunk_of_logits() {
+    let _one = ONE.lock().unwrap();
     let state = SEQ * HIDDEN * F32;
     // Three matrices of the MLP's width and about ten of the model's, each with its gradient and one to add to it.
     let activations = 3 * (3 * SEQ * INTERMEDIATE * F32 + 10 * state);

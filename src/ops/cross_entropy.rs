@@ -1,6 +1,6 @@
 //! Next-token loss fused with the output projection.
 
-use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Storage, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, D, DType, Layout, Result, Shape, Storage, Tensor, Var, bail};
 use rayon::prelude::*;
 
 use super::frozen::Frozen;
@@ -51,20 +51,35 @@ impl Kernels {
     }
 }
 
-/// `head` is `(width, vocab)`.
+/// `head` is `(width, vocab)`. A graph over all rows would keep all logits: it is made only where the head is trained.
 fn primitive(hidden: &Tensor, head: &Tensor, targets: &[u32], softcap: Option<f64>) -> Result<Tensor> {
-    let mut losses = Vec::new();
-    for (chunk, targets) in targets.chunks(CHUNK_ROWS).enumerate() {
-        let rows = hidden.narrow(0, chunk * CHUNK_ROWS, targets.len())?;
-        let mut logits = rows.matmul(head)?.to_dtype(candle_core::DType::F32)?;
+    let alone = |rows: &Tensor, targets: &[u32]| -> Result<Tensor> {
+        let mut logits = rows.matmul(head)?.to_dtype(DType::F32)?;
         if let Some(cap) = softcap {
             logits = ((logits / cap)?.tanh()? * cap)?;
         }
         let targets = Tensor::from_slice(targets, (targets.len(), 1), hidden.device())?;
-        let chosen = candle_nn::ops::log_softmax(&logits, D::Minus1)?.gather(&targets, 1)?;
-        losses.push(chosen.squeeze(1)?.neg()?);
+        candle_nn::ops::log_softmax(&logits, D::Minus1)?.gather(&targets, 1)?.squeeze(1)?.neg()
+    };
+    let mut losses = Vec::new();
+    for (chunk, targets) in targets.chunks(CHUNK_ROWS).enumerate() {
+        let rows = hidden.narrow(0, chunk * CHUNK_ROWS, targets.len())?;
+        losses.push(match hidden.track_op() && !head.track_op() {
+            true => differentiated(&rows, |rows| alone(rows, targets))?,
+            false => alone(&rows, targets)?,
+        });
     }
     Tensor::cat(&losses, 0)
+}
+
+/// The losses of rows, one for each, differentiated at once: bound to the graph of `rows` by their gradient alone.
+fn differentiated(rows: &Tensor, losses: impl FnOnce(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
+    let leaf = Var::from_tensor(&rows.detach())?;
+    let losses = losses(leaf.as_tensor())?;
+    let gradients = losses.sum_all()?.backward()?;
+    let Some(gradient) = gradients.get(&leaf) else { bail!("the losses have no gradient") };
+    let nothing = (rows - rows.detach())?;
+    losses.detach() + (nothing * gradient)?.to_dtype(DType::F32)?.sum(1)?
 }
 
 struct Nll {
