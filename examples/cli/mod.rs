@@ -101,7 +101,7 @@ impl WindowArgs {
     pub fn cut(&self, tokenizer: &Tokenizer, text: &str, limit: Option<usize>) -> Result<Windows> {
         let tokenizer = tokenizer.clone().with_split_special_tokens(self.split_special_tokens);
         let windows = Windows::from_text(&tokenizer, text, self.seq_len, limit, self.bos.into())?;
-        warn_of_unknown(&windows);
+        warn_of_unknown(windows.has_many_unknown(), windows.split_special_tokens());
         Ok(windows)
     }
 
@@ -117,7 +117,7 @@ impl WindowArgs {
         let tokenizer = tokenizer.clone().with_split_special_tokens(self.split_special_tokens);
         let (mut calibration, held_out) =
             Windows::split_from_text(&tokenizer, text, self.seq_len, evaluate, self.bos.into())?;
-        warn_of_unknown(&calibration);
+        warn_of_unknown(calibration.has_many_unknown(), calibration.split_special_tokens());
         if let Some(count) = calibrate {
             calibration = calibration.spread(count)?;
         }
@@ -125,8 +125,9 @@ impl WindowArgs {
     }
 }
 
-fn warn_of_unknown(windows: &Windows) {
-    if windows.has_many_unknown() && !windows.split_special_tokens() {
+/// Says where unknown tokens may decide the loss, and what can be done.
+pub fn warn_of_unknown(many: bool, split_special_tokens: bool) {
+    if many && !split_special_tokens {
         eprintln!(
             "warning: one token in a hundred or more is the unknown one, and may decide the loss; where the text writes \
              it out (<unk>), --split-special-tokens reads it as any other characters"

@@ -17,6 +17,7 @@ pub fn print(report: &Report) {
             mix.parameters, mix.loss
         );
     }
+    cli::warn_of_unknown(report.calibration.many_unknown, report.calibration.split_special_tokens);
     let plan = &report.plan;
     if let Some(scores) = plan.scores() {
         println!("importance by {} on {} windows of {}", scores.method, scores.windows, scores.seq_len);

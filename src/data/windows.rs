@@ -293,6 +293,7 @@ mod tests {
     use tokenizers::models::bpe::{BPE, Vocab};
 
     use super::*;
+    use crate::plan::Calibration;
 
     #[test]
     fn special_tokens_in_the_text_are_special_unless_they_are_split() {
@@ -312,6 +313,7 @@ mod tests {
         assert_eq!(split.ids, [[6, 1, 2, 3, 4, 5, 6]]);
         assert!(matched.has_many_unknown() && !matched.split_special_tokens());
         assert!(!split.has_many_unknown() && split.split_special_tokens());
+        assert!(Calibration::from(&matched).many_unknown && !Calibration::from(&split).many_unknown);
         assert!(!Windows::from_ids(matched.ids).unwrap().has_many_unknown());
     }
 

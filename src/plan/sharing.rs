@@ -196,6 +196,9 @@ pub struct Calibration {
     /// Whether special tokens that the text writes out were read as any other characters.
     #[serde(default)]
     pub split_special_tokens: bool,
+    /// Whether so many tokens are the unknown one that they may decide the loss: [`Windows::has_many_unknown`].
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub many_unknown: bool,
     /// SHA-256 of the text.
     pub text_sha256: String,
 }
@@ -207,6 +210,7 @@ impl From<&Windows> for Calibration {
             seq_len: windows.seq_len(),
             bos: windows.bos(),
             split_special_tokens: windows.split_special_tokens(),
+            many_unknown: windows.has_many_unknown(),
             text_sha256: windows.text_sha256().into(),
         }
     }

@@ -127,6 +127,11 @@ impl Report {
             ("calibrated on", calibrated.into()),
             ("calibration text, sha256", Text::code(&calibration.text_sha256)),
         ];
+        if calibration.many_unknown {
+            let what =
+                "one calibration token in a hundred or more is the unknown one, and may decide the loss";
+            facts.push(("take care", what.into()));
+        }
         if !self.dense.tasks.is_empty() {
             let items =
                 |(name, task): (&String, &crate::eval::Accuracy)| format!("{name} ({} items)", task.items);
