@@ -14,7 +14,7 @@ mod cli;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use clap::Parser;
 use foldgpt::importance::{Method, MethodOptions, losses_without};
 use foldgpt::{Decoder, Plan, Target, Windows};
@@ -65,11 +65,13 @@ struct Line {
 }
 
 fn main() -> anyhow::Result<()> {
-    let args = Args::parse();
+    let mut args = Args::parse();
+    args.blocks.sort_unstable();
+    args.blocks.dedup();
     let checkpoint = args.model.open()?;
     for &blocks in &args.blocks {
         ensure!(blocks > 0, "--blocks is {blocks}, expected at least 1");
-        Target::Blocks(blocks).blocks(checkpoint.architecture())?;
+        Target::Blocks(blocks).blocks(checkpoint.architecture()).context("--blocks")?;
     }
     let decoder = cli::load(&checkpoint, args.model.dtype.dtype())?;
     let (tokenizer, text) = (checkpoint.tokenizer()?, cli::read_text(&args.text)?);

@@ -88,8 +88,9 @@ struct Args {
     /// Save nothing whose loss is higher by more than this, in nats per token
     #[arg(long)]
     max_nll_increase: Option<f64>,
-    /// Take at most this much memory, such as 3GB: blocks are read from disk one at a time where the model is larger, and
-    /// can only be dropped then (methods block-influence, angular, perplexity and gates)
+    /// Take at most this much memory, such as 3GB, for weights, states and activations, beside the some tens of megabytes
+    /// of the program itself: blocks are read from disk one at a time where the model is larger, and can only be
+    /// dropped then (methods block-influence, angular, perplexity and gates)
     #[arg(long)]
     max_memory: Option<Bytes>,
     /// Measure how fast the model is before and after; leave the machine alone meanwhile
@@ -112,7 +113,10 @@ fn main() -> anyhow::Result<()> {
         Some(path) => Compressor::read(path)?,
         None => Compressor::from(recipe(&args)?),
     };
-    anyhow::ensure!(args.work.is_none() || args.scoring.state.is_none(), "--state is in --work");
+    anyhow::ensure!(
+        args.work.is_none() || args.scoring.state.is_none(),
+        "--work keeps what --state would: give one of them"
+    );
     if let Some(work) = args.work.or(args.scoring.state) {
         compressor = compressor.work(work);
     }

@@ -14,6 +14,7 @@ use clap::Parser;
 use foldgpt::data::split_text;
 use foldgpt::importance::{Coupling, spearman};
 use foldgpt::model::Unit;
+use serde_json::json;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -31,6 +32,9 @@ struct Args {
     windows: usize,
     #[command(flatten)]
     window: cli::WindowArgs,
+    /// Print both matrices, and what they depend on, as JSON
+    #[arg(long)]
+    json: bool,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -48,17 +52,30 @@ fn main() -> anyhow::Result<()> {
     let estimate = Coupling::from_gate_gradients(&decoder, &windows, &units, &mut cli::Bars::default())?;
     let estimate_seconds = start.elapsed().as_secs_f64();
 
+    let agreement = spearman(&exact.pairs(), &estimate.pairs());
+    if args.json {
+        let of = |coupling: &Coupling, seconds: f64| {
+            json!({
+                "coupling": coupling.matrix, "block_runs": coupling.block_runs, "seconds": seconds
+            })
+        };
+        let found = json!({
+            "exact": of(&exact, exact_seconds), "gate_gradients": of(&estimate, estimate_seconds),
+            "spearman": agreement, "dtype": args.model.dtype.to_string(), "windows": cli::protocol(&windows),
+        });
+        println!("{}", serde_json::to_string_pretty(&found)?);
+        return Ok(());
+    }
     if cli::colours() {
         println!("exact:\n{}", Coupling::heat_map(&exact.matrix));
         println!("by gate gradients:\n{}", Coupling::heat_map(&estimate.matrix));
+    } else {
+        println!("heat maps in a terminal with colours, the numbers with --json\n");
     }
     println!("| coupling | block runs | seconds |\n|---|---:|---:|");
     println!("| exact | {:.0} | {exact_seconds:.0} |", exact.block_runs);
     println!("| by gate gradients | {:.0} | {estimate_seconds:.0} |", estimate.block_runs);
-    println!(
-        "\nSpearman's rank correlation of their pairs: {:.3}",
-        spearman(&exact.pairs(), &estimate.pairs())
-    );
+    println!("\nSpearman's rank correlation of their pairs: {agreement:.3}");
     println!("in {}, {}", args.model.dtype, cli::protocol(&windows));
     Ok(())
 }

@@ -115,7 +115,8 @@ fn main() -> anyhow::Result<()> {
 fn load(args: &Args) -> anyhow::Result<Vec<Model>> {
     let of = |name, checkpoint: Checkpoint| -> anyhow::Result<Model> {
         let decoder = args.quantize.apply(cli::load(&checkpoint, args.model.dtype.dtype())?)?;
-        Ok(Model { name, checkpoint, decoder, found: Map::new() })
+        let found = Map::from_iter([("matrices".to_string(), decoder.matrix_types().into())]);
+        Ok(Model { name, checkpoint, decoder, found })
     };
     let mut models = vec![of("model", args.model.open()?)?];
     if let Some(against) = &args.against {

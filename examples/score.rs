@@ -10,6 +10,7 @@ mod cli;
 
 use std::path::PathBuf;
 
+use anyhow::ensure;
 use clap::Parser;
 use foldgpt::candle::Device;
 use foldgpt::importance::{Coupling, Method, Residence};
@@ -42,8 +43,9 @@ struct Args {
     windows: usize,
     #[command(flatten)]
     window: cli::WindowArgs,
-    /// Take at most this much memory, such as 3GB: blocks are read from disk one at a time where the model is larger
-    /// (methods block-influence, angular, perplexity and gates)
+    /// Take at most this much memory, such as 3GB, for weights, states and activations, beside the some tens of megabytes
+    /// of the program itself: blocks are read from disk one at a time where the model is larger (methods
+    /// block-influence, angular, perplexity and gates)
     #[arg(long)]
     max_memory: Option<Bytes>,
     /// With --max-memory, the directory for states that memory has no room for: one that is on disk (by default the
@@ -68,6 +70,15 @@ fn main() -> anyhow::Result<()> {
 
     let target = args.target.target();
     let count = target.map_or(Ok(0), |target| target.blocks(arch))?;
+    ensure!(
+        count > 0 || args.method != Method::Gates,
+        "--method gates finds a set of one size, and no block would go: give --remove, --remove-blocks or --max-params"
+    );
+    ensure!(
+        args.scoring.state.is_none() || args.method.keeps_state(),
+        "--state keeps nothing of --method {}, which is measured anew each time",
+        args.method
+    );
     let mut scores = score(&args, &checkpoint, &windows, count)?;
     let (mut would_go, mut as_chosen) = (Vec::new(), false);
     if let Some(target) = target {

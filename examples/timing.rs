@@ -25,6 +25,8 @@ use serde_json::json;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// Times pieces of work on request
+///
+/// Names on standard input say what: blocks, forward, gate-step, gate-step-keeping, block-influence, greedy, prefill, decode
 #[derive(Parser)]
 struct Args {
     #[command(flatten)]
@@ -72,12 +74,19 @@ fn main() -> anyhow::Result<()> {
     println!("{}", timing.conditions());
     for line in std::io::stdin().lines() {
         for name in line?.split_whitespace() {
-            let work = Work::from_str(name, false).map_err(|reason| anyhow!("work {name}: {reason}"))?;
+            let work = Work::from_str(name, false)
+                .map_err(|_| anyhow!("work {name} is not known, expected one of: {}", names()))?;
             let seconds = timing.seconds(work).with_context(|| format!("work {name}"))?;
             println!("{}", json!({ "work": name, "seconds": seconds }));
         }
     }
     Ok(())
+}
+
+/// What can be named.
+fn names() -> String {
+    let named = Work::value_variants().iter().filter_map(ValueEnum::to_possible_value);
+    named.map(|value| value.get_name().to_string()).collect::<Vec<_>>().join(", ")
 }
 
 struct Timing {

@@ -22,6 +22,9 @@ pub fn print(report: &Report) {
     if let Some(scores) = plan.scores() {
         println!("importance by {} on {} windows of {}", scores.method, scores.windows, scores.seq_len);
         print!("{}", chart::bars(scores, &plan.units(), "removed"));
+        if scores.coupling.is_some() && scores.chosen.is_some() {
+            println!("chosen as a set, by true losses, and not by the ranking");
+        }
         cli::scoring::warn_unstable(scores);
     }
     if let Some(sharing) = plan.sharing().filter(|sharing| !sharing.groups.is_empty()) {

@@ -79,8 +79,8 @@ impl State {
     /// The state in a file, which has to be one of this training, from whatever it started.
     pub(super) fn read(path: &Path, identity: &str, units: usize) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
-        let state: Self =
-            serde_json::from_str(&text).map_err(|error| Error::format(path, error.to_string()))?;
+        let state: Self = serde_json::from_str(&text)
+            .map_err(|error| Error::format(path, format!("is no state of gates: {error}")))?;
         if state.version != STATE_VERSION || state.identity != identity {
             return Err(another(path, "other options, another text or another model"));
         }

@@ -102,6 +102,12 @@ impl Method {
         matches!(self, Self::GreedyPerplexity | Self::MacroInfluence)
     }
 
+    /// Whether the method takes so long that it can keep what it has found in files, and go on from there.
+    #[must_use]
+    pub fn keeps_state(self) -> bool {
+        matches!(self, Self::Gates | Self::Coupling) || self.is_greedy()
+    }
+
     /// Whether the method can score a model whose blocks are read from disk one at a time:
     /// [`Importance::score_streamed`].
     #[must_use]

@@ -64,9 +64,10 @@ fn primitive(hidden: &Tensor, head: &Tensor, targets: &[u32], softcap: Option<f6
     let mut losses = Vec::new();
     for (chunk, targets) in targets.chunks(CHUNK_ROWS).enumerate() {
         let rows = hidden.narrow(0, chunk * CHUNK_ROWS, targets.len())?;
-        losses.push(match hidden.track_op() && !head.track_op() {
-            true => differentiated(&rows, |rows| alone(rows, targets))?,
-            false => alone(&rows, targets)?,
+        losses.push(if hidden.track_op() && !head.track_op() {
+            differentiated(&rows, |rows| alone(rows, targets))?
+        } else {
+            alone(&rows, targets)?
         });
     }
     Tensor::cat(&losses, 0)
