@@ -84,9 +84,7 @@ fn main() -> anyhow::Result<()> {
     if let Some(target) = target {
         let plan = Plan::new(arch, &scores, target, &args.protect)?;
         // What the method chose stays in the order of removal.
-        let mut chosen = scores.chosen.clone().unwrap_or_default();
-        chosen.sort_unstable();
-        as_chosen = chosen == plan.removed();
+        as_chosen = cli::scoring::chose(&scores, plan.removed());
         if !as_chosen {
             scores.chosen = Some(plan.removed().to_vec());
         }

@@ -59,6 +59,15 @@ pub fn options(
     Ok(options)
 }
 
+/// Whether these blocks are the ones that the method itself chose; else a plan took them by its scores.
+pub fn chose(scores: &Scores, removed: &[usize]) -> bool {
+    let sorted = |mut chosen: Vec<usize>| {
+        chosen.sort_unstable();
+        chosen
+    };
+    scores.chosen.clone().map(sorted).as_deref() == Some(removed)
+}
+
 /// Says where two halves of the text rank the blocks differently.
 pub fn warn_unstable(scores: &Scores) {
     if let Some(stability) = scores.stability.filter(|_| scores.is_stable() == Some(false)) {

@@ -1,7 +1,7 @@
 //! What a compression found, for a terminal.
 #![allow(unreachable_pub, clippy::print_stdout)]
 
-use foldgpt::pipeline::Report;
+use foldgpt::pipeline::{Goal, Report};
 
 use crate::{chart, cli, table};
 
@@ -22,7 +22,9 @@ pub fn print(report: &Report) {
     if let Some(scores) = plan.scores() {
         println!("importance by {} on {} windows of {}", scores.method, scores.windows, scores.seq_len);
         print!("{}", chart::bars(scores, &plan.units(), "removed"));
-        if scores.coupling.is_some() && scores.chosen.is_some() {
+        // For a limit of the loss, blocks go in the set's order as long as it is kept.
+        let limited = matches!(report.recipe.target, Some(Goal::NllIncrease(_)));
+        if scores.coupling.is_some() && !limited && cli::scoring::chose(scores, plan.removed()) {
             println!("chosen as a set, by true losses, and not by the ranking");
         }
         cli::scoring::warn_unstable(scores);

@@ -144,7 +144,7 @@ mod tests {
             }
         }
         // As much is closed as should be: nothing is asked.
-        assert_eq!(gated.penalty(&[0.01, 0.0, 0.01], 0.0), (0.0, vec![0.0; 3]));
+        assert_eq!(gated.penalty(&[0.01, 0.0, 0.01], 0.5), (0.0, vec![0.0; 3]));
     }
 
     #[test]

@@ -15,7 +15,8 @@ pub(super) struct State {
     pub version: u32,
     /// What the state belongs to: options, text and model.
     pub identity: String,
-    /// What the gates started from, which other measurements may have found.
+    /// What the gates started from, which other measurements may have found; older versions have none.
+    #[serde(default)]
     pub starts: String,
     pub step: usize,
     pub sets: [Adam; 2],
@@ -82,7 +83,10 @@ impl State {
         let state: Self = serde_json::from_str(&text)
             .map_err(|error| Error::format(path, format!("is no state of gates: {error}")))?;
         if state.version != STATE_VERSION || state.identity != identity {
-            return Err(another(path, "other options, another text or another model"));
+            return Err(another(
+                path,
+                "other options, of another text or another model, or by another version",
+            ));
         }
         let lists = state.sets.iter().flat_map(|set| [&set.phi, &set.mean, &set.variance]);
         let whole = lists.chain(&state.trajectory).all(|list| list.len() == units);

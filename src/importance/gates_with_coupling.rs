@@ -1,6 +1,6 @@
 //! Gates, coupling and true losses together: the crate's own method.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use serde::{Deserialize, Deserializer, Serialize};
@@ -95,7 +95,7 @@ impl Importance for GatesWithCoupling {
         let free: Vec<usize> = (0..units.len()).filter(|place| !kept.contains(place)).collect();
         check_removal(self.gates.remove, free.len())?;
         self.check()?;
-        if self.gates.remove > 0 && self.gates.state_file.is_some() {
+        if self.gates.remove > 0 && self.gates.state_file.as_deref().is_some_and(Path::exists) {
             // What does not go on is told before pairs are measured.
             self.gates.state(decoder, windows, &units, &mut || Ok(()))?;
         }

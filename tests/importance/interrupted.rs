@@ -60,7 +60,7 @@ fn interrupted_gates_go_on_as_if_nothing_had_happened() {
         let mut other = kept.clone();
         other.warm_start = Some(vec![1.0, 2.0, 3.0, 4.0]);
         let error = other.score(&decoder, &windows, &mut ()).unwrap_err().to_string();
-        assert!(error.contains("another training") && error.contains("delete it"), "{error}");
+        assert!(error.contains("other options") && error.contains("delete it"), "{error}");
     }
 }
 
@@ -77,9 +77,19 @@ fn a_state_of_another_training_is_told_before_pairs_are_measured() {
     (coupling.gates.remove, coupling.gates.steps) = (1, 4);
     coupling.gates.state_file = Some(scratch.path().join("gates.json"));
     coupling.score(&decoder, &windows, &mut ()).unwrap();
-    coupling.gates.steps = 6;
-    let error = coupling.score(&decoder, &windows, &mut Stop).unwrap_err().to_string();
+    let mut other = coupling.clone();
+    other.gates.steps = 6;
+    let error = other.score(&decoder, &windows, &mut Stop).unwrap_err().to_string();
     assert!(error.contains("gates.json") && error.contains("other options"), "{error}");
+
+    // Where the gates started is known only once single blocks are measured.
+    let file = scratch.path().join("gates.json");
+    let mut state: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
+    state["starts"] = "of others".into();
+    std::fs::write(&file, state.to_string()).unwrap();
+    let error = coupling.score(&decoder, &windows, &mut ()).unwrap_err().to_string();
+    assert!(error.contains("gates.json") && error.contains("other scores to start from"), "{error}");
 }
 
 #[test]
