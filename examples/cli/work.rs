@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 /// A name beyond this is cut and gets a hash of all of it: file systems take 255 bytes.
-const LONGEST: usize = 120;
+const LONGEST: usize = 200;
 
 /// Results by name, one JSON file each.
 pub struct Work(PathBuf);

@@ -17,13 +17,7 @@ pub(super) struct Frozen(Matrix);
 impl Kernels {
     /// `matrix` for the fused products with f32 rows, where there are any.
     pub(super) fn frozen(self, matrix: impl Into<Matrix>) -> Option<Frozen> {
-        let matrix = match matrix.into() {
-            // Products in bf16 take rows as they lie.
-            Matrix::Tensor(tensor) if tensor.dtype() == DType::BF16 => {
-                Matrix::Tensor(tensor.contiguous().ok()?)
-            }
-            matrix => matrix,
-        };
+        let matrix = matrix.into();
         let fits = match &matrix {
             Matrix::Tensor(tensor) => {
                 let holds = matches!(tensor.dtype(), DType::F32 | DType::BF16) && tensor.device().is_cpu();
@@ -31,7 +25,14 @@ impl Kernels {
             }
             Matrix::Quantized(blocks) => blocks.device().is_cpu() && blocks.rank() == 2,
         };
-        (fits && self == Self::Fused).then_some(Frozen(matrix))
+        if !fits || self != Self::Fused {
+            return None;
+        }
+        Some(Frozen(match matrix {
+            // Products in bf16 take rows as they lie.
+            Matrix::Tensor(tensor) if tensor.dtype() == DType::BF16 => tensor.contiguous().ok()?.into(),
+            matrix => matrix,
+        }))
     }
 }
 

@@ -64,8 +64,8 @@ pub(crate) struct Cut {
 
 impl PlanBuilder {
     /// Removes as many blocks as `target` asks for: the set that the method chose where it chose one of this size, the
-    /// first of its order where it removes block after block, else the blocks of least importance. Scores of halves remove halves, as many as have, as nearly as they can,
-    /// the parameters of that many blocks.
+    /// first of its order where it removes block after block, else the blocks of least importance. Scores of halves
+    /// remove halves, as many as have, as nearly as they can, the parameters of that many blocks.
     pub fn remove(mut self, target: Target, scores: &Scores) -> Self {
         (self.target, self.scores) = (Some(target), Some(scores.clone()));
         self
