@@ -55,6 +55,7 @@ enum Work {
     /// Blocks and head on one window, to the loss
     Forward,
     /// Forward and back to a gate on every block, on one window
+    #[value(alias = "gate-step-checkpointing")]
     GateStep,
     /// The same, keeping all activations: without gradient checkpointing
     GateStepKeeping,

@@ -4,8 +4,9 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Storage, Tensor, bail};
 
 use super::gemm::{Threads, gemm, view};
-use super::simd::dot;
-use super::{Kernels, Matrix, bf16, few_rows, with_elements};
+use super::product::{self, FEW_ROWS};
+use super::simd::{dot, dot_bf16};
+use super::{Kernels, Matrix, few_rows};
 
 /// From so many rows on, blocks are brought into bf16 for a product, which was measured to be no slower than candle's.
 const QUANTIZED_ROWS: usize = 16;
@@ -58,62 +59,83 @@ impl Frozen {
     /// `x · Mᵀ`: `rows` contiguous rows of inputs from `offset` on to `(rows, outputs)`.
     pub(super) fn forward(&self, x: &CpuStorage, offset: usize, rows: usize) -> Result<Vec<f32>> {
         let (outputs, inputs) = self.dims()?;
-        match &self.0 {
-            Matrix::Tensor(tensor) if rows == 1 && tensor.dtype() == DType::F32 && tensor.is_contiguous() => {
-                let x = &x.as_slice::<f32>()?[offset..][..inputs];
-                with_elements([tensor], |[matrix]| Ok(few_rows(x, (matrix, inputs), dot)))
-            }
-            Matrix::Tensor(tensor) => product(
-                tensor,
-                (x, offset, rows, inputs),
-                |matrix, x| matrix.forward(x),
-                |(down, right), start| view((inputs, outputs), (right, down), start),
-            ),
-            Matrix::Quantized(blocks) if rows >= QUANTIZED_ROWS => {
-                bf16::by_blocks(&x.as_slice::<f32>()?[offset..][..rows * inputs], blocks)
-            }
-            Matrix::Quantized(blocks) => {
-                let x_rows = Layout::contiguous_with_offset((rows, inputs), offset);
-                match blocks.cpu_fwd(x, &x_rows)?.0 {
-                    CpuStorage::F32(y) => Ok(y),
-                    other => bail!("product is {:?}, expected f32", other.dtype()),
-                }
-            }
+        let blocks = match &self.0 {
+            Matrix::Tensor(tensor) => return product(tensor, Way::There, (x, offset, rows)),
+            Matrix::Quantized(blocks) => blocks,
+        };
+        if rows >= QUANTIZED_ROWS {
+            return product::by_blocks(&x.as_slice::<f32>()?[offset..][..rows * inputs], blocks);
+        }
+        let x_rows = Layout::contiguous_with_offset((rows, inputs), offset);
+        match blocks.cpu_fwd(x, &x_rows)?.0 {
+            CpuStorage::F32(y) => Ok(y),
+            other => bail!("product of {outputs} outputs is {:?}, expected f32", other.dtype()),
         }
     }
 
     /// `grad · M`: `rows` contiguous rows of outputs from `offset` on to `(rows, inputs)`.
     pub(super) fn backward(&self, grad: &CpuStorage, offset: usize, rows: usize) -> Result<Vec<f32>> {
-        let (outputs, inputs) = self.dims()?;
-        let Matrix::Tensor(tensor) = &self.0 else {
-            bail!("a quantised matrix has no backward, expected one in f32 or bf16")
-        };
-        product(
-            tensor,
-            (grad, offset, rows, outputs),
-            |matrix, grad| matrix.backward(grad),
-            |(down, right), start| view((outputs, inputs), (down, right), start),
-        )
+        match &self.0 {
+            Matrix::Tensor(tensor) => product(tensor, Way::Back, (grad, offset, rows)),
+            Matrix::Quantized(_) => bail!("a quantised matrix has no backward, expected one in f32 or bf16"),
+        }
     }
 }
 
-/// The product of contiguous rows with a tensor, by `narrow` where it is in bf16, else with the view of it that `right`
-/// gives for its strides and its first element.
-fn product(
-    matrix: &Tensor,
-    (x, offset, rows, width): (&CpuStorage, usize, usize, usize),
-    narrow: impl FnOnce(bf16::Matrix<'_>, &[f32]) -> Result<Vec<f32>>,
-    right: impl FnOnce((usize, usize), usize) -> Layout,
-) -> Result<Vec<f32>> {
+/// From which side of a matrix the rows come.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// Inputs, to outputs.
+    There,
+    /// Gradients of outputs, to those of inputs.
+    Back,
+}
+
+/// The product of contiguous rows with a tensor.
+fn product(matrix: &Tensor, way: Way, (x, offset, rows): (&CpuStorage, usize, usize)) -> Result<Vec<f32>> {
     let (outputs, inputs) = matrix.dims2()?;
     let (storage, layout) = matrix.storage_and_layout();
     let Storage::Cpu(storage) = &*storage else { bail!("matrix is not on the cpu") };
-    if let CpuStorage::BF16(values) = storage {
-        let Some((start, end)) = layout.contiguous_offsets() else { bail!("matrix is not contiguous") };
-        let matrix = bf16::Matrix { values: &values[start..end], outputs, inputs };
-        return narrow(matrix, &x.as_slice::<f32>()?[offset..][..rows * width]);
+    let inner = if way == Way::There { inputs } else { outputs };
+    let numbers = || Ok::<_, candle_core::Error>(&x.as_slice::<f32>()?[offset..][..rows * inner]);
+    match (storage, layout.contiguous_offsets()) {
+        (CpuStorage::BF16(values), Some((start, end))) if way == Way::There && rows < FEW_ROWS => {
+            #[allow(clippy::redundant_closure)] // measured: the function itself is a sixth slower
+            Ok(few_rows(
+                numbers()?,
+                (&values[start..end], inputs),
+                #[inline(always)]
+                |x, weights| dot_bf16(x, weights),
+            ))
+        }
+        (CpuStorage::BF16(values), Some((start, end))) => {
+            by_panels(product::Matrix { values: &values[start..end], outputs, inputs }, way, numbers()?)
+        }
+        (CpuStorage::F32(values), Some((start, end))) if way == Way::There && rows == 1 => {
+            Ok(few_rows(numbers()?, (&values[start..end], inputs), dot))
+        }
+        (CpuStorage::F32(values), Some((start, end))) if rows >= FEW_ROWS && is_faster_than_gemm() => {
+            by_panels(product::Matrix { values: &values[start..end], outputs, inputs }, way, numbers()?)
+        }
+        (_, _) => {
+            let &[down, right] = layout.stride() else { bail!("a matrix has two strides") };
+            let matrix = match way {
+                Way::There => view((inputs, outputs), (right, down), layout.start_offset()),
+                Way::Back => view((outputs, inputs), (down, right), layout.start_offset()),
+            };
+            gemm(&(x, view((rows, inner), (inner, 1), offset)), &(storage, matrix), Threads::All)
+        }
     }
-    let strides = layout.stride();
-    let right = right((strides[0], strides[1]), layout.start_offset());
-    gemm(&(x, view((rows, width), (width, 1), offset)), &(storage, right), Threads::All)
+}
+
+fn by_panels<T: product::Number>(matrix: product::Matrix<'_, T>, way: Way, x: &[f32]) -> Result<Vec<f32>> {
+    match way {
+        Way::There => matrix.forward(x),
+        Way::Back => matrix.backward(x),
+    }
+}
+
+/// Whether our own products in f32 are, of many rows.
+fn is_faster_than_gemm() -> bool {
+    product::Matrix::<f32>::is_fast() && !cfg!(any(feature = "mkl", feature = "accelerate"))
 }

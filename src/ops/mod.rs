@@ -7,7 +7,6 @@
 mod activation;
 mod add;
 mod attention;
-mod bf16;
 mod cosine;
 mod cross_entropy;
 mod distillation;
@@ -17,6 +16,7 @@ mod inner;
 mod layer_norm;
 mod linear;
 mod matrix;
+mod product;
 mod rms_norm;
 mod rope;
 mod scale;

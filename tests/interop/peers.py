@@ -5,8 +5,9 @@
 
 DIRECTORY is a checkpoint that both read. Leave the machine alone meanwhile. Works: `blocks` and `forward` (blocks alone,
 and with the head to the loss, on one window), `gate-step` (a scalar gate on what every block adds, weights frozen,
-backward to the gates alone: PyTorch keeps all activations, foldgpt computes blocks again), `gate-step-keeping` (the same,
-and foldgpt keeps them too), `block-influence` on all windows, and `greedy`: greedy perplexity, which here runs every
+backward to the gates alone: PyTorch keeps all activations, foldgpt computes blocks again, as both do by default),
+`gate-step-keeping` (the same, and both keep them), `gate-step-checkpointing` (the same, and both compute blocks
+again), `block-influence` on all windows, and `greedy`: greedy perplexity, which here runs every
 candidate as a whole forward pass, and in foldgpt what candidates have in common once. Both compute in f32, and with
 matrices in bf16; each round times each work in all four ways, one right after the other, and ratios are those of one
 round.
@@ -25,7 +26,15 @@ import transformers
 
 import ours
 
-WORKS = ["blocks", "forward", "gate-step", "gate-step-keeping", "block-influence", "greedy"]
+WORKS = [
+    "blocks",
+    "forward",
+    "gate-step",
+    "gate-step-keeping",
+    "gate-step-checkpointing",
+    "block-influence",
+    "greedy",
+]
 LONG = {"block-influence", "greedy"}
 GATE = 0.9
 
@@ -47,6 +56,7 @@ class Torch:
             "forward": lambda: self.loss(self.windows[0]).item(),
             "gate-step": self.gate_step,
             "gate-step-keeping": self.gate_step,
+            "gate-step-checkpointing": self.gate_step_checkpointing,
             "block-influence": self.block_influence,
             "greedy": self.greedy,
         }[work]
@@ -75,6 +85,16 @@ class Torch:
                 hooks.callback(block.register_forward_hook(gated(gate)).remove)
             self.loss(self.windows[0]).backward()
         return [gate.grad.item() for gate in gates]
+
+    def gate_step_checkpointing(self):
+        # Only a model that is told to train heeds it; there is no dropout in one that was made for inference.
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model.train()
+        try:
+            return self.gate_step()
+        finally:
+            self.model.eval()
+            self.model.gradient_checkpointing_disable()
 
     def block_influence(self):
         sums = [0.0] * len(self.blocks)

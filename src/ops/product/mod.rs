@@ -1,0 +1,206 @@
+//! Products of many rows with a matrix in f32, in bf16, or in ggml's blocks.
+//!
+//! The result is made in stripes of a few dozen columns, each by one task: it brings what the matrix has for these
+//! columns into the order in which the innermost loops read it, a panel, and multiplies all rows by it, a few at a time,
+//! while it stays in a core's own cache. Every number of the result is one sum from first to last: which, and in which
+//! order, does not depend on who computes it.
+
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod number;
+mod panel;
+mod rectangles;
+mod tile;
+
+use std::ops::Range;
+
+use candle_core::quantized::QTensor;
+use candle_core::{Device, Result, Tensor};
+use half::bf16;
+
+use super::with_elements;
+pub(super) use number::Number;
+use number::Step;
+use panel::Panel;
+use tile::{COLUMNS, ROWS};
+
+/// Fewer rows than this are not worth bringing a matrix into order.
+pub(super) const FEW_ROWS: usize = ROWS;
+
+/// Rows that are worth bringing a panel into order once more for, where there are fewer stripes than threads.
+const TASK_ROWS: usize = 128;
+
+/// A matrix `(outputs, inputs)`, row by row.
+#[derive(Clone, Copy)]
+pub(super) struct Matrix<'a, T> {
+    pub values: &'a [T],
+    pub outputs: usize,
+    pub inputs: usize,
+}
+
+impl<T: Number> Matrix<'_, T> {
+    /// Whether this machine has the instructions that this is written for.
+    pub(super) fn is_fast() -> bool {
+        T::Step::fast().is_some()
+    }
+
+    /// `x · Mᵀ`: `(rows, inputs)` to `(rows, outputs)`.
+    pub(super) fn forward(&self, x: &[f32]) -> Result<Vec<f32>> {
+        let depth = self.inputs.div_ceil(T::A_STEP);
+        multiply(&T::Step::rows(x, self.inputs), depth, self.outputs, |columns, panel| {
+            let rows = columns.start * self.inputs..columns.end * self.inputs;
+            panel.bring_rows(&self.values[rows], self.inputs);
+            Ok(())
+        })
+    }
+
+    /// `grad · M`: `(rows, outputs)` to `(rows, inputs)`.
+    pub(super) fn backward(&self, grad: &[f32]) -> Result<Vec<f32>> {
+        let depth = self.outputs.div_ceil(T::A_STEP);
+        multiply(&T::Step::rows(grad, self.outputs), depth, self.inputs, |columns, panel| {
+            panel.bring_columns(self.values, self.inputs, columns);
+            Ok(())
+        })
+    }
+}
+
+/// `x · Mᵀ` by a matrix `(outputs, inputs)` in ggml's blocks: `(rows, inputs)` to `(rows, outputs)`, both rounded to
+/// bf16.
+pub(super) fn by_blocks(x: &[f32], blocks: &QTensor) -> Result<Vec<f32>> {
+    let (outputs, inputs) = blocks.shape().dims2()?;
+    let depth = inputs.div_ceil(bf16::A_STEP);
+    multiply(&u32::rows(x, inputs), depth, outputs, |columns, panel| {
+        let ids: Vec<u32> = columns.map(|output| output as u32).collect();
+        let rows = blocks.embedding(&Tensor::new(ids, &Device::Cpu)?)?;
+        with_elements([&rows], |[rows]| {
+            panel.bring_rows::<u32>(&u32::rows(rows, inputs), depth);
+            Ok(())
+        })
+    })
+}
+
+/// Rows of `depth` steps times a matrix of `width` columns, of which `bring` puts a range into an empty panel.
+fn multiply<S: Step>(
+    rows: &[S],
+    depth: usize,
+    width: usize,
+    bring: impl Fn(Range<usize>, &mut Panel<S>) -> Result<()> + Sync,
+) -> Result<Vec<f32>> {
+    let count = rows.len().checked_div(depth).unwrap_or(0);
+    let tile = tile::best::<S>();
+    let tasks = (2 * rayon::current_num_threads()).div_ceil(width.div_ceil(COLUMNS).max(1));
+    let task_rows = count.div_ceil(tasks).max(TASK_ROWS).next_multiple_of(ROWS);
+    rectangles::filled((count, width), (task_rows, COLUMNS), |part| {
+        let mut panel = Panel::empty(depth);
+        bring(part.columns(), &mut panel)?;
+        let (mut sums, bottom) = (tile::EMPTY, part.rows().end);
+        for top in part.rows().step_by(ROWS) {
+            // Where there are no more rows, the last one is multiplied again, for nothing.
+            let row = |r: usize| &rows[(top + r).min(bottom - 1) * depth..][..depth];
+            tile(std::array::from_fn(row), panel.steps(), &mut sums);
+            for sums in sums.iter().take(bottom - top) {
+                part.push(&sums[..part.columns().len()])?;
+            }
+        }
+        Ok(())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn numbers(count: usize, seed: u64) -> Vec<f32> {
+        use rand::{Rng, SeedableRng};
+        let mut rng = rand::rngs::StdRng::seed_from_u64(seed);
+        (0..count).map(|_| rng.random_range(-1.0f32..1.0)).collect()
+    }
+
+    /// Whether `found` is the sum of `terms`, as far as sums in f32 are.
+    fn is_sum(found: f32, terms: impl Iterator<Item = f64> + Clone) -> bool {
+        let magnitude: f64 = terms.clone().map(f64::abs).sum();
+        (f64::from(found) - terms.sum::<f64>()).abs() <= 1e-6 * magnitude
+    }
+
+    /// Products by a matrix whose numbers are made by `from`, of rows rounded by `rounded`, are those of the definition.
+    fn defined<T: Number>(from: fn(f32) -> T, wide: fn(T) -> f32, rounded: fn(f32) -> f32) -> Result<()> {
+        for (rows, inputs, outputs) in
+            [(1, 5, 3), (3, 64, 48), (8, 7, 50), (21, 100, 49), (270, 33, 131), (9, 2500, 2100), (130, 1, 1)]
+        {
+            let values: Vec<T> = numbers(inputs * outputs, 1).into_iter().map(from).collect();
+            let matrix = Matrix { values: &values, outputs, inputs };
+            let at = |output: usize, input: usize| f64::from(wide(values[output * inputs + input]));
+            let x = numbers(rows * inputs, 2);
+            let y = matrix.forward(&x)?;
+            assert_eq!(y.len(), rows * outputs);
+            for (index, y) in y.into_iter().enumerate() {
+                let (row, output) = (index / outputs, index % outputs);
+                let terms = (0..inputs).map(|i| f64::from(rounded(x[row * inputs + i])) * at(output, i));
+                assert!(is_sum(y, terms), "({rows}, {inputs}, {outputs})");
+            }
+            let grad = numbers(rows * outputs, 3);
+            let dx = matrix.backward(&grad)?;
+            assert_eq!(dx.len(), rows * inputs);
+            for (index, dx) in dx.into_iter().enumerate() {
+                let (row, input) = (index / inputs, index % inputs);
+                let terms = (0..outputs).map(|o| f64::from(rounded(grad[row * outputs + o])) * at(o, input));
+                assert!(is_sum(dx, terms), "({rows}, {inputs}, {outputs})");
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn products_in_f32_are_those_of_the_definition() -> Result<()> {
+        defined::<f32>(|x| x, |x| x, |x| x)
+    }
+
+    #[test]
+    fn products_in_bf16_are_those_of_the_rounded_operands() -> Result<()> {
+        defined::<bf16>(bf16::from_f32, bf16::to_f32, |x| bf16::from_f32(x).to_f32())
+    }
+
+    #[test]
+    fn products_by_blocks_are_those_of_the_rounded_operands() -> Result<()> {
+        use candle_core::quantized::GgmlDType;
+        for (dtype, rows, inputs, outputs) in
+            [(GgmlDType::Q8_0, 9, 64, 50), (GgmlDType::Q4K, 20, 2560, 100), (GgmlDType::Q6K, 70, 256, 7)]
+        {
+            let weight = Tensor::from_vec(numbers(inputs * outputs, 1), (outputs, inputs), &Device::Cpu)?;
+            let blocks = QTensor::quantize(&weight, dtype)?;
+            let wide = blocks.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()?;
+            let rounded = |x: f32| f64::from(bf16::from_f32(x).to_f32());
+            let x = numbers(rows * inputs, 2);
+            let y = by_blocks(&x, &blocks)?;
+            assert_eq!(y.len(), rows * outputs);
+            for (index, y) in y.into_iter().enumerate() {
+                let (row, output) = (index / outputs, index % outputs);
+                let at = |i: usize| rounded(x[row * inputs + i]) * rounded(wide[output * inputs + i]);
+                assert!(is_sum(y, (0..inputs).map(at)), "{dtype:?} ({row}, {output})");
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn products_of_nothing_are_empty() -> Result<()> {
+        for (rows, inputs, outputs) in [(0, 4, 3), (2, 4, 0)] {
+            let (values, x) = (vec![1.0f32; inputs * outputs], vec![1.0f32; rows * inputs]);
+            assert!(Matrix { values: &values, outputs, inputs }.forward(&x)?.is_empty());
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn results_do_not_depend_on_the_number_of_threads() -> Result<()> {
+        let (values, x) = (numbers(100 * 1700, 1), numbers(575 * 1700, 2));
+        let matrix = Matrix { values: &values, outputs: 100, inputs: 1700 };
+        let by = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+            pool.map_err(candle_core::Error::wrap)?.install(|| matrix.forward(&x))
+        };
+        let (one, five) = (by(1)?, by(5)?);
+        assert!(one.iter().zip(&five).all(|(a, b)| a.to_bits() == b.to_bits()));
+        Ok(())
+    }
+}
