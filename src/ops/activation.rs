@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tenso
 use rayon::prelude::*;
 
 use super::simd::{sigmoid, tanh, vectorised};
-use super::{Kernels, TASK_ELEMENTS, elements, with_elements};
+use super::{Kernels, TASK_ELEMENTS, by_rows, elements, with_elements};
 use crate::model::Activation;
 
 impl Kernels {
@@ -94,18 +94,16 @@ impl CustomOp2 for Gated {
         }
         let (gate, up) = (elements(g, lg)?, elements(u, lu)?);
         let curve = self.0;
-        let mut out = vec![0.0f32; gate.len()];
-        let operands = gate.par_chunks(TASK_ELEMENTS).zip(up.par_chunks(TASK_ELEMENTS));
-        out.par_chunks_mut(TASK_ELEMENTS).zip(operands).for_each(|(out, (gate, up))| {
-            vectorised(
-                #[inline(always)]
-                || {
-                    for ((o, &g), &u) in out.iter_mut().zip(gate).zip(up) {
-                        *o = curve.at(g).0 * u;
-                    }
-                },
-            );
-        });
+        let out = by_rows(
+            lg.dims().last().copied().unwrap_or(1),
+            [gate, up],
+            #[inline(always)]
+            |_, out, [gate, up]| {
+                for ((o, &g), &u) in out.iter_mut().zip(gate).zip(up) {
+                    *o = curve.at(g).0 * u;
+                }
+            },
+        )?;
         Ok((CpuStorage::F32(out), lg.shape().clone()))
     }
 
@@ -152,37 +150,35 @@ impl CustomOp1 for Plain {
 
     fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout) -> Result<(CpuStorage, Shape)> {
         let (x, curve) = (elements(x, lx)?, self.0);
-        let mut out = vec![0.0f32; x.len()];
-        out.par_chunks_mut(TASK_ELEMENTS).zip(x.par_chunks(TASK_ELEMENTS)).for_each(|(out, x)| {
-            vectorised(
-                #[inline(always)]
-                || {
-                    for (o, &x) in out.iter_mut().zip(x) {
-                        *o = curve.at(x).0;
-                    }
-                },
-            );
-        });
+        let out = by_rows(
+            lx.dims().last().copied().unwrap_or(1),
+            [x],
+            #[inline(always)]
+            |_, out, [x]| {
+                for (o, &x) in out.iter_mut().zip(x) {
+                    *o = curve.at(x).0;
+                }
+            },
+        )?;
         Ok((CpuStorage::F32(out), lx.shape().clone()))
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         let (grad, curve) = (grad.contiguous()?, self.0);
-        let mut out = vec![0.0f32; x.elem_count()];
-        with_elements([x, &grad], |[x, grad]| {
-            let inputs = x.par_chunks(TASK_ELEMENTS).zip(grad.par_chunks(TASK_ELEMENTS));
-            out.par_chunks_mut(TASK_ELEMENTS).zip(inputs).for_each(|(out, (x, grad))| {
-                vectorised(
-                    #[inline(always)]
-                    || {
-                        for ((o, &x), &d) in out.iter_mut().zip(x).zip(grad) {
-                            *o = d * curve.at(x).1;
-                        }
-                    },
-                );
-            });
-            Ok(())
+        let width = x.dims().last().copied().unwrap_or(1);
+        let out = with_elements([x, &grad], |[x, grad]| {
+            by_rows(
+                width,
+                [x, grad],
+                #[inline(always)]
+                |_, out, [x, grad]| {
+                    for ((o, &x), &d) in out.iter_mut().zip(x).zip(grad) {
+                        *o = d * curve.at(x).1;
+                    }
+                },
+            )
         })?;
+
         Ok(Some(Tensor::from_vec(out, x.shape(), x.device())?))
     }
 }

@@ -39,12 +39,12 @@ impl CustomOp2 for Add {
             width,
             [elements(a, la)?, elements(b, lb)?],
             #[inline(always)]
-            |out, [a, b]| {
+            |_, out, [a, b]| {
                 for ((out, a), b) in out.iter_mut().zip(a).zip(b) {
                     *out = a + b;
                 }
             },
-        );
+        )?;
         Ok((CpuStorage::F32(out), la.shape().clone()))
     }
 

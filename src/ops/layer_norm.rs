@@ -39,13 +39,13 @@ impl LayerNorm {
     }
 
     /// The gradient of the input: `r · (gw − mean(gw) − x̂ · mean(gw·x̂))` with `gw = g·gain`.
-    fn input_gradient(&self, x: &[f32], gain: &[f32], grad: &[f32]) -> Vec<f32> {
+    fn input_gradient(&self, x: &[f32], gain: &[f32], grad: &[f32]) -> Result<Vec<f32>> {
         let width = gain.len() as f32;
         by_rows(
             gain.len(),
             [x, grad],
             #[inline(always)]
-            |out, [x, grad]| {
+            |_, out, [x, grad]| {
                 let (mean, r) = self.moments(x);
                 for ((o, &g), &w) in out.iter_mut().zip(grad).zip(gain) {
                     *o = g * w;
@@ -93,13 +93,13 @@ impl CustomOp3 for LayerNorm {
             width,
             [x],
             #[inline(always)]
-            |out, [x]| {
+            |_, out, [x]| {
                 let (mean, r) = self.moments(x);
                 for (((o, &x), &w), &b) in out.iter_mut().zip(x).zip(gain).zip(bias) {
                     *o = (x - mean) * r * w + b;
                 }
             },
-        );
+        )?;
         Ok((CpuStorage::F32(out), lx.shape().clone()))
     }
 
@@ -112,7 +112,7 @@ impl CustomOp3 for LayerNorm {
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let grad = grad.contiguous()?;
-        let dx = with_elements([x, gain, &grad], |[x, gain, grad]| Ok(self.input_gradient(x, gain, grad)))?;
+        let dx = with_elements([x, gain, &grad], |[x, gain, grad]| self.input_gradient(x, gain, grad))?;
         let dx = Tensor::from_vec(dx, x.shape(), x.device())?;
         if !gain.track_op() && !bias.track_op() {
             return Ok((Some(dx), None, None));

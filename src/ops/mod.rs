@@ -17,6 +17,7 @@ mod layer_norm;
 mod linear;
 mod matrix;
 mod product;
+mod rectangles;
 mod rms_norm;
 mod rope;
 mod scale;
@@ -55,31 +56,27 @@ fn task_rows(width: usize) -> usize {
     (TASK_ELEMENTS / width.max(1)).max(1)
 }
 
-/// Rows of `width`, each made by `row` from the same row of every input; in parallel, and vectorised where `row` is
-/// `#[inline(always)]`. Inputs are as long as each other.
+/// Rows of `width`, each made by `row` from its index and the same row of every input; in parallel, and vectorised where
+/// `row` is `#[inline(always)]`. Inputs are as long as each other. `row` writes every number, and reads none before.
 fn by_rows<const N: usize>(
     width: usize,
     inputs: [&[f32]; N],
-    row: impl Fn(&mut [f32], [&[f32]; N]) + Sync,
-) -> Vec<f32> {
-    let len = inputs.first().map_or(0, |input| input.len());
-    if len == 0 {
-        return Vec::new();
-    }
-    let task = task_rows(width) * width;
-    let mut out = vec![0.0f32; len];
-    out.par_chunks_mut(task).enumerate().for_each(|(index, out)| {
+    row: impl Fn(usize, &mut [f32], [&[f32]; N]) + Sync,
+) -> Result<Vec<f32>> {
+    let rows = inputs.first().and_then(|input| input.len().checked_div(width)).unwrap_or(0);
+    rectangles::filled((rows, width), (task_rows(width), width.max(1)), |part| {
         simd::vectorised(
             #[inline(always)]
             || {
-                for (place, out) in out.chunks_exact_mut(width).enumerate() {
-                    let start = index * task + place * width;
-                    row(out, inputs.map(|input| &input[start..start + width]));
+                let mut out = vec![0.0f32; width];
+                for index in part.rows() {
+                    row(index, &mut out, inputs.map(|input| &input[index * width..][..width]));
+                    part.push(&out)?;
                 }
+                Ok(())
             },
-        );
-    });
-    out
+        )
+    })
 }
 
 /// Rows of `inputs`, one after the other, times a matrix `(outputs, inputs)` that is read once for each, as it lies;

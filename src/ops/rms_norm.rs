@@ -36,13 +36,13 @@ impl RmsNorm {
     }
 
     /// The gradient of the input: `r · (g·w − x̂ · mean(g·w·x̂))` with `x̂ = r·x` and `w` the effective gain.
-    fn input_gradient(&self, x: &[f32], gain: &[f32], grad: &[f32]) -> Vec<f32> {
+    fn input_gradient(&self, x: &[f32], gain: &[f32], grad: &[f32]) -> Result<Vec<f32>> {
         let width = gain.len() as f32;
         by_rows(
             gain.len(),
             [x, grad],
             #[inline(always)]
-            |out, [x, grad]| {
+            |_, out, [x, grad]| {
                 let r = self.inverse_rms(x);
                 for ((o, &g), &w) in out.iter_mut().zip(grad).zip(gain) {
                     *o = g * (self.offset + w);
@@ -84,13 +84,13 @@ impl CustomOp2 for RmsNorm {
             width,
             [x],
             #[inline(always)]
-            |out, [x]| {
+            |_, out, [x]| {
                 let r = self.inverse_rms(x);
                 for ((o, &x), &w) in out.iter_mut().zip(x).zip(gain) {
                     *o = x * r * (self.offset + w);
                 }
             },
-        );
+        )?;
         Ok((CpuStorage::F32(out), lx.shape().clone()))
     }
 
@@ -102,7 +102,7 @@ impl CustomOp2 for RmsNorm {
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let grad = grad.contiguous()?;
-        let dx = with_elements([x, gain, &grad], |[x, gain, grad]| Ok(self.input_gradient(x, gain, grad)))?;
+        let dx = with_elements([x, gain, &grad], |[x, gain, grad]| self.input_gradient(x, gain, grad))?;
         let dx = Tensor::from_vec(dx, x.shape(), x.device())?;
         if !gain.track_op() {
             return Ok((Some(dx), None));

@@ -1,10 +1,8 @@
 //! Rotary position embedding, in the half-rotation layout of transformers.
 
 use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor, bail};
-use rayon::prelude::*;
 
-use super::simd::vectorised;
-use super::{Kernels, elements, task_rows};
+use super::{Kernels, by_rows, elements};
 
 impl Kernels {
     /// Rotates the leading `2 · half` dimensions of every head by its position's angles.
@@ -70,24 +68,18 @@ impl CustomOp3 for Rope {
                 "rope of {seq} positions and heads of {head_dim} in {width} with tables ({positions}, {half})"
             );
         }
-        let rows = task_rows(width);
-        let mut out = vec![0.0f32; x.len()];
-        let tasks = out.par_chunks_mut(rows * width).zip(x.par_chunks(rows * width)).enumerate();
-        tasks.for_each(|(task, (out, x))| {
-            vectorised(
-                #[inline(always)]
-                || {
-                    let rows_in = out.chunks_exact_mut(width).zip(x.chunks_exact(width)).enumerate();
-                    for (row, (out, x)) in rows_in {
-                        let at = (task * rows + row) % seq * half;
-                        let (cos, sin) = (&cos[at..at + half], &sin[at..at + half]);
-                        for (out, x) in out.chunks_exact_mut(head_dim).zip(x.chunks_exact(head_dim)) {
-                            rotate(out, x, cos, sin, self.direction);
-                        }
-                    }
-                },
-            );
-        });
+        let out = by_rows(
+            width,
+            [x],
+            #[inline(always)]
+            |row, out, [x]| {
+                let at = row % seq * half;
+                let (cos, sin) = (&cos[at..at + half], &sin[at..at + half]);
+                for (out, x) in out.chunks_exact_mut(head_dim).zip(x.chunks_exact(head_dim)) {
+                    rotate(out, x, cos, sin, self.direction);
+                }
+            },
+        )?;
         Ok((CpuStorage::F32(out), lx.shape().clone()))
     }
 

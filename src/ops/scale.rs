@@ -20,12 +20,12 @@ impl Kernels {
 struct Scale;
 
 impl Scale {
-    fn scaled(x: &[f32], scale: &[f32]) -> Vec<f32> {
+    fn scaled(x: &[f32], scale: &[f32]) -> Result<Vec<f32>> {
         by_rows(
             scale.len(),
             [x],
             #[inline(always)]
-            |out, [x]| {
+            |_, out, [x]| {
                 for ((o, &x), &s) in out.iter_mut().zip(x).zip(scale) {
                     *o = x * s;
                 }
@@ -57,7 +57,7 @@ impl CustomOp2 for Scale {
     ) -> Result<(CpuStorage, Shape)> {
         let (x, scale) = (elements(x, lx)?, elements(s, ls)?);
         super::checked_width(lx, scale.len())?;
-        Ok((CpuStorage::F32(Self::scaled(x, scale)), lx.shape().clone()))
+        Ok((CpuStorage::F32(Self::scaled(x, scale)?), lx.shape().clone()))
     }
 
     fn bwd(
@@ -68,7 +68,7 @@ impl CustomOp2 for Scale {
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let grad = grad.contiguous()?;
-        let dx = with_elements([scale, &grad], |[scale, grad]| Ok(Self::scaled(grad, scale)))?;
+        let dx = with_elements([scale, &grad], |[scale, grad]| Self::scaled(grad, scale))?;
         let dx = Tensor::from_vec(dx, x.shape(), x.device())?;
         if !scale.track_op() {
             return Ok((Some(dx), None));

@@ -9,7 +9,6 @@
 mod avx512;
 mod number;
 mod panel;
-mod rectangles;
 mod tile;
 
 use std::ops::Range;
@@ -18,7 +17,7 @@ use candle_core::quantized::QTensor;
 use candle_core::{Device, Result, Tensor};
 use half::bf16;
 
-use super::with_elements;
+use super::{rectangles, with_elements};
 pub(super) use number::Number;
 use number::Step;
 use panel::Panel;
