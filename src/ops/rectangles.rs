@@ -9,6 +9,10 @@ use std::ops::Range;
 use candle_core::{Result, bail};
 use rayon::prelude::*;
 
+/// Numbers in a line of a cache.
+#[cfg(target_arch = "x86_64")]
+const LINE: usize = 16;
+
 /// A part of a result, whose rows come from top to bottom.
 pub(super) struct Rectangle {
     /// The result's first number.
@@ -31,6 +35,22 @@ impl Rectangle {
 
     pub(super) fn columns(&self) -> Range<usize> {
         self.columns.clone()
+    }
+
+    /// Has the caches get what the next `rows` rows will be written over, while what goes there is computed: to wait for
+    /// it then was measured to take a twentieth of a product's time.
+    #[inline]
+    pub(super) fn prefetch(&self, rows: usize) {
+        #[cfg(target_arch = "x86_64")]
+        for row in self.next..(self.next + rows).min(self.rows.end) {
+            for column in self.columns.clone().step_by(LINE) {
+                let place = self.result.wrapping_add(row * self.width + column);
+                // SAFETY: a hint, which has no effect but on time.
+                unsafe {
+                    std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_ET0 }>(place.cast())
+                };
+            }
+        }
     }
 
     /// Puts the next row.

@@ -96,6 +96,7 @@ fn multiply<S: Step>(
         for top in part.rows().step_by(ROWS) {
             // Where there are no more rows, the last one is multiplied again, for nothing.
             let row = |r: usize| &rows[(top + r).min(bottom - 1) * depth..][..depth];
+            part.prefetch(ROWS);
             tile(std::array::from_fn(row), panel.steps(), &mut sums);
             for sums in sums.iter().take(bottom - top) {
                 part.push(&sums[..part.columns().len()])?;
