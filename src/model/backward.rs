@@ -75,6 +75,16 @@ impl<'a> Walk<'a> {
             ));
         }
         decoder.check_not_quantized()?;
+        rayon::scope(|_| Self::walked(activations, decoder, units, gates, ids))
+    }
+
+    fn walked(
+        activations: bool,
+        decoder: &'a Decoder,
+        units: &'a [Unit],
+        gates: &[f64],
+        ids: &Tensor,
+    ) -> Result<Self> {
         let pass = decoder.pass(0, ids.dims2()?.1)?;
         let mut x = decoder.embed(ids, &pass)?.detach();
         let mut kept = Vec::with_capacity(units.len());
@@ -104,7 +114,12 @@ impl<'a> Walk<'a> {
     ///
     /// # Errors
     /// A failed computation.
-    pub fn gate_gradients(mut self, upstream: &Tensor, wanted: impl Fn(usize) -> bool) -> Result<Vec<f64>> {
+    pub fn gate_gradients(self, upstream: &Tensor, wanted: impl Fn(usize) -> bool) -> Result<Vec<f64>> {
+        let wanted: Vec<bool> = (0..self.units.len()).map(wanted).collect();
+        rayon::scope(|_| self.gradients_of_gates(upstream, &wanted))
+    }
+
+    fn gradients_of_gates(mut self, upstream: &Tensor, wanted: &[bool]) -> Result<Vec<f64>> {
         let mut upstream = upstream.detach();
         let mut gradients = vec![0.0; self.units.len()];
         for (place, gradient) in gradients.iter_mut().enumerate().rev() {
@@ -114,7 +129,7 @@ impl<'a> Walk<'a> {
                 break;
             };
             let block = self.decoder.block(unit.block)?;
-            let gate = Gate { value: gate, wanted: wanted(place) };
+            let gate = Gate { value: gate, wanted: wanted.get(place).copied().unwrap_or_default() };
             (*gradient, upstream) = match kept {
                 Kept::Input(x) => block.gated_back(unit, gate, &x, &upstream, &self.pass)?,
                 Kept::Graph(graph) => graph.gated_back(gate, &upstream, &self.pass)?,
@@ -303,6 +318,10 @@ impl Decoder {
     /// Targets that do not fit, [`Error::Quantized`], or a failed computation.
     pub fn loss_vjp(&self, hidden: &Tensor, targets: &[u32]) -> Result<(f64, Tensor)> {
         self.check_not_quantized()?;
+        rayon::scope(|_| self.loss_back(hidden, targets))
+    }
+
+    fn loss_back(&self, hidden: &Tensor, targets: &[u32]) -> Result<(f64, Tensor)> {
         let (_, seq, width) = hidden.dims3()?;
         let rows = Var::from_tensor(&hidden.squeeze(0)?.narrow(0, 0, targets.len())?.contiguous()?)?;
         let losses = self.nll(rows.as_tensor(), targets)?;

@@ -44,7 +44,8 @@ macro_rules! tile {
         #[allow(clippy::needless_range_loop)] // loops over registers, which have to be unrolled
         fn $name(a: [&[$Step]; ROWS], b: &[[$Step; COLUMNS]], out: &mut Tile) {
             let a = a.map(|row| &row[..b.len()]);
-            let mut sums = [[_mm512_setzero_ps(); REGISTERS]; ROWS];
+            // SAFETY: 8 × 48 numbers are 8 × 3 registers of 16 numbers.
+            let mut sums = unsafe { transmute::<Tile, [[__m512; REGISTERS]; ROWS]>(*out) };
             for (place, b) in b.iter().enumerate() {
                 // SAFETY: 48 steps of 32 bits are three registers of 512.
                 let b = unsafe { transmute::<[$Step; COLUMNS], [$Wide; REGISTERS]>(*b) };
@@ -55,7 +56,7 @@ macro_rules! tile {
                     }
                 }
             }
-            // SAFETY: 8 × 3 registers of 16 numbers are 8 × 48 numbers.
+            // SAFETY: as above.
             *out = unsafe { transmute::<[[__m512; REGISTERS]; ROWS], Tile>(sums) };
         }
     };

@@ -26,6 +26,9 @@ use tile::{COLUMNS, ROWS};
 /// Fewer rows than this are not worth bringing a matrix into order.
 pub(super) const FEW_ROWS: usize = ROWS;
 
+/// Steps of a panel at most, 1.5 MiB: those of one that is deeper are summed one stretch after the other.
+const DEPTH: usize = 8192;
+
 /// Rows that are worth bringing a panel into order once more for, where there are fewer stripes than threads.
 const TASK_ROWS: usize = 128;
 
@@ -46,9 +49,9 @@ impl<T: Number> Matrix<'_, T> {
     /// `x · Mᵀ`: `(rows, inputs)` to `(rows, outputs)`.
     pub(super) fn forward(&self, x: &[f32]) -> Result<Vec<f32>> {
         let depth = self.inputs.div_ceil(T::A_STEP);
-        multiply(&T::Step::rows(x, self.inputs), depth, self.outputs, |columns, panel| {
+        multiply(&T::Step::rows(x, self.inputs), depth, self.outputs, |columns, steps, panel| {
             let rows = columns.start * self.inputs..columns.end * self.inputs;
-            panel.bring_rows(&self.values[rows], self.inputs);
+            panel.bring_rows(&self.values[rows], self.inputs, steps);
             Ok(())
         })
     }
@@ -56,50 +59,66 @@ impl<T: Number> Matrix<'_, T> {
     /// `grad · M`: `(rows, outputs)` to `(rows, inputs)`.
     pub(super) fn backward(&self, grad: &[f32]) -> Result<Vec<f32>> {
         let depth = self.outputs.div_ceil(T::A_STEP);
-        multiply(&T::Step::rows(grad, self.outputs), depth, self.inputs, |columns, panel| {
-            panel.bring_columns(self.values, self.inputs, columns);
+        multiply(&T::Step::rows(grad, self.outputs), depth, self.inputs, |columns, steps, panel| {
+            panel.bring_columns(self.values, self.inputs, columns, steps);
             Ok(())
         })
     }
 }
 
 /// `x · Mᵀ` by a matrix `(outputs, inputs)` in ggml's blocks: `(rows, inputs)` to `(rows, outputs)`, both rounded to
-/// bf16.
+/// bf16. Candle gives rows as a whole: those of more inputs than two times [`DEPTH`] are read once for each stretch.
 pub(super) fn by_blocks(x: &[f32], blocks: &QTensor) -> Result<Vec<f32>> {
     let (outputs, inputs) = blocks.shape().dims2()?;
     let depth = inputs.div_ceil(bf16::A_STEP);
-    multiply(&u32::rows(x, inputs), depth, outputs, |columns, panel| {
+    multiply(&u32::rows(x, inputs), depth, outputs, |columns, steps, panel| {
         let ids: Vec<u32> = columns.map(|output| output as u32).collect();
         let rows = blocks.embedding(&Tensor::new(ids, &Device::Cpu)?)?;
         with_elements([&rows], |[rows]| {
-            panel.bring_rows::<u32>(&u32::rows(rows, inputs), depth);
+            panel.bring_rows::<u32>(&u32::rows(rows, inputs), depth, steps);
             Ok(())
         })
     })
 }
 
-/// Rows of `depth` steps times a matrix of `width` columns, of which `bring` puts a range into an empty panel.
+/// Rows of `depth` steps times a matrix of `width` columns, of which `bring` puts a range, over a range of steps, into an
+/// empty panel.
 fn multiply<S: Step>(
     rows: &[S],
     depth: usize,
     width: usize,
-    bring: impl Fn(Range<usize>, &mut Panel<S>) -> Result<()> + Sync,
+    bring: impl Fn(Range<usize>, Range<usize>, &mut Panel<S>) -> Result<()> + Sync,
 ) -> Result<Vec<f32>> {
     let count = rows.len().checked_div(depth).unwrap_or(0);
     let tile = tile::best::<S>();
     let tasks = (2 * rayon::current_num_threads()).div_ceil(width.div_ceil(COLUMNS).max(1));
     let task_rows = count.div_ceil(tasks).max(TASK_ROWS).next_multiple_of(ROWS);
+    let stretch = depth.div_ceil(depth.div_ceil(DEPTH).max(1)).max(1);
     rectangles::filled((count, width), (task_rows, COLUMNS), |part| {
-        let mut panel = Panel::empty(depth);
-        bring(part.columns(), &mut panel)?;
-        let (mut sums, bottom) = (tile::EMPTY, part.rows().end);
-        for top in part.rows().step_by(ROWS) {
-            // Where there are no more rows, the last one is multiplied again, for nothing.
-            let row = |r: usize| &rows[(top + r).min(bottom - 1) * depth..][..depth];
-            part.prefetch(ROWS);
-            tile(std::array::from_fn(row), panel.steps(), &mut sums);
-            for sums in sums.iter().take(bottom - top) {
-                part.push(&sums[..part.columns().len()])?;
+        let bottom = part.rows().end;
+        // Sums that later stretches add to.
+        let held = if stretch < depth { part.rows().len().div_ceil(ROWS) } else { 1 };
+        let mut tiles = vec![tile::EMPTY; held];
+        for first in (0..depth).step_by(stretch) {
+            let steps = first..(first + stretch).min(depth);
+            let mut panel = Panel::empty(steps.len());
+            bring(part.columns(), steps.clone(), &mut panel)?;
+            for (index, top) in part.rows().step_by(ROWS).enumerate() {
+                let sums = &mut tiles[index % held];
+                if first == 0 {
+                    *sums = tile::EMPTY;
+                }
+                if steps.end == depth {
+                    part.prefetch(ROWS);
+                }
+                // Where there are no more rows, the last one is multiplied again, for nothing.
+                let row = |r: usize| &rows[(top + r).min(bottom - 1) * depth..][steps.clone()];
+                tile(std::array::from_fn(row), panel.steps(), sums);
+                if steps.end == depth {
+                    for sums in sums.iter().take(bottom - top) {
+                        part.push(&sums[..part.columns().len()])?;
+                    }
+                }
             }
         }
         Ok(())
@@ -124,9 +143,16 @@ mod tests {
 
     /// Products by a matrix whose numbers are made by `from`, of rows rounded by `rounded`, are those of the definition.
     fn defined<T: Number>(from: fn(f32) -> T, wide: fn(T) -> f32, rounded: fn(f32) -> f32) -> Result<()> {
-        for (rows, inputs, outputs) in
-            [(1, 5, 3), (3, 64, 48), (8, 7, 50), (21, 100, 49), (270, 33, 131), (9, 2500, 2100), (130, 1, 1)]
-        {
+        for (rows, inputs, outputs) in [
+            (1, 5, 3),
+            (3, 64, 48),
+            (8, 7, 50),
+            (21, 100, 49),
+            (270, 33, 131),
+            (9, 2500, 2100),
+            (130, 1, 1),
+            (9, 10, 17000),
+        ] {
             let values: Vec<T> = numbers(inputs * outputs, 1).into_iter().map(from).collect();
             let matrix = Matrix { values: &values, outputs, inputs };
             let at = |output: usize, input: usize| f64::from(wide(values[output * inputs + input]));

@@ -19,10 +19,11 @@ impl<S: Step> Panel<S> {
         &self.0
     }
 
-    /// Rows of `inner` numbers, one after the other, as its first columns.
-    pub(super) fn bring_rows<T: Number<Step = S>>(&mut self, rows: &[T], inner: usize) {
+    /// A range of the steps of rows of `inner` numbers, one row after the other, as its first columns.
+    pub(super) fn bring_rows<T: Number<Step = S>>(&mut self, rows: &[T], inner: usize, steps: Range<usize>) {
+        let stretch = steps.start * T::A_STEP..(steps.end * T::A_STEP).min(inner);
         for (group, rows) in rows.chunks(LANES * inner).enumerate() {
-            let rows = Rows { numbers: rows, inner, column: group * LANES };
+            let rows = Rows { numbers: rows, inner, stretch: stretch.clone(), column: group * LANES };
             #[cfg(target_arch = "x86_64")]
             if super::avx512::bring(&rows, &mut self.0) {
                 continue;
@@ -31,17 +32,20 @@ impl<S: Step> Panel<S> {
         }
     }
 
-    /// A range of the columns of a matrix, given row by row, of `width` columns in all, as its first columns.
+    /// A range of the columns of a matrix, given row by row, of `width` columns in all, as its first columns; of the rows,
+    /// those of a range of steps.
     pub(super) fn bring_columns<T: Number<Step = S>>(
         &mut self,
         rows: &[T],
         width: usize,
         columns: Range<usize>,
+        steps: Range<usize>,
     ) {
+        let a_step = T::A_STEP * width;
         vectorised(
             #[inline(always)]
             || {
-                for (step, rows) in self.0.iter_mut().zip(rows.chunks(T::A_STEP * width)) {
+                for (step, rows) in self.0.iter_mut().zip(rows[steps.start * a_step..].chunks(a_step)) {
                     let (low, high) = rows.split_at(width);
                     let places = step.iter_mut().zip(&low[columns.clone()]);
                     if let Some(high) = high.get(columns.clone()) {
@@ -62,10 +66,11 @@ impl<S: Step> Panel<S> {
 /// Bits of steps: as many rows as columns.
 pub(super) type Block = [[u32; LANES]; LANES];
 
-/// As many rows as there are lanes, or fewer, that become columns of a panel from `column` on.
+/// As many rows as there are lanes, or fewer, a stretch of which becomes columns of a panel from `column` on.
 pub(super) struct Rows<'a, T> {
     numbers: &'a [T],
     inner: usize,
+    stretch: Range<usize>,
     column: usize,
 }
 
@@ -74,14 +79,14 @@ impl<T: Number> Rows<'_, T> {
     #[inline(always)]
     pub(super) fn bring(&self, panel: &mut [[T::Step; COLUMNS]], turn: impl Fn(&mut Block)) {
         let width = LANES * T::A_STEP;
-        let blocks = if self.numbers.len() == LANES * self.inner { self.inner / width } else { 0 };
+        let all = self.numbers.len() == LANES * self.inner;
+        let blocks = if all { self.stretch.len() / width } else { 0 };
         let (squares, rest) = panel.split_at_mut(blocks * LANES);
         let mut block: Block = [[0; LANES]; LANES];
         for (index, square) in squares.chunks_exact_mut(LANES).enumerate() {
+            let first = self.stretch.start + index * width;
             for (lanes, row) in block.iter_mut().zip(self.numbers.chunks_exact(self.inner)) {
-                for (bits, numbers) in
-                    lanes.iter_mut().zip(row[index * width..][..width].chunks_exact(T::A_STEP))
-                {
+                for (bits, numbers) in lanes.iter_mut().zip(row[first..][..width].chunks_exact(T::A_STEP)) {
                     *bits = T::step(numbers).to_bits();
                 }
             }
@@ -92,8 +97,9 @@ impl<T: Number> Rows<'_, T> {
                 }
             }
         }
+        let first = self.stretch.start + blocks * width;
         for (lane, row) in self.numbers.chunks_exact(self.inner).enumerate() {
-            for (step, numbers) in rest.iter_mut().zip(row[blocks * width..].chunks(T::A_STEP)) {
+            for (step, numbers) in rest.iter_mut().zip(row[first..self.stretch.end].chunks(T::A_STEP)) {
                 step[self.column + lane] = T::step(numbers);
             }
         }
@@ -122,27 +128,38 @@ mod tests {
         ((row * 31 + column * 7) % 101) as f32
     }
 
-    /// Rows and columns of any number and length become the steps of a panel, and what is beyond them stays zero.
+    /// Rows and columns of any number and length, and stretches of them, become the steps of a panel, and what is
+    /// beyond them stays zero.
     fn brought<T: Number>(from: fn(f32) -> T) {
-        for (rows, inner) in [(1, 1), (5, 3), (16, 16), (17, 33), (48, 32), (47, 100), (48, 65)] {
+        for (rows, inner, first) in [
+            (1, 1, 0),
+            (5, 3, 1),
+            (16, 16, 0),
+            (17, 33, 0),
+            (48, 32, 3),
+            (47, 100, 20),
+            (48, 65, 0),
+            (48, 90, 7),
+        ] {
             let numbers: Vec<T> =
                 (0..rows * inner).map(|index| from(number(index / inner, index % inner))).collect();
-            let depth = inner.div_ceil(T::A_STEP);
-            let mut panel = Panel::<T::Step>::empty(depth);
-            panel.bring_rows(&numbers, inner);
-            for (place, steps) in panel.steps().iter().enumerate() {
-                for (column, step) in steps.iter().enumerate() {
-                    let first = column * inner + place * T::A_STEP;
-                    let last = (first + T::A_STEP).min((column + 1) * inner);
-                    let expected = numbers.get(first..last).map_or(0, |numbers| T::step(numbers).to_bits());
-                    assert_eq!(step.to_bits(), expected, "({rows}, {inner}) {place} {column}");
+            let steps = first..inner.div_ceil(T::A_STEP).max(first);
+            let mut panel = Panel::<T::Step>::empty(steps.len());
+            panel.bring_rows(&numbers, inner, steps.clone());
+            for (place, found) in steps.zip(panel.steps()) {
+                for (row, step) in found.iter().enumerate() {
+                    let of_step = (place * T::A_STEP..inner).take(T::A_STEP);
+                    let numbers: Vec<T> = of_step.map(|column| from(number(row, column))).collect();
+                    let expected = if row < rows { T::step(&numbers).to_bits() } else { 0 };
+                    assert_eq!(step.to_bits(), expected, "({rows}, {inner}) {place} {row}");
                 }
             }
             let columns = inner / 3..inner.min(inner / 3 + COLUMNS);
-            let mut panel = Panel::<T::Step>::empty(rows.div_ceil(T::A_STEP));
-            panel.bring_columns(&numbers, inner, columns.clone());
-            for (place, steps) in panel.steps().iter().enumerate() {
-                for (column, step) in steps.iter().enumerate() {
+            let steps = first.min(rows)..rows.div_ceil(T::A_STEP).max(first.min(rows));
+            let mut panel = Panel::<T::Step>::empty(steps.len());
+            panel.bring_columns(&numbers, inner, columns.clone(), steps.clone());
+            for (place, found) in steps.zip(panel.steps()) {
+                for (column, step) in found.iter().enumerate() {
                     let of_step = (place * T::A_STEP..rows).take(T::A_STEP);
                     let numbers: Vec<T> =
                         of_step.map(|row| from(number(row, columns.start + column))).collect();
@@ -166,10 +183,10 @@ mod tests {
     #[test]
     fn blocks_are_turned_alike_without_instructions_of_their_own() {
         let numbers: Vec<f32> = (0..LANES * 40).map(|index| number(index / 40, index % 40)).collect();
-        let rows = Rows { numbers: &numbers, inner: 40, column: 16 };
+        let rows = Rows { numbers: &numbers, inner: 40, stretch: 0..40, column: 16 };
         let (mut plain, mut best) = (Panel::empty(40), Panel::empty(40));
         rows.bring(&mut plain.0, turn);
-        best.bring_rows(&[vec![0.0; LANES * 40], numbers.clone()].concat(), 40);
+        best.bring_rows(&[vec![0.0; LANES * 40], numbers.clone()].concat(), 40, 0..40);
         assert_eq!(plain.0, best.0);
     }
 }

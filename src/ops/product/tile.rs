@@ -12,7 +12,7 @@ pub(super) const COLUMNS: usize = 48;
 pub(super) type Tile = [[f32; COLUMNS]; ROWS];
 pub(super) const EMPTY: Tile = [[0.0; COLUMNS]; ROWS];
 
-/// Computes `out[r][c] = Σ_p a[r][p] · b[p][c]` over steps; rows of `a` are at least as long as `b`.
+/// Adds `Σ_p a[r][p] · b[p][c]` over steps to `out[r][c]`; rows of `a` are at least as long as `b`.
 pub(in crate::ops) type TileFn<S> = fn(a: [&[S]; ROWS], b: &[[S; COLUMNS]], out: &mut Tile);
 
 /// The fastest implementation that this machine has.
@@ -26,7 +26,7 @@ pub(super) fn portable<S: Step>(a: [&[S]; ROWS], b: &[[S; COLUMNS]], out: &mut T
         #[inline(always)]
         || {
             for (a, out) in a.iter().zip(out) {
-                let mut sums = [0.0f32; COLUMNS];
+                let mut sums = *out;
                 for (&a, b) in a.iter().zip(b) {
                     for (sum, &b) in sums.iter_mut().zip(b) {
                         *sum = S::add(*sum, a, b);
@@ -51,11 +51,11 @@ mod tests {
                 (0..depth).map(|p| std::array::from_fn(|column| step(p * 7 + column))).collect();
             let a: [&[S]; ROWS] = std::array::from_fn(|row| rows[row].as_slice());
             for tile in [Some(portable as TileFn<S>), S::fast()].into_iter().flatten() {
-                let mut out = [[f32::NAN; COLUMNS]; ROWS];
+                let mut out = [[3.0; COLUMNS]; ROWS];
                 tile(a, &b, &mut out);
                 for (row, out) in out.iter().enumerate() {
                     for (column, &sum) in out.iter().enumerate() {
-                        let expected = (0..depth).fold(0.0, |sum, p| S::add(sum, rows[row][p], b[p][column]));
+                        let expected = (0..depth).fold(3.0, |sum, p| S::add(sum, rows[row][p], b[p][column]));
                         assert!((sum - expected).abs() < 1e-6, "{row}, {column}");
                     }
                 }
