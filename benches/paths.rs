@@ -6,7 +6,7 @@
 //!
 //! Prints, after criterion's timings, a table of the share of its bound that each path reaches. Bounds: for what computes,
 //! the matrix products of a forward pass, by candle's gemm on operands of the same shapes in f32, which our own products
-//! can be faster than (a gate step and a healing step are three of them: there, again, and back, although less is
+//! can be faster than, as rows of their own say (a gate step and a healing step are three of them: there, again, and back, although less is
 //! multiplied: on the way back no block's last product is made again, nor is the head's); for coupling, the blocks and
 //! heads that it runs, as they run by themselves; for decoding, the bytes of the weights at the rate at which all threads
 //! read memory.
@@ -80,6 +80,15 @@ impl<'a> Path<'a> {
         let goal = self.goal.map(|goal| format!("{:.0} %", 100.0 * goal)).unwrap_or_default();
         format!("| {} | {time:.1} | {bound:.1} | {share:.0} % ({least:.0}–{most:.0}) | {goal} |", self.name)
     }
+}
+
+/// The bound itself by our own kernels.
+fn products<'a>(bound: &'a Products, own: &'a [(&str, Products)], depth: usize) -> Vec<Path<'a>> {
+    let path = |(name, own): &'a (&str, Products)| {
+        let name = format!("products of blocks and head alone, {name}");
+        Path::new(name, move || own.own(depth, 1), move || bound.seconds(depth, 1))
+    };
+    own.iter().map(path).collect()
 }
 
 /// The models that are timed.
@@ -182,7 +191,9 @@ fn paths(c: &mut Criterion) {
     let shallow = models.wide.with_blocks(&(0..SHALLOW).collect::<Vec<_>>()).unwrap();
     let units: Vec<Unit> = Unit::blocks(SHALLOW);
 
-    let mut all = forward(&models, &one, &whole);
+    let own = [("f32", DType::F32), ("bf16", DType::BF16)].map(|(name, dtype)| (name, whole.to_dtype(dtype)));
+    let mut all = products(&whole, &own, models.wide.depth());
+    all.extend(forward(&models, &one, &whole));
     all.extend(gates(&models, &one, &whole));
     all.extend(healing(&models, &healed, &inner));
     all.push(coupling(&shallow, &one, &units));

@@ -26,7 +26,8 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// Times pieces of work on request
 ///
-/// Names on standard input say what: blocks, forward, gate-step, gate-step-keeping, block-influence, greedy, prefill, decode
+/// Names on standard input say what: blocks, forward, gate-step (or gate-step-checkpointing), gate-step-keeping,
+/// block-influence, greedy, prefill, decode
 #[derive(Parser)]
 struct Args {
     #[command(flatten)]

@@ -51,6 +51,10 @@ fn cases() -> Vec<Case> {
         case("frozen linear with bias", &[&[5, 16]], |kernels, x| {
             kernels.linear(&x[0], values(&[12, 16], 5), Some(&values(&[12], 6)))
         }),
+        case("frozen linear, part of a matrix on part of the rows", &[&[25, 50]], |kernels, x| {
+            let weight = values(&[140, 50], 5).narrow(0, 3, 131)?;
+            kernels.linear(&x[0].narrow(0, 4, 21)?, weight, Some(&values(&[131], 6)))
+        }),
         case("sum", &[&[3, 40], &[3, 40]], |kernels, x| kernels.add(&x[0], &x[1])),
         case("column scales", &[&[3, 5, 24], &[24]], |kernels, x| kernels.scale(&x[0], &x[1])),
         case("inner product", &[&[3, 40]], |kernels, x| kernels.inner(&x[0], &values(&[3, 40], 5))),
@@ -213,6 +217,8 @@ fn not_a_number_is_passed_on() {
         kernels.rms_norm(&x, &ones, 1e-5, 0.0).unwrap(),
         kernels.attention(&x, &x, &x, shape).unwrap(),
         kernels.gated(Activation::Silu, &x, &x).unwrap(),
+        kernels.linear(&x, values(&[60, 16], 1), None).unwrap(),
+        kernels.linear(&x.repeat((1, 7, 1)).unwrap(), values(&[60, 16], 1), None).unwrap(),
         kernels.nll(&x.squeeze(0).unwrap(), values(&[5, 16], 1), &[0, 1, 2], None).unwrap(),
     ];
     for output in outputs {

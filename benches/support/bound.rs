@@ -2,8 +2,9 @@
 
 use std::hint::black_box;
 
-use foldgpt::candle::{Device, Tensor};
+use foldgpt::candle::{DType, Device, Tensor};
 use foldgpt::model::{Architecture, Projection};
+use foldgpt::ops::Kernels;
 use rayon::prelude::*;
 
 use super::seconds;
@@ -34,15 +35,32 @@ impl Products {
         }
     }
 
-    /// Seconds of the products of `blocks` blocks, and of `heads` heads.
-    pub fn seconds(&self, blocks: usize, heads: usize) -> f64 {
-        let product = |(x, weight): &(Tensor, Tensor)| {
-            black_box(x.matmul(&weight.t().unwrap()).unwrap());
+    /// The same with matrices in another type.
+    pub fn to_dtype(&self, dtype: DType) -> Self {
+        let converted = |products: &[(Tensor, Tensor)]| {
+            products.iter().map(|(x, weight)| (x.clone(), weight.to_dtype(dtype).unwrap())).collect()
         };
-        seconds(|| {
-            (0..blocks).for_each(|_| self.block.iter().for_each(product));
-            (0..heads).for_each(|_| self.head.iter().for_each(product));
-        })
+        Self { block: converted(&self.block), head: converted(&self.head) }
+    }
+
+    /// Seconds of the products of `blocks` blocks, and of `heads` heads, by candle's gemm.
+    pub fn seconds(&self, blocks: usize, heads: usize) -> f64 {
+        seconds(|| self.run(blocks, heads, |x, weight| x.matmul(&weight.t().unwrap()).unwrap()))
+    }
+
+    /// The same products by our own kernels.
+    pub fn own(&self, blocks: usize, heads: usize) {
+        self.run(blocks, heads, |x, weight| Kernels::Fused.linear(x, weight, None).unwrap());
+    }
+
+    fn run(&self, blocks: usize, heads: usize, product: impl Fn(&Tensor, &Tensor) -> Tensor) {
+        let all = |products: &[(Tensor, Tensor)]| {
+            for (x, weight) in products {
+                black_box(product(x, weight));
+            }
+        };
+        (0..blocks).for_each(|_| all(&self.block));
+        (0..heads).for_each(|_| all(&self.head));
     }
 }
 

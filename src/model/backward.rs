@@ -75,31 +75,26 @@ impl<'a> Walk<'a> {
             ));
         }
         decoder.check_not_quantized()?;
-        rayon::scope(|_| Self::walked(activations, decoder, units, gates, ids))
-    }
-
-    fn walked(
-        activations: bool,
-        decoder: &'a Decoder,
-        units: &'a [Unit],
-        gates: &[f64],
-        ids: &Tensor,
-    ) -> Result<Self> {
         let pass = decoder.pass(0, ids.dims2()?.1)?;
-        let mut x = decoder.embed(ids, &pass)?.detach();
-        let mut kept = Vec::with_capacity(units.len());
-        for (&unit, &gate) in units.iter().zip(gates) {
-            let block = decoder.block(unit.block)?;
-            if activations && gate != 0.0 {
-                let graph = block.unit_graph(unit, &x, &pass)?;
-                x = graph.gated(gate, &pass)?;
-                kept.push(Kept::Graph(graph));
-            } else {
-                let next = block.gated(unit.part, gate, &x, &pass)?;
-                kept.push(Kept::Input(std::mem::replace(&mut x, next)));
+        // On a thread of the pool, as the way back: one of hundreds of small operations, on tensors that the thread that
+        // made them gives back.
+        let (kept, output) = rayon::scope(|_| {
+            let mut x = decoder.embed(ids, &pass)?.detach();
+            let mut kept = Vec::with_capacity(units.len());
+            for (&unit, &gate) in units.iter().zip(gates) {
+                let block = decoder.block(unit.block)?;
+                if activations && gate != 0.0 {
+                    let graph = block.unit_graph(unit, &x, &pass)?;
+                    x = graph.gated(gate, &pass)?;
+                    kept.push(Kept::Graph(graph));
+                } else {
+                    let next = block.gated(unit.part, gate, &x, &pass)?;
+                    kept.push(Kept::Input(std::mem::replace(&mut x, next)));
+                }
             }
-        }
-        Ok(Self { decoder, pass, units, gates: gates.to_vec(), kept, output: x })
+            Ok::<_, Error>((kept, x))
+        })?;
+        Ok(Self { decoder, pass, units, gates: gates.to_vec(), kept, output })
     }
 
     /// The state after the last unit, before the final norm: `(batch, seq, hidden)`.
@@ -115,27 +110,26 @@ impl<'a> Walk<'a> {
     /// # Errors
     /// A failed computation.
     pub fn gate_gradients(self, upstream: &Tensor, wanted: impl Fn(usize) -> bool) -> Result<Vec<f64>> {
-        let wanted: Vec<bool> = (0..self.units.len()).map(wanted).collect();
-        rayon::scope(|_| self.gradients_of_gates(upstream, &wanted))
-    }
-
-    fn gradients_of_gates(mut self, upstream: &Tensor, wanted: &[bool]) -> Result<Vec<f64>> {
-        let mut upstream = upstream.detach();
-        let mut gradients = vec![0.0; self.units.len()];
-        for (place, gradient) in gradients.iter_mut().enumerate().rev() {
-            let (Some(kept), Some(&unit), Some(&gate)) =
-                (self.kept.pop(), self.units.get(place), self.gates.get(place))
-            else {
-                break;
-            };
-            let block = self.decoder.block(unit.block)?;
-            let gate = Gate { value: gate, wanted: wanted.get(place).copied().unwrap_or_default() };
-            (*gradient, upstream) = match kept {
-                Kept::Input(x) => block.gated_back(unit, gate, &x, &upstream, &self.pass)?,
-                Kept::Graph(graph) => graph.gated_back(gate, &upstream, &self.pass)?,
-            };
-        }
-        Ok(gradients)
+        let Self { decoder, pass, units, gates, kept, .. } = self;
+        let gates: Vec<Gate> = gates
+            .into_iter()
+            .enumerate()
+            .map(|(place, value)| Gate { value, wanted: wanted(place) })
+            .collect();
+        rayon::scope(|_| {
+            let mut upstream = upstream.detach();
+            let mut gradients = vec![0.0; units.len()];
+            let walked = gradients.iter_mut().zip(units).zip(gates).zip(kept).rev();
+            for (((gradient, &unit), gate), kept) in walked {
+                (*gradient, upstream) = match kept {
+                    Kept::Input(x) => {
+                        decoder.block(unit.block)?.gated_back(unit, gate, &x, &upstream, &pass)?
+                    }
+                    Kept::Graph(graph) => graph.gated_back(gate, &upstream, &pass)?,
+                };
+            }
+            Ok(gradients)
+        })
     }
 
     /// From the gradient of the loss with respect to the output to its gradients with respect to every matrix, given
@@ -318,20 +312,18 @@ impl Decoder {
     /// Targets that do not fit, [`Error::Quantized`], or a failed computation.
     pub fn loss_vjp(&self, hidden: &Tensor, targets: &[u32]) -> Result<(f64, Tensor)> {
         self.check_not_quantized()?;
-        rayon::scope(|_| self.loss_back(hidden, targets))
-    }
-
-    fn loss_back(&self, hidden: &Tensor, targets: &[u32]) -> Result<(f64, Tensor)> {
         let (_, seq, width) = hidden.dims3()?;
-        let rows = Var::from_tensor(&hidden.squeeze(0)?.narrow(0, 0, targets.len())?.contiguous()?)?;
-        let losses = self.nll(rows.as_tensor(), targets)?;
-        let total = losses.to_vec1::<f32>()?.into_iter().map(f64::from).sum();
-        let mut gradients = losses.sum_all()?.backward()?;
-        let gradient = gradients.remove(rows.as_tensor());
-        let gradient =
-            gradient.ok_or_else(|| Error::NoGradient { tensor: "the last hidden state".into() })?;
-        let rest = Tensor::zeros((seq - targets.len(), width), gradient.dtype(), gradient.device())?;
-        Ok((total, Tensor::cat(&[gradient, rest], 0)?.unsqueeze(0)?))
+        rayon::scope(|_| {
+            let rows = Var::from_tensor(&hidden.squeeze(0)?.narrow(0, 0, targets.len())?.contiguous()?)?;
+            let losses = self.nll(rows.as_tensor(), targets)?;
+            let total = losses.to_vec1::<f32>()?.into_iter().map(f64::from).sum();
+            let mut gradients = losses.sum_all()?.backward()?;
+            let gradient = gradients.remove(rows.as_tensor());
+            let gradient =
+                gradient.ok_or_else(|| Error::NoGradient { tensor: "the last hidden state".into() })?;
+            let rest = Tensor::zeros((seq - targets.len(), width), gradient.dtype(), gradient.device())?;
+            Ok((total, Tensor::cat(&[gradient, rest], 0)?.unsqueeze(0)?))
+        })
     }
 
     /// Takes `upstream`, the gradient of a block's output, back through the block: the gradients of its input `x`,

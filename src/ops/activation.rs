@@ -178,7 +178,6 @@ impl CustomOp1 for Plain {
                 },
             )
         })?;
-
         Ok(Some(Tensor::from_vec(out, x.shape(), x.device())?))
     }
 }

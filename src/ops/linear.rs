@@ -11,9 +11,9 @@ impl Kernels {
     /// `x · Wᵀ + bias`: `x` is `(…, in)`, `weight` is `(out, in)`, `bias` is `(out)`.
     ///
     /// A weight that is not trained gets no gradient computed and none kept. It may be of a smaller type than `x`,
-    /// whose type the result has: with a weight in bf16, rows of f32 are rounded to bf16 and summed in f32, and with a
-    /// quantised one too from 16 rows on; fewer are rounded to 8 bits a number, each block of a row with a factor of
-    /// its own.
+    /// whose type the result has: with a weight in bf16, 8 rows of f32 and more are rounded to bf16 and summed in f32, and
+    /// fewer are not rounded; with a quantised one 16 rows and more are rounded to bf16 too, and fewer to 8 bits a
+    /// number, each block of a row with a factor of its own.
     ///
     /// # Errors
     /// Shapes that do not fit, or a failed computation.

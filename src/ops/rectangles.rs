@@ -4,6 +4,7 @@
 //! inside of it, and the result is handed out only after every rectangle has told that all of its rows are there.
 #![allow(unsafe_code)]
 
+use std::marker::PhantomData;
 use std::ops::Range;
 
 use candle_core::{Result, bail};
@@ -13,9 +14,11 @@ use rayon::prelude::*;
 const LINE: usize = 16;
 
 /// A part of a result, whose rows come from top to bottom.
-pub(super) struct Rectangle {
+pub(super) struct Rectangle<'a> {
     /// The result's first number.
     result: *mut f32,
+    /// A rectangle of one result cannot be put in the place of another's.
+    of: PhantomData<&'a mut [f32]>,
     /// Columns of the result.
     width: usize,
     rows: Range<usize>,
@@ -25,9 +28,9 @@ pub(super) struct Rectangle {
 }
 
 // SAFETY: a rectangle reaches only what it owns of a result: the numbers of its rows and columns.
-unsafe impl Send for Rectangle {}
+unsafe impl Send for Rectangle<'_> {}
 
-impl Rectangle {
+impl Rectangle<'_> {
     pub(super) fn rows(&self) -> Range<usize> {
         self.rows.clone()
     }
@@ -91,7 +94,7 @@ fn prefetch(_: *const f32) {}
 pub(super) fn filled(
     (rows, width): (usize, usize),
     (tall, wide): (usize, usize),
-    fill: impl Fn(&mut Rectangle) -> Result<()> + Sync,
+    fill: impl for<'a> Fn(&mut Rectangle<'a>) -> Result<()> + Sync,
 ) -> Result<Vec<f32>> {
     let Some(count) = rows.checked_mul(width) else {
         bail!("a result of shape ({rows}, {width}) has too many numbers")
@@ -101,7 +104,7 @@ pub(super) fn filled(
     for left in (0..width).step_by(wide) {
         for top in (0..rows).step_by(tall) {
             let (rows, columns) = (top..(top + tall).min(rows), left..(left + wide).min(width));
-            parts.push(Rectangle { result, width, rows, columns, next: top });
+            parts.push(Rectangle { result, of: PhantomData, width, rows, columns, next: top });
         }
     }
     parts.into_par_iter().with_max_len(1).try_for_each(|mut part| {

@@ -38,23 +38,29 @@ pub(super) fn pairs() -> Option<TileFn<u32>> {
 
 /// A tile by the instruction `multiply`, which adds the product of two registers to a third; `spread` fills one of them
 /// with a step. Registers are of type `Wide`.
+// Loops that count by themselves: a range's iterator is a function call in builds that optimise little.
 macro_rules! tile {
     ($name:ident, $features:literal, $Step:ty, $Wide:ty, $spread:expr, $multiply:expr) => {
         #[target_feature(enable = $features)]
-        #[allow(clippy::needless_range_loop)] // loops over registers, which have to be unrolled
         fn $name(a: [&[$Step]; ROWS], b: &[[$Step; COLUMNS]], out: &mut Tile) {
             let a = a.map(|row| &row[..b.len()]);
             // SAFETY: 8 × 48 numbers are 8 × 3 registers of 16 numbers.
             let mut sums = unsafe { transmute::<Tile, [[__m512; REGISTERS]; ROWS]>(*out) };
-            for (place, b) in b.iter().enumerate() {
+            let mut place = 0;
+            while place < b.len() {
                 // SAFETY: 48 steps of 32 bits are three registers of 512.
-                let b = unsafe { transmute::<[$Step; COLUMNS], [$Wide; REGISTERS]>(*b) };
-                for row in 0..ROWS {
+                let b = unsafe { transmute::<[$Step; COLUMNS], [$Wide; REGISTERS]>(b[place]) };
+                let mut row = 0;
+                while row < ROWS {
                     let step = $spread(a[row][place]);
-                    for register in 0..REGISTERS {
+                    let mut register = 0;
+                    while register < REGISTERS {
                         sums[row][register] = $multiply(sums[row][register], step, b[register]);
+                        register += 1;
                     }
+                    row += 1;
                 }
+                place += 1;
             }
             // SAFETY: as above.
             *out = unsafe { transmute::<[[__m512; REGISTERS]; ROWS], Tile>(sums) };

@@ -20,7 +20,7 @@ pub(super) fn best<S: Step>() -> TileFn<S> {
     S::fast().unwrap_or(portable)
 }
 
-/// The same sums on any machine.
+/// The same on any machine, up to how sums are rounded.
 pub(super) fn portable<S: Step>(a: [&[S]; ROWS], b: &[[S; COLUMNS]], out: &mut Tile) {
     vectorised(
         #[inline(always)]
