@@ -1,5 +1,9 @@
 //! What a step costs, in forward passes with the head on the same tokens, in one run: of gates, and of healing with each
 //! term of its loss.
+//!
+//! ```text
+//! RAYON_NUM_THREADS=2 cargo bench --bench steps [-- gates]
+//! ```
 #![allow(missing_docs, clippy::print_stdout, clippy::unwrap_used, clippy::expect_used)]
 
 mod support;
@@ -16,12 +20,22 @@ const BATCH: usize = 4;
 const STEPS: usize = 3;
 
 fn main() {
-    let (wide, one, batch) = (decoder(), windows(1), windows(BATCH));
+    let wanted = std::env::args().skip(1).find(|argument| !argument.starts_with('-'));
+    let line = |name: String, tokens: String, step: &dyn Fn(), forwards: &dyn Fn()| {
+        if wanted.as_ref().is_none_or(|wanted| name.contains(wanted.as_str())) {
+            println!("| {name} | {tokens} | {:.2} |", ratio(step, forwards));
+        }
+    };
+    let (wide, one, batch, halves) = (decoder(), windows(1), windows(BATCH), windows(2 * BATCH));
+    let (of_one, of_batch) = (TOKENS.to_string(), format!("{BATCH} x {TOKENS}"));
     println!("| step | tokens | forward passes |\n|---|---:|---:|");
     for (name, dtype) in [("f32", DType::F32), ("bf16", DType::BF16)] {
         let dense = wide.to_dtype(dtype).unwrap();
-        let cost = ratio(&|| work::gate_step(&dense, &one), &|| work::forward(&dense, &one));
-        println!("| gates, {name} | {TOKENS} | {cost:.2} |");
+        let step = format!("gradients of all gates, {name}");
+        line(step, of_one.clone(), &|| work::gate_step(&dense, &one), &|| work::forward(&dense, &one));
+        let training = || work::gate_training(&dense, &halves, STEPS);
+        let forwards = || (0..STEPS).for_each(|_| work::forward(&dense, &batch));
+        line(format!("training of gates, {name}"), of_batch.clone(), &training, &forwards);
 
         let kept: Vec<usize> = (0..dense.depth()).filter(|index| index % 5 != 2).collect();
         let cut = dense.with_blocks(&kept).unwrap();
@@ -31,8 +45,8 @@ fn main() {
             (Losses::logits(), "text and logits", Some(&dense)),
             (Losses::tail(), "text, logits and tail", Some(&dense)),
         ] {
-            let cost = ratio(&|| work::lora(&cut, &batch, STEPS, losses, teacher), &forwards);
-            println!("| healing lora of rank 8 by {terms}, {name} | {BATCH} x {TOKENS} | {cost:.2} |");
+            let step = || work::lora(&cut, &batch, STEPS, losses, teacher);
+            line(format!("healing lora of rank 8 by {terms}, {name}"), of_batch.clone(), &step, &forwards);
         }
     }
     println!(

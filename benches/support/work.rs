@@ -5,7 +5,7 @@ use std::hint::black_box;
 
 use foldgpt::candle::{Device, Tensor};
 use foldgpt::heal::{Budget, Heal, Lora, Losses, ParamGroup, Teacher, Trainable};
-use foldgpt::importance::Coupling;
+use foldgpt::importance::{Coupling, Gates};
 use foldgpt::model::{KvCache, Unit, Walk};
 use foldgpt::{Decoder, Windows};
 
@@ -44,6 +44,13 @@ pub fn gate_step(decoder: &Decoder, windows: &Windows) {
         let (_, upstream) = decoder.loss_vjp(walk.output(), &window[1..]).unwrap();
         black_box(walk.gate_gradients(&upstream, |_| true).unwrap());
     }
+}
+
+/// Steps of training gates on all blocks, half of the windows in each: the two halves train a set of gates each.
+pub fn gate_training(decoder: &Decoder, windows: &Windows, steps: usize) {
+    let mut gates = Gates::default();
+    (gates.remove, gates.steps, gates.batch) = (1, steps, windows.len() / 2);
+    black_box(gates.train(decoder, windows, &Unit::blocks(decoder.depth()), &mut ()).unwrap());
 }
 
 /// Steps of healing on LoRA of rank 8, all windows in each; adapters stay, so that nothing but steps is timed.

@@ -112,9 +112,15 @@ fn product(matrix: &Tensor, way: Way, (x, offset, rows): (&CpuStorage, usize, us
             by_panels(product::Matrix { values: &values[start..end], outputs, inputs }, way, numbers()?)
         }
         (CpuStorage::F32(values), Some((start, end))) if way == Way::There && rows == 1 => {
-            Ok(few_rows(numbers()?, (&values[start..end], inputs), dot))
+            #[allow(clippy::redundant_closure)] // as above
+            Ok(few_rows(
+                numbers()?,
+                (&values[start..end], inputs),
+                #[inline(always)]
+                |x, weights| dot(x, weights),
+            ))
         }
-        (CpuStorage::F32(values), Some((start, end))) if rows >= FEW_ROWS && is_faster_than_gemm() => {
+        (CpuStorage::F32(values), Some((start, end))) if rows > 1 && is_faster_than_gemm() => {
             by_panels(product::Matrix { values: &values[start..end], outputs, inputs }, way, numbers()?)
         }
         (_, _) => {
@@ -135,7 +141,7 @@ fn by_panels<T: product::Number>(matrix: product::Matrix<'_, T>, way: Way, x: &[
     }
 }
 
-/// Whether our own products in f32 are, of many rows.
+/// Whether our own products in f32 are, of two rows and more.
 fn is_faster_than_gemm() -> bool {
     product::Matrix::<f32>::is_fast() && !cfg!(any(feature = "mkl", feature = "accelerate"))
 }
