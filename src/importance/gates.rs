@@ -1,7 +1,7 @@
 //! Learnable gates.
 
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -96,7 +96,8 @@ impl Default for Gates {
 }
 
 const STAGE: &str = "gates";
-const SAVE_EVERY: usize = 10;
+/// The state is kept after so many steps, or so much time: what is lost by an interruption is short either way.
+const SAVE_EVERY: (usize, Duration) = (10, Duration::from_secs(5));
 
 impl Importance for Gates {
     fn method(&self) -> &'static str {
@@ -201,6 +202,7 @@ impl Gates {
             if state.step > 0 {
                 tracing::debug!(step = state.step, "gates go on from their state");
             }
+            let mut saved = Instant::now();
             // Each set has had a step, at least.
             while state.step < self.steps && state.quiet < (self.steps / 10).max(2) {
                 let start = Instant::now();
@@ -209,9 +211,11 @@ impl Gates {
                     progress::advance(STAGE, done, total, observer)
                 })?;
                 state.seconds += start.elapsed().as_secs_f64();
-                let due = state.step == self.steps || state.step.is_multiple_of(SAVE_EVERY);
+                let due = state.step.is_multiple_of(SAVE_EVERY.0) || saved.elapsed() >= SAVE_EVERY.1;
+                let due = due || state.step == self.steps;
                 if let Some(path) = self.state_file.as_deref().filter(|_| due) {
                     state.save(path)?;
+                    saved = Instant::now();
                 }
                 progress::advance(STAGE, state.step as u64, total, observer)?;
             }
