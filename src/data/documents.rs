@@ -14,17 +14,20 @@ pub(crate) fn holds_json_lines(path: &Path) -> bool {
 /// the field `field` of its line.
 ///
 /// # Errors
-/// A file that cannot be read, or holds a line without that field.
+/// A file that cannot be read, is empty, or holds a line without that field.
 pub fn read_documents(path: impl AsRef<Path>, field: &str) -> Result<String> {
     let path = path.as_ref();
-    let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
-    if !holds_json_lines(path) {
-        return Ok(text);
+    let mut text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+    if holds_json_lines(path) {
+        text = json_lines(&text, field).map_err(|error| match error {
+            Error::Text(reason) => Error::format(path, reason),
+            other => other,
+        })?;
     }
-    json_lines(&text, field).map_err(|error| match error {
-        Error::Text(reason) => Error::format(path, reason),
-        other => other,
-    })
+    if text.trim().is_empty() {
+        return Err(Error::format(path, "no text in it"));
+    }
+    Ok(text)
 }
 
 #[cfg(test)]
@@ -44,5 +47,8 @@ mod tests {
         assert_eq!(read_documents(&lines, "body").unwrap(), "One.\n\nTwo.");
         let error = read_documents(&lines, "text").unwrap_err().to_string();
         assert!(error.contains("a.JSONL") && error.contains("line 1 has no string"), "{error}");
+        std::fs::write(&plain, " \n").unwrap();
+        let error = read_documents(&plain, "text").unwrap_err().to_string();
+        assert!(error.contains("a.txt") && error.contains("no text"), "{error}");
     }
 }
