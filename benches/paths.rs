@@ -6,10 +6,10 @@
 //!
 //! Prints, after criterion's timings, a table of the share of its bound that each path reaches. Bounds: for what computes,
 //! the matrix products of a forward pass, by candle's gemm on operands of the same shapes in f32, which our own products
-//! can be faster than, as rows of their own say (a gate step and a healing step are three of them: there, again, and back, although less is
-//! multiplied: on the way back no block's last product is made again, nor is the head's); for coupling, the blocks and
-//! heads that it runs, as they run by themselves; for decoding, the bytes of the weights at the rate at which all threads
-//! read memory.
+//! can be faster than, as rows of their own say (a gate step and a healing step are three of them: there, again, and
+//! back, although less is multiplied: on the way back no block's last product is made again, nor is the head's); for
+//! coupling, the blocks and heads that it runs, as they run by themselves; for decoding, the bytes of the weights at the
+//! rate at which all threads read memory.
 #![allow(missing_docs, clippy::print_stdout, clippy::unwrap_used, clippy::expect_used)]
 
 mod support;

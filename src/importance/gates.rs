@@ -54,7 +54,7 @@ pub struct Gates {
     /// nothing but time and memory, and is no part of what results say of their options.
     #[serde(skip_serializing)]
     pub gradient_checkpointing: bool,
-    /// Where the state is kept: written every few steps, and gone on from where it exists and fits. Nowhere by default.
+    /// Where the state is kept: written every few steps or seconds, and gone on from where it exists and fits. Nowhere by default.
     #[serde(skip)]
     pub state_file: Option<PathBuf>,
 }
@@ -96,8 +96,9 @@ impl Default for Gates {
 }
 
 const STAGE: &str = "gates";
-/// The state is kept after so many steps, or so much time: what is lost by an interruption is short either way.
-const SAVE_EVERY: (usize, Duration) = (10, Duration::from_secs(5));
+/// The state is kept after so many steps, or so much time if they are slow.
+const SAVE_STEPS: usize = 10;
+const SAVE_TIME: Duration = Duration::from_secs(5);
 
 impl Importance for Gates {
     fn method(&self) -> &'static str {
@@ -211,8 +212,9 @@ impl Gates {
                     progress::advance(STAGE, done, total, observer)
                 })?;
                 state.seconds += start.elapsed().as_secs_f64();
-                let due = state.step.is_multiple_of(SAVE_EVERY.0) || saved.elapsed() >= SAVE_EVERY.1;
-                let due = due || state.step == self.steps;
+                let due = state.step == self.steps
+                    || state.step.is_multiple_of(SAVE_STEPS)
+                    || saved.elapsed() >= SAVE_TIME;
                 if let Some(path) = self.state_file.as_deref().filter(|_| due) {
                     state.save(path)?;
                     saved = Instant::now();

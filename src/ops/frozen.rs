@@ -4,9 +4,12 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Storage, Tensor, bail};
 
 use super::gemm::{Threads, gemm, view};
-use super::product::{self, FEW_ROWS};
+use super::product;
 use super::simd::{dot, dot_bf16};
 use super::{Kernels, Matrix, few_rows};
+
+/// Fewer rows by a matrix in bf16 are not rounded, and multiplied one after the other.
+const BF16_ROWS: usize = 8;
 
 /// From so many rows on, blocks are brought into bf16 for a product, which was measured to be no slower than candle's.
 const QUANTIZED_ROWS: usize = 16;
@@ -99,7 +102,7 @@ fn product(matrix: &Tensor, way: Way, (x, offset, rows): (&CpuStorage, usize, us
     let inner = if way == Way::There { inputs } else { outputs };
     let numbers = || Ok::<_, candle_core::Error>(&x.as_slice::<f32>()?[offset..][..rows * inner]);
     match (storage, layout.contiguous_offsets()) {
-        (CpuStorage::BF16(values), Some((start, end))) if way == Way::There && rows < FEW_ROWS => {
+        (CpuStorage::BF16(values), Some((start, end))) if way == Way::There && rows < BF16_ROWS => {
             #[allow(clippy::redundant_closure)] // measured: the function itself is a sixth slower
             Ok(few_rows(
                 numbers()?,

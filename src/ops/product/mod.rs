@@ -23,9 +23,6 @@ use number::Step;
 use panel::Panel;
 use tile::{COLUMNS, ROWS, TileFn};
 
-/// Fewer rows than this are not worth bringing a matrix into order.
-pub(super) const FEW_ROWS: usize = ROWS;
-
 /// Steps of a panel at most, 1.5 MiB: those of one that is deeper are summed one stretch after the other.
 const DEPTH: usize = 8192;
 
