@@ -125,9 +125,9 @@ impl Block {
     fn attention(&self, x: &Tensor, pass: &Pass<'_>, slot: Option<&mut Slot>) -> Result<Tensor> {
         let arch = pass.architecture;
         let x = self.norm(NormSite::AttentionIn, x, pass)?;
-        let q = self.qk_norm(NormSite::Q, self.linear(Projection::Q, &x, pass)?, pass)?;
-        let k = self.qk_norm(NormSite::K, self.linear(Projection::K, &x, pass)?, pass)?;
-        let v = self.linear(Projection::V, &x, pass)?;
+        let [q, k, v] = self.linears([Projection::Q, Projection::K, Projection::V], &x, pass)?;
+        let q = self.qk_norm(NormSite::Q, q, pass)?;
+        let k = self.qk_norm(NormSite::K, k, pass)?;
         let (q, k) = match pass.rope(&self.own.spec.rope) {
             Some((cos, sin)) => (
                 pass.kernels.rope(&q, cos, sin, arch.head_dim)?,
@@ -154,20 +154,43 @@ impl Block {
     fn mlp(&self, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
         let arch = pass.architecture;
         let x = self.norm(NormSite::MlpIn, x, pass)?;
-        let up = self.linear(Projection::Up, &x, pass)?; // (batch, seq, intermediate)
         Ok(match arch.mlp {
             MlpKind::Gated => {
-                let gate = self.linear(Projection::Gate, &x, pass)?;
+                let [up, gate] = self.linears([Projection::Up, Projection::Gate], &x, pass)?;
                 pass.kernels.gated(arch.activation, &gate, &up)?
             }
-            MlpKind::Plain => pass.kernels.activation(arch.activation, &up)?,
+            MlpKind::Plain => {
+                pass.kernels.activation(arch.activation, &self.linear(Projection::Up, &x, pass)?)?
+            }
         })
     }
 
-    fn linear(&self, projection: Projection, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
-        let weight = self.weights.get(projection).ok_or_else(|| {
+    fn weight(&self, projection: Projection) -> Result<&Matrix> {
+        self.weights.get(projection).ok_or_else(|| {
             Error::config("model_type", format!("block {} has no {}", self.own.origin, projection.name()))
-        })?;
+        })
+    }
+
+    /// What projections with one input make of it.
+    fn linears<const N: usize>(
+        &self,
+        projections: [Projection; N],
+        x: &Tensor,
+        pass: &Pass<'_>,
+    ) -> Result<[Tensor; N]> {
+        let adapters = &self.own.adapters;
+        let results: Vec<Tensor> = if projections.iter().all(|&projection| adapters[projection].is_empty()) {
+            let map = |&projection| Ok((self.weight(projection)?, self.own.biases[projection].as_ref()));
+            pass.kernels.linears(x, &projections.iter().map(map).collect::<Result<Vec<_>>>()?)?
+        } else {
+            projections.iter().map(|&projection| self.linear(projection, x, pass)).collect::<Result<_>>()?
+        };
+        let expected = || format!("{N}, one for each projection");
+        results.try_into().map_err(|found: Vec<_>| Error::argument("results", found.len(), expected()))
+    }
+
+    fn linear(&self, projection: Projection, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
+        let weight = self.weight(projection)?;
         let (kernels, adapter) = (pass.kernels, &self.own.adapters[projection]);
         let bias = self.own.biases[projection].as_ref();
         if adapter.is_empty() {

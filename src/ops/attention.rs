@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::Kernels;
 use super::gemm::{Threads, gemm, view};
-use super::simd::{add_scaled, dot, exp, map_in_place, max, sum, tanh, vectorised};
+use super::simd::{add_scaled, dot, dots, exp, map_in_place, max, sum, tanh, vectorised};
 
 /// Heads, scale and visibility of an attention.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -236,13 +236,11 @@ impl Attention {
             let (batch, head) = (index / self.0.heads, index % self.0.heads);
             let start = batch * extent.keys * key_width + head / group * dim;
             let at = |key: usize| start + key * key_width;
+            let mut scores = vec![0.0f32; end - first];
+            dots(q, (&k[at(first)..], key_width), &mut scores);
             vectorised(
                 #[inline(always)]
                 || {
-                    let mut scores = vec![0.0f32; end - first];
-                    for (score, key) in scores.iter_mut().zip(first..end) {
-                        *score = dot(q, &k[at(key)..][..dim]);
-                    }
                     softmax_row(&mut scores, self.0.scale as f32, self.0.softcap);
                     for (key, &weight) in (first..end).zip(&scores) {
                         add_scaled(out, weight, &v[at(key)..][..dim]);

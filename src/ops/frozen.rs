@@ -3,10 +3,10 @@
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Storage, Tensor, bail};
 
+use super::few_rows::{Lines, few_rows, one_row};
 use super::gemm::{Threads, gemm, view};
 use super::product;
-use super::simd::{dot, dot_bf16};
-use super::{Kernels, Matrix, few_rows};
+use super::{Kernels, Matrix};
 
 /// Fewer rows by a matrix in bf16 are not rounded, and multiplied one after the other.
 const BF16_ROWS: usize = 8;
@@ -85,6 +85,25 @@ impl Frozen {
     }
 }
 
+/// The products of one row with each of these matrices, in one go; `None` where one of them does not lie row by row.
+pub(super) fn one_row_by_all(x: &[f32], matrices: &[Frozen]) -> Result<Option<Vec<Vec<f32>>>> {
+    for matrix in matrices {
+        let (outputs, inputs) = matrix.dims()?;
+        if inputs != x.len() {
+            bail!("a row of {} numbers by a matrix ({outputs}, {inputs})", x.len());
+        }
+    }
+    let tensors: Option<Vec<_>> = matrices.iter().map(|matrix| matrix.0.as_tensor()).collect();
+    let Some(tensors) = tensors else { return Ok(None) };
+    let guards: Vec<_> = tensors.into_iter().map(Tensor::storage_and_layout).collect();
+    let lines = guards.iter().map(|(storage, layout)| match &**storage {
+        Storage::Cpu(storage) => Lines::of(storage, layout),
+        _ => None,
+    });
+    let Some(lines) = lines.collect::<Option<Vec<_>>>() else { return Ok(None) };
+    one_row(x, &lines).map(Some)
+}
+
 /// From which side of a matrix the rows come.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Way {
@@ -101,27 +120,16 @@ fn product(matrix: &Tensor, way: Way, (x, offset, rows): (&CpuStorage, usize, us
     let Storage::Cpu(storage) = &*storage else { bail!("matrix is not on the cpu") };
     let inner = if way == Way::There { inputs } else { outputs };
     let numbers = || Ok::<_, candle_core::Error>(&x.as_slice::<f32>()?[offset..][..rows * inner]);
+    let few = match storage {
+        CpuStorage::BF16(_) => BF16_ROWS,
+        _ => 2,
+    };
+    if let (Way::There, true, Some(lines)) = (way, rows < few, Lines::of(storage, layout)) {
+        return few_rows(numbers()?, inputs, lines);
+    }
     match (storage, layout.contiguous_offsets()) {
-        (CpuStorage::BF16(values), Some((start, end))) if way == Way::There && rows < BF16_ROWS => {
-            #[allow(clippy::redundant_closure)] // measured: the function itself is a sixth slower
-            Ok(few_rows(
-                numbers()?,
-                (&values[start..end], inputs),
-                #[inline(always)]
-                |x, weights| dot_bf16(x, weights),
-            ))
-        }
         (CpuStorage::BF16(values), Some((start, end))) => {
             by_panels(product::Matrix { values: &values[start..end], outputs, inputs }, way, numbers()?)
-        }
-        (CpuStorage::F32(values), Some((start, end))) if way == Way::There && rows == 1 => {
-            #[allow(clippy::redundant_closure)] // as above
-            Ok(few_rows(
-                numbers()?,
-                (&values[start..end], inputs),
-                #[inline(always)]
-                |x, weights| dot(x, weights),
-            ))
         }
         (CpuStorage::F32(values), Some((start, end))) if rows > 1 && is_faster_than_gemm() => {
             by_panels(product::Matrix { values: &values[start..end], outputs, inputs }, way, numbers()?)

@@ -10,6 +10,7 @@ mod attention;
 mod cosine;
 mod cross_entropy;
 mod distillation;
+mod few_rows;
 mod frozen;
 mod gemm;
 mod inner;
@@ -77,34 +78,6 @@ fn by_rows<const N: usize>(
             },
         )
     })
-}
-
-/// Rows of `inputs`, one after the other, times a matrix `(outputs, inputs)` that is read once for each, as it lies;
-/// nothing is rounded. `dot` is to be `#[inline(always)]`.
-fn few_rows<T: Sync>(
-    x: &[f32],
-    (matrix, inputs): (&[T], usize),
-    dot: impl Fn(&[f32], &[T]) -> f32 + Sync,
-) -> Vec<f32> {
-    let outputs = matrix.len() / inputs;
-    if outputs == 0 {
-        return Vec::new();
-    }
-    let mut out = vec![0.0f32; x.len() / inputs * outputs];
-    for (x, out) in x.chunks_exact(inputs).zip(out.chunks_exact_mut(outputs)) {
-        let task = task_rows(inputs);
-        out.par_chunks_mut(task).zip(matrix.par_chunks(task * inputs)).for_each(|(out, matrix)| {
-            simd::vectorised(
-                #[inline(always)]
-                || {
-                    for (out, weights) in out.iter_mut().zip(matrix.chunks_exact(inputs)) {
-                        *out = dot(x, weights);
-                    }
-                },
-            );
-        });
-    }
-    out
 }
 
 /// The elements of a contiguous f32 operand.
