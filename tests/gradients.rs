@@ -72,6 +72,12 @@ fn cases() -> Vec<Case> {
         attention_case("attention with a cache", &[2, 5, 32], &[2, 12, 16], plain),
         attention_case("attention of one query", &[2, 1, 32], &[2, 12, 16], plain),
         attention_case(
+            "attention of one query in a window",
+            &[2, 1, 32],
+            &[2, 12, 16],
+            AttentionShape { window: Some(5), ..plain },
+        ),
+        attention_case(
             "attention in a window",
             &[2, 80, 32],
             &[2, 80, 16],

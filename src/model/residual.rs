@@ -165,49 +165,57 @@ impl Block {
         })
     }
 
-    fn weight(&self, projection: Projection) -> Result<&Matrix> {
-        self.weights.get(projection).ok_or_else(|| {
-            Error::config("model_type", format!("block {} has no {}", self.own.origin, projection.name()))
-        })
+    fn linear(&self, projection: Projection, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
+        let [y] = self.linears([projection], x, pass)?;
+        Ok(y)
     }
 
-    /// What projections with one input make of it.
+    /// What projections make of one input: `(batch, seq, out)` each.
     fn linears<const N: usize>(
         &self,
         projections: [Projection; N],
         x: &Tensor,
         pass: &Pass<'_>,
     ) -> Result<[Tensor; N]> {
-        let adapters = &self.own.adapters;
-        let results: Vec<Tensor> = if projections.iter().all(|&projection| adapters[projection].is_empty()) {
-            let map = |&projection| Ok((self.weight(projection)?, self.own.biases[projection].as_ref()));
-            pass.kernels.linears(x, &projections.iter().map(map).collect::<Result<Vec<_>>>()?)?
-        } else {
-            projections.iter().map(|&projection| self.linear(projection, x, pass)).collect::<Result<_>>()?
+        let map = |&projection: &Projection| {
+            let weight = self.weights.get(projection).ok_or_else(|| {
+                Error::config("model_type", format!("block {} has no {}", self.own.origin, projection.name()))
+            })?;
+            let is_plain = self.own.adapters[projection].is_empty();
+            Ok((weight, self.own.biases[projection].as_ref().filter(|_| is_plain)))
         };
-        let expected = || format!("{N}, one for each projection");
-        results.try_into().map_err(|found: Vec<_>| Error::argument("results", found.len(), expected()))
+        let maps = projections.iter().map(map).collect::<Result<Vec<_>>>()?;
+        let products = projections.into_iter().zip(pass.kernels.linears(x, &maps)?);
+        let results = products.map(|(projection, y)| self.adapted(projection, x, y, pass));
+        <[Tensor; N]>::try_from(results.collect::<Result<Vec<_>>>()?).map_err(|results| {
+            candle_core::Error::Msg(format!("{} results of {N} projections", results.len())).into()
+        })
     }
 
-    fn linear(&self, projection: Projection, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {
-        let weight = self.weight(projection)?;
+    /// A projection's product with what its adapter does to it, and the bias, which comes after that.
+    fn adapted(
+        &self,
+        projection: Projection,
+        x: &Tensor,
+        product: Tensor,
+        pass: &Pass<'_>,
+    ) -> Result<Tensor> {
         let (kernels, adapter) = (pass.kernels, &self.own.adapters[projection]);
-        let bias = self.own.biases[projection].as_ref();
         if adapter.is_empty() {
-            return Ok(kernels.linear(x, weight, bias)?);
+            return Ok(product);
         }
-        let mut y = kernels.linear(x, weight, None)?; // (batch, seq, out)
-        if let Some(scale) = &adapter.scale {
-            y = kernels.scale(&y, scale)?;
-        }
-        match (&adapter.low_rank, bias) {
+        let bias = self.own.biases[projection].as_ref();
+        let y = match &adapter.scale {
+            Some(scale) => kernels.scale(&product, scale)?,
+            None => product,
+        };
+        Ok(match (&adapter.low_rank, bias) {
             (Some(LowRank { a, b }), _) => {
-                y = kernels.add(&y, &kernels.linear(&kernels.linear(x, a, None)?, b, bias)?)?;
+                kernels.add(&y, &kernels.linear(&kernels.linear(x, a, None)?, b, bias)?)?
             }
-            (None, Some(bias)) => y = y.broadcast_add(bias)?,
-            (None, None) => {}
-        }
-        Ok(y)
+            (None, Some(bias)) => y.broadcast_add(bias)?,
+            (None, None) => y,
+        })
     }
 
     fn norm(&self, site: NormSite, x: &Tensor, pass: &Pass<'_>) -> Result<Tensor> {

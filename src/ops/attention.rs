@@ -4,8 +4,9 @@ use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Storage, Tens
 use rayon::prelude::*;
 
 use super::Kernels;
+use super::dots::dots;
 use super::gemm::{Threads, gemm, view};
-use super::simd::{add_scaled, dot, dots, exp, map_in_place, max, sum, tanh, vectorised};
+use super::simd::{add_scaled, dot, exp, map_in_place, max, sum, tanh, vectorised};
 
 /// Heads, scale and visibility of an attention.
 #[derive(Debug, Clone, Copy, PartialEq)]

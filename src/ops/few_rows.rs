@@ -1,86 +1,127 @@
-//! Products of few rows, as in decoding, which are held to the rate at which matrices are read.
+//! Products of one row, as in decoding, or a few: what they take is the time to read the matrix.
 //!
-//! A matrix is read once for each row, as it lies, and nothing is rounded.
+//! A matrix is read once for each row, as it lies.
+
+use std::sync::OnceLock;
 
 use candle_core::{CpuStorage, Layout, Result, bail};
 use half::bf16;
 use rayon::prelude::*;
 
-use super::simd::{dot_bf16, dots, vectorised};
-use super::task_rows;
+use super::dots::dots;
+use super::simd::{dot_bf16, vectorised};
+use super::{q8_0, task_rows};
 
-/// A matrix `(outputs, inputs)`, row by row.
-#[derive(Clone, Copy)]
-pub(super) enum Lines<'a> {
-    F32(&'a [f32]),
-    BF16(&'a [bf16]),
+/// A matrix `(outputs, inputs)` whose rows are multiplied as they lie.
+pub(super) trait Lines: Sync {
+    /// `(outputs, inputs)`, at least one of each.
+    fn shape(&self) -> (usize, usize);
+
+    /// The dot product of `x` with every row from `first` on, as many as `out` has room for.
+    fn dots(&self, x: &Row<'_>, first: usize, out: &mut [f32]);
 }
 
-impl<'a> Lines<'a> {
-    /// The matrix, where it is held in one of these types and row by row.
-    pub(super) fn of(storage: &'a CpuStorage, layout: &Layout) -> Option<Self> {
-        let (start, end) = layout.contiguous_offsets()?;
-        match storage {
-            CpuStorage::F32(values) => Some(Self::F32(values.get(start..end)?)),
-            CpuStorage::BF16(values) => Some(Self::BF16(values.get(start..end)?)),
-            _ => None,
-        }
-    }
+/// A row that goes in, and what it is rounded to where a matrix asks for that.
+pub(super) struct Row<'a> {
+    pub numbers: &'a [f32],
+    pub rounded: OnceLock<q8_0::Rounded>,
+}
 
-    fn len(self) -> usize {
-        match self {
-            Self::F32(values) => values.len(),
-            Self::BF16(values) => values.len(),
-        }
-    }
-
-    /// Numbers `first` to `end`.
-    fn part(self, first: usize, end: usize) -> Self {
-        match self {
-            Self::F32(values) => Self::F32(&values[first..end]),
-            Self::BF16(values) => Self::BF16(&values[first..end]),
-        }
-    }
-
-    /// The dot product of `x` with every row.
-    fn dots(self, x: &[f32], out: &mut [f32]) {
-        match self {
-            Self::F32(values) => dots(x, (values, x.len()), out),
-            Self::BF16(values) => vectorised(
-                #[inline(always)]
-                || {
-                    for (out, row) in out.iter_mut().zip(values.chunks_exact(x.len())) {
-                        *out = dot_bf16(x, row);
-                    }
-                },
-            ),
-        }
+impl<'a> Row<'a> {
+    fn new(numbers: &'a [f32]) -> Self {
+        Self { numbers, rounded: OnceLock::new() }
     }
 }
 
-/// `x · Mᵀ` for each of these matrices: `(inputs)` to `(outputs)` of every one. All are shared out at once, since to hand
-/// work over and to wait for it takes as long as a small matrix.
-pub(super) fn one_row(x: &[f32], matrices: &[Lines<'_>]) -> Result<Vec<Vec<f32>>> {
-    let inputs = x.len();
-    if inputs == 0 || matrices.iter().any(|matrix| !matrix.len().is_multiple_of(inputs)) {
-        bail!("a row of {inputs} numbers does not fit its matrices");
+/// A matrix with one number for each element.
+struct Numbers<'a, T> {
+    values: &'a [T],
+    inputs: usize,
+}
+
+/// The rows of a matrix, where it is held in f32 or bf16 and row by row.
+pub(super) fn lines<'a>(storage: &'a CpuStorage, layout: &Layout) -> Option<Box<dyn Lines + 'a>> {
+    let (start, end) = layout.contiguous_offsets()?;
+    let &[outputs, inputs] = layout.dims() else { return None };
+    if outputs == 0 || inputs == 0 {
+        return None;
     }
-    let mut results: Vec<_> = matrices.iter().map(|matrix| vec![0.0f32; matrix.len() / inputs]).collect();
-    let (task, mut tasks) = (task_rows(inputs), Vec::new());
-    for (matrix, result) in matrices.iter().zip(&mut results) {
-        for (index, out) in result.chunks_mut(task).enumerate() {
-            let first = index * task * inputs;
-            tasks.push((matrix.part(first, first + out.len() * inputs), out));
-        }
+    match storage {
+        CpuStorage::F32(values) => Some(Box::new(Numbers { values: values.get(start..end)?, inputs })),
+        CpuStorage::BF16(values) => Some(Box::new(Numbers { values: values.get(start..end)?, inputs })),
+        _ => None,
     }
-    tasks.into_par_iter().for_each(|(lines, out)| lines.dots(x, out));
+}
+
+impl<T> Numbers<'_, T> {
+    fn outputs(&self) -> usize {
+        self.values.len() / self.inputs
+    }
+
+    fn from(&self, first: usize) -> &[T] {
+        &self.values[first * self.inputs..]
+    }
+}
+
+impl Lines for Numbers<'_, f32> {
+    fn shape(&self) -> (usize, usize) {
+        (self.outputs(), self.inputs)
+    }
+
+    fn dots(&self, x: &Row<'_>, first: usize, out: &mut [f32]) {
+        dots(x.numbers, (self.from(first), self.inputs), out);
+    }
+}
+
+impl Lines for Numbers<'_, bf16> {
+    fn shape(&self) -> (usize, usize) {
+        (self.outputs(), self.inputs)
+    }
+
+    fn dots(&self, x: &Row<'_>, first: usize, out: &mut [f32]) {
+        vectorised(
+            #[inline(always)]
+            || {
+                for (out, row) in out.iter_mut().zip(self.from(first).chunks_exact(self.inputs)) {
+                    *out = dot_bf16(x.numbers, row);
+                }
+            },
+        );
+    }
+}
+
+/// `x · Mᵀ` by each of these matrices: from `(inputs)`, one `(outputs)` a matrix.
+pub(super) fn one_row(x: &[f32], matrices: &[&dyn Lines]) -> Result<Vec<Vec<f32>>> {
+    let x = Row::new(x);
+    let mut results: Vec<_> = matrices.iter().map(|matrix| vec![0.0f32; matrix.shape().0]).collect();
+    let products = matrices.iter().zip(&mut results);
+    multiply(products.map(|(&matrix, out)| (&x, matrix, out.as_mut_slice())))?;
     Ok(results)
 }
 
-/// As [`one_row`], of several rows by one matrix: `(rows, inputs)` to `(rows, outputs)`.
-pub(super) fn few_rows(x: &[f32], inputs: usize, matrix: Lines<'_>) -> Result<Vec<f32>> {
-    let rows = x.chunks_exact(inputs.max(1)).map(|x| Ok(one_row(x, &[matrix])?.concat()));
-    Ok(rows.collect::<Result<Vec<_>>>()?.concat())
+/// `x · Mᵀ`: `(rows, inputs)` to `(rows, outputs)`.
+pub(super) fn few_rows(x: &[f32], matrix: &dyn Lines) -> Result<Vec<f32>> {
+    let (outputs, inputs) = matrix.shape();
+    let rows: Vec<_> = x.chunks(inputs).map(Row::new).collect();
+    let mut result = vec![0.0f32; rows.len() * outputs];
+    multiply(rows.iter().zip(result.chunks_mut(outputs)).map(|(x, out)| (x, matrix, out)))?;
+    Ok(result)
+}
+
+/// Puts what each matrix makes of a row where it belongs. All are shared out to threads at once: to hand work over, and to
+/// wait for it, takes as long as a small matrix.
+fn multiply<'a>(products: impl Iterator<Item = (&'a Row<'a>, &'a dyn Lines, &'a mut [f32])>) -> Result<()> {
+    let mut tasks = Vec::new();
+    for (x, matrix, out) in products {
+        let (outputs, inputs) = matrix.shape();
+        if x.numbers.len() != inputs {
+            bail!("a row of {} numbers by a matrix ({outputs}, {inputs})", x.numbers.len());
+        }
+        let task = task_rows(inputs);
+        tasks.extend(out.chunks_mut(task).enumerate().map(|(at, out)| (x, matrix, at * task, out)));
+    }
+    tasks.into_par_iter().for_each(|(x, matrix, first, out)| matrix.dots(x, first, out));
+    Ok(())
 }
 
 #[cfg(test)]
@@ -93,14 +134,19 @@ mod tests {
         (0..count).map(|_| rng.random_range(-1.0f32..1.0)).collect()
     }
 
+    fn matrix(values: &[f32], inputs: usize) -> Numbers<'_, f32> {
+        Numbers { values, inputs }
+    }
+
     /// Matrices of both types at once, of more rows than one task has, against the definition.
     #[test]
-    fn products_with_several_matrices_follow_each_other() -> Result<()> {
+    fn products_by_several_matrices_are_sums() -> Result<()> {
         let (inputs, x) = (576, numbers(576, 3));
         let wide = numbers(100 * inputs, 4);
         let narrow: Vec<bf16> = numbers(3 * inputs, 5).into_iter().map(bf16::from_f32).collect();
         let widened: Vec<f32> = narrow.iter().map(|value| value.to_f32()).collect();
-        let found = one_row(&x, &[Lines::F32(&wide), Lines::BF16(&narrow), Lines::F32(&wide[..inputs])])?;
+        let narrow = Numbers { values: &narrow, inputs };
+        let found = one_row(&x, &[&matrix(&wide, inputs), &narrow, &matrix(&wide[..inputs], inputs)])?;
         let rows = wide.chunks(inputs).chain(widened.chunks(inputs)).chain([&wide[..inputs]]);
         assert_eq!(found.iter().map(Vec::len).collect::<Vec<_>>(), [100, 3, 1]);
         for (found, row) in found.iter().flatten().zip(rows) {
@@ -112,20 +158,22 @@ mod tests {
     }
 
     #[test]
-    fn rows_are_multiplied_one_after_the_other() -> Result<()> {
-        let matrix = numbers(7 * 40, 6);
-        let x = numbers(3 * 40, 7);
-        let found = few_rows(&x, 40, Lines::F32(&matrix))?;
-        for (x, found) in x.chunks(40).zip(found.chunks(7)) {
-            assert_eq!(found, one_row(x, &[Lines::F32(&matrix)])?.concat());
-        }
-        assert!(few_rows(&[], 40, Lines::F32(&matrix))?.is_empty());
+    fn few_rows_are_as_each_alone() -> Result<()> {
+        let (values, x) = (numbers(7 * 40, 6), numbers(3 * 40, 7));
+        let found = few_rows(&x, &matrix(&values, 40))?;
+        let alone = x.chunks(40).map(|x| one_row(x, &[&matrix(&values, 40)]));
+        let expected = alone.collect::<Result<Vec<_>>>()?.into_iter().flatten().flatten();
+        assert_eq!(found, expected.collect::<Vec<_>>());
+        assert_eq!(found.len(), 21);
+        assert!(few_rows(&[], &matrix(&values, 40))?.is_empty());
         Ok(())
     }
 
     #[test]
     fn a_row_that_does_not_fit_is_refused() {
-        assert!(one_row(&[1.0; 3], &[Lines::F32(&[0.0; 7])]).is_err());
-        assert!(one_row(&[], &[Lines::F32(&[])]).is_err());
+        // 24 numbers are two rows of 12 as well.
+        let values = [0.0; 24];
+        assert!(one_row(&[1.0; 12], &[&matrix(&values, 6)]).is_err());
+        assert!(few_rows(&[1.0; 13], &matrix(&values, 6)).is_err());
     }
 }

@@ -3,13 +3,18 @@
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Storage, Tensor, bail};
 
-use super::few_rows::{Lines, few_rows, one_row};
+use super::few_rows::{self, Lines};
 use super::gemm::{Threads, gemm, view};
-use super::product;
-use super::{Kernels, Matrix};
+use super::{Kernels, Matrix, product, q8_0};
 
-/// Fewer rows by a matrix in bf16 are not rounded, and multiplied one after the other.
+/// From so many rows on by a matrix in f32 panels, which multiply eight at a time, are faster than one row after the other.
+const F32_ROWS: usize = 2;
+
+/// The same in bf16, to which fewer rows are not rounded.
 const BF16_ROWS: usize = 8;
+
+/// The same in blocks, and candle's products, which read a matrix once for all rows.
+const BLOCK_ROWS: usize = 2;
 
 /// From so many rows on, blocks are brought into bf16 for a product, which was measured to be no slower than candle's.
 const QUANTIZED_ROWS: usize = 16;
@@ -66,8 +71,14 @@ impl Frozen {
             Matrix::Tensor(tensor) => return product(tensor, Way::There, (x, offset, rows)),
             Matrix::Quantized(blocks) => blocks,
         };
+        let numbers = || Ok::<_, candle_core::Error>(&x.as_slice::<f32>()?[offset..][..rows * inputs]);
         if rows >= QUANTIZED_ROWS {
-            return product::by_blocks(&x.as_slice::<f32>()?[offset..][..rows * inputs], blocks);
+            return product::by_blocks(numbers()?, blocks);
+        }
+        if rows < BLOCK_ROWS
+            && let Some(lines) = q8_0::lines(blocks)?
+        {
+            return few_rows::few_rows(numbers()?, &*lines);
         }
         let x_rows = Layout::contiguous_with_offset((rows, inputs), offset);
         match blocks.cpu_fwd(x, &x_rows)?.0 {
@@ -86,22 +97,20 @@ impl Frozen {
 }
 
 /// The products of one row with each of these matrices, in one go; `None` where one of them does not lie row by row.
-pub(super) fn one_row_by_all(x: &[f32], matrices: &[Frozen]) -> Result<Option<Vec<Vec<f32>>>> {
-    for matrix in matrices {
-        let (outputs, inputs) = matrix.dims()?;
-        if inputs != x.len() {
-            bail!("a row of {} numbers by a matrix ({outputs}, {inputs})", x.len());
-        }
-    }
-    let tensors: Option<Vec<_>> = matrices.iter().map(|matrix| matrix.0.as_tensor()).collect();
-    let Some(tensors) = tensors else { return Ok(None) };
-    let guards: Vec<_> = tensors.into_iter().map(Tensor::storage_and_layout).collect();
-    let lines = guards.iter().map(|(storage, layout)| match &**storage {
-        Storage::Cpu(storage) => Lines::of(storage, layout),
-        _ => None,
+pub(super) fn one_row(x: &[f32], matrices: &[Frozen]) -> Result<Option<Vec<Vec<f32>>>> {
+    let guards: Vec<_> =
+        matrices.iter().map(|matrix| matrix.0.as_tensor().map(Tensor::storage_and_layout)).collect();
+    let lines = matrices.iter().zip(&guards).map(|(matrix, guard)| match (&matrix.0, guard) {
+        (Matrix::Quantized(blocks), _) => q8_0::lines(blocks),
+        (Matrix::Tensor(_), Some((storage, layout))) => match &**storage {
+            Storage::Cpu(storage) => Ok(few_rows::lines(storage, layout)),
+            _ => Ok(None),
+        },
+        (Matrix::Tensor(_), None) => Ok(None),
     });
-    let Some(lines) = lines.collect::<Option<Vec<_>>>() else { return Ok(None) };
-    one_row(x, &lines).map(Some)
+    let Some(lines) = lines.collect::<Result<Option<Vec<_>>>>()? else { return Ok(None) };
+    let lines: Vec<&dyn Lines> = lines.iter().map(|lines| &**lines).collect();
+    few_rows::one_row(x, &lines).map(Some)
 }
 
 /// From which side of a matrix the rows come.
@@ -120,12 +129,12 @@ fn product(matrix: &Tensor, way: Way, (x, offset, rows): (&CpuStorage, usize, us
     let Storage::Cpu(storage) = &*storage else { bail!("matrix is not on the cpu") };
     let inner = if way == Way::There { inputs } else { outputs };
     let numbers = || Ok::<_, candle_core::Error>(&x.as_slice::<f32>()?[offset..][..rows * inner]);
-    let few = match storage {
-        CpuStorage::BF16(_) => BF16_ROWS,
-        _ => 2,
-    };
-    if let (Way::There, true, Some(lines)) = (way, rows < few, Lines::of(storage, layout)) {
-        return few_rows(numbers()?, inputs, lines);
+    let few = if matrix.dtype() == DType::BF16 { BF16_ROWS } else { F32_ROWS };
+    if way == Way::There
+        && rows < few
+        && let Some(lines) = few_rows::lines(storage, layout)
+    {
+        return few_rows::few_rows(numbers()?, &*lines);
     }
     match (storage, layout.contiguous_offsets()) {
         (CpuStorage::BF16(values), Some((start, end))) => {

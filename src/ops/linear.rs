@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Storage, Tensor, bail};
 use rayon::prelude::*;
 
-use super::frozen::{Frozen, one_row_by_all};
+use super::frozen::{self, Frozen};
 use super::simd::{add_scaled, vectorised};
 use super::{Kernels, Matrix, task_rows};
 
@@ -19,8 +19,7 @@ impl Kernels {
     /// Shapes that do not fit, or a failed computation.
     pub fn linear(self, x: &Tensor, weight: impl Into<Matrix>, bias: Option<&Tensor>) -> Result<Tensor> {
         let weight = weight.into();
-        let frozen_bias = bias.is_none_or(|bias| !bias.track_op() && self.fuses(&[bias]));
-        if let (Some(weight), true) = (self.frozen(&weight), frozen_bias && self.fuses(&[x])) {
+        if let (Some(weight), true) = (self.frozen(&weight), self.fuses(&[x]) && self.freezes(bias)) {
             return x.contiguous()?.apply_op1(FrozenLinear { weight, bias: bias.cloned() });
         }
         let (mut shape, (output, input)) = (x.dims().to_vec(), weight.dims2()?);
@@ -40,34 +39,40 @@ impl Kernels {
     /// # Errors
     /// As [`linear`](Self::linear).
     pub(crate) fn linears(self, x: &Tensor, maps: &[(&Matrix, Option<&Tensor>)]) -> Result<Vec<Tensor>> {
-        match self.one_row(x, maps)? {
+        match self.at_once(x, maps)? {
             Some(results) => Ok(results),
             None => maps.iter().map(|&(weight, bias)| self.linear(x, weight, bias)).collect(),
         }
     }
 
-    /// The results of maps of one row, where they can be had at once.
-    fn one_row(self, x: &Tensor, maps: &[(&Matrix, Option<&Tensor>)]) -> Result<Option<Vec<Tensor>>> {
-        let trained = x.track_op() || maps.iter().any(|(_, bias)| bias.is_some_and(Tensor::track_op));
+    /// The maps of one row, where they can be had at once.
+    fn at_once(self, x: &Tensor, maps: &[(&Matrix, Option<&Tensor>)]) -> Result<Option<Vec<Tensor>>> {
         let is_row = x.dims().last() == Some(&x.elem_count());
-        if trained || !is_row || !self.fuses(&[x]) {
+        let freezes = self.fuses(&[x]) && maps.iter().all(|&(_, bias)| self.freezes(bias));
+        if !is_row || !freezes || x.track_op() {
             return Ok(None);
         }
         let weights: Option<Vec<_>> = maps.iter().map(|&(weight, _)| self.frozen(weight)).collect();
         let Some(weights) = weights else { return Ok(None) };
-        let Some(products) = super::with_elements([&x.contiguous()?], |[x]| one_row_by_all(x, &weights))?
-        else {
-            return Ok(None);
-        };
-        let tensors = products.into_iter().zip(maps).map(|(product, &(_, bias))| {
+        let results = super::with_elements([&x.contiguous()?], |[x]| frozen::one_row(x, &weights))?;
+        let Some(results) = results else { return Ok(None) };
+        let tensors = results.into_iter().zip(maps).map(|(mut y, &(_, bias))| {
             let mut shape = x.dims().to_vec();
             if let Some(last) = shape.last_mut() {
-                *last = product.len();
+                *last = y.len();
             }
-            let product = Tensor::from_vec(product, shape, x.device())?;
-            bias.map_or(Ok(product.clone()), |bias| product.broadcast_add(bias))
+            if let Some(bias) = bias {
+                let output = y.len();
+                add_bias(&mut y, output, bias)?;
+            }
+            Tensor::from_vec(y, shape, x.device())
         });
         tensors.collect::<Result<_>>().map(Some)
+    }
+
+    /// Whether a bias can be a part of fused maps.
+    fn freezes(self, bias: Option<&Tensor>) -> bool {
+        bias.is_none_or(|bias| !bias.track_op() && self.fuses(&[bias]))
     }
 
     /// `grad · W`: the gradient of the input of [`linear`](Self::linear) from that of its output. `grad` is
@@ -88,6 +93,26 @@ impl Kernels {
     }
 }
 
+/// Adds a bias to every row of `output` numbers.
+fn add_bias(y: &mut [f32], output: usize, bias: &Tensor) -> Result<()> {
+    if bias.dims() != [output] {
+        bail!("a bias of shape {:?}, expected [{output}]", bias.dims());
+    }
+    super::with_elements([&bias.contiguous()?], |[bias]| {
+        y.par_chunks_mut(task_rows(output) * output).for_each(|rows| {
+            vectorised(
+                #[inline(always)]
+                || {
+                    for row in rows.chunks_exact_mut(output) {
+                        add_scaled(row, 1.0, bias);
+                    }
+                },
+            );
+        });
+        Ok(())
+    })
+}
+
 struct FrozenLinear {
     weight: Frozen,
     bias: Option<Tensor>,
@@ -103,19 +128,7 @@ impl CustomOp1 for FrozenLinear {
         super::checked_width(lx, input)?;
         let mut y = self.weight.forward(x, lx.start_offset(), lx.shape().elem_count() / input)?;
         if let Some(bias) = &self.bias {
-            super::with_elements([&bias.contiguous()?], |[bias]| {
-                y.par_chunks_mut(task_rows(output) * output).for_each(|rows| {
-                    vectorised(
-                        #[inline(always)]
-                        || {
-                            for row in rows.chunks_exact_mut(output) {
-                                add_scaled(row, 1.0, bias);
-                            }
-                        },
-                    );
-                });
-                Ok(())
-            })?;
+            add_bias(&mut y, output, bias)?;
         }
         let mut shape = lx.dims().to_vec();
         if let Some(last) = shape.last_mut() {
@@ -152,50 +165,83 @@ mod tests {
         Tensor::randn(0f32, 1f32, shape, &Device::Cpu)
     }
 
+    fn bits(y: &Tensor) -> Result<Vec<u32>> {
+        Ok(y.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f32::to_bits).collect())
+    }
+
     #[test]
-    fn maps_of_one_input_are_those_of_each_alone() -> Result<()> {
-        let (wide, narrow) = (random((7, 40))?, random((600, 40))?.to_dtype(DType::BF16)?);
-        let turned = random((40, 5))?.t()?;
+    fn maps_of_one_row_are_had_at_once() -> Result<()> {
+        let [wide, narrow] = [(7, 40), (600, 40)].map(random);
+        let (wide, narrow) = (Matrix::from(wide?), Matrix::from(narrow?.to_dtype(DType::BF16)?));
         let bias = Tensor::randn(0f32, 1f32, 600, &Device::Cpu)?;
-        let [wide, narrow, turned] = [wide, narrow, turned].map(Matrix::Tensor);
-        let lying = vec![(&wide, None), (&narrow, Some(&bias)), (&narrow, None)];
-        for (maps, rows) in [(lying.clone(), 1), (lying, 3), (vec![(&wide, None), (&turned, None)], 1)] {
-            let x = random((rows, 40))?.unsqueeze(0)?;
-            let found = Kernels::Fused.linears(&x, &maps)?;
-            assert_eq!(found.len(), maps.len());
-            for (found, (weight, bias)) in found.iter().zip(maps) {
-                let expected = Kernels::Fused.linear(&x, weight, bias)?;
-                assert_eq!(found.dims(), expected.dims());
-                let bits = |y: &Tensor| y.flatten_all()?.to_vec1::<f32>();
-                assert_eq!(bits(found)?, bits(&expected)?);
+        let maps = [(&wide, None), (&narrow, Some(&bias)), (&narrow, None)];
+        let x = random((1, 40))?.unsqueeze(0)?;
+        let Some(found) = Kernels::Fused.at_once(&x, &maps)? else { bail!("not at once") };
+        assert_eq!(found.len(), maps.len());
+        for (found, (weight, bias)) in found.iter().zip(maps) {
+            let alone = Kernels::Fused.linear(&x, weight, bias)?;
+            assert_eq!(found.dims(), alone.dims());
+            assert_eq!(bits(found)?, bits(&alone)?);
+            let expected = Kernels::Primitive.linear(&x, weight, bias)?;
+            let difference = (found - expected)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
+            assert!(difference < 1e-4, "{difference}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn other_maps_are_those_of_each_alone() -> Result<()> {
+        let lying = Matrix::from(random((7, 40))?);
+        let turned = Matrix::from(random((40, 5))?.t()?);
+        for (rows, second) in [(3, &lying), (1, &turned)] {
+            let (x, maps) = (random((rows, 40))?, [(&lying, None), (second, None)]);
+            assert!(Kernels::Fused.at_once(&x, &maps)?.is_none());
+            for (found, (weight, _)) in Kernels::Fused.linears(&x, &maps)?.iter().zip(maps) {
+                assert_eq!(bits(found)?, bits(&Kernels::Fused.linear(&x, weight, None)?)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Of everything that can be trained, each beside frozen ones, the gradient is that of candle's primitives.
+    #[test]
+    fn what_is_trained_gets_its_gradient_from_one_row_too() -> Result<()> {
+        let var = |shape| Var::from_tensor(&random(shape)?);
+        let (x, weight) = (var((1, 8))?, var((3, 8))?);
+        let bias = Var::from_tensor(&Tensor::randn(0f32, 1f32, 3, &Device::Cpu)?)?;
+        let (trained, frozen) = (Matrix::from(weight.as_tensor()), Matrix::from(random((3, 8))?));
+        let fixed = random((1, 8))?;
+        let gradient = |kernels: Kernels, x: &Tensor, map: (&Matrix, Option<&Tensor>), of: &Var| {
+            let results = kernels.linears(x, &[map, (&frozen, None)])?;
+            let loss = Tensor::stack(&results, 0)?.sqr()?.sum_all()?;
+            let grads = loss.backward()?;
+            let Some(gradient) = grads.get(of) else { bail!("no gradient") };
+            gradient.flatten_all()?.to_vec1::<f32>()
+        };
+        for (x, map, of) in [
+            (x.as_tensor(), (&frozen, None), &x),
+            (&fixed, (&trained, None), &weight),
+            (&fixed, (&frozen, Some(bias.as_tensor())), &bias),
+        ] {
+            let found = gradient(Kernels::Fused, x, map, of)?;
+            let expected = gradient(Kernels::Primitive, x, map, of)?;
+            assert_eq!(found.len(), expected.len());
+            for (found, expected) in found.iter().zip(&expected) {
+                assert!((found - expected).abs() < 1e-4, "{found} and {expected}");
             }
         }
         Ok(())
     }
 
     #[test]
-    fn what_is_trained_gets_its_gradient_from_one_row_too() -> Result<()> {
-        let trained = Var::from_tensor(&random((3, 8))?)?;
-        let (weight, frozen) = (Matrix::from(trained.as_tensor()), Matrix::from(random((3, 8))?));
-        let bias = Var::from_tensor(&Tensor::zeros(3, DType::F32, &Device::Cpu)?)?;
-        let x = Var::from_tensor(&random((1, 8))?)?;
-        let sum = |x: &Tensor, maps: &[(&Matrix, Option<&Tensor>)]| {
-            Kernels::Fused
-                .linears(x, maps)?
-                .iter()
-                .try_fold(Tensor::zeros((), DType::F32, x.device())?, |sum, y| sum + y.sum_all()?)
-        };
-        let grads = sum(&x.detach(), &[(&weight, None), (&frozen, Some(&bias))])?.backward()?;
-        assert!(grads.get(&trained).is_some() && grads.get(&bias).is_some());
-        assert!(sum(&x, &[(&frozen, None), (&frozen, None)])?.backward()?.get(&x).is_some());
-        Ok(())
-    }
-
-    #[test]
-    fn a_row_of_another_width_is_refused() -> Result<()> {
-        // As many numbers as whole rows of this width would have.
+    fn what_does_not_fit_is_refused() -> Result<()> {
         let weight = Matrix::from(random((4, 6))?);
+        // 24 numbers are two rows of 12 as well.
         assert!(Kernels::Fused.linears(&random((1, 12))?, &[(&weight, None)]).is_err());
+        let bias = random((1, 4))?;
+        for rows in [1, 2] {
+            assert!(Kernels::Fused.linears(&random((rows, 6))?, &[(&weight, Some(&bias))]).is_err());
+        }
         Ok(())
     }
 }

@@ -19,7 +19,7 @@ pub(super) fn vectorised<R>(f: impl FnOnce() -> R) -> R {
 
 /// Accumulators of a reduction: enough to fill a 512-bit register twice. The order of summation depends on the
 /// length alone, so that results do not change with the machine's vector width.
-const LANES: usize = 32;
+pub(super) const LANES: usize = 32;
 
 /// `exp(x)` within 2 units in the last place; NaN stays NaN, and below −87 the result is the smallest normal.
 #[inline(always)]
@@ -85,70 +85,6 @@ pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
     sum2(a, b, |a, b| a * b)
 }
 
-/// The [`dot`] of `x` with the beginning of each of `out.len()` rows, which start `stride` numbers apart. Not to be called
-/// in [`vectorised`]: it switches by itself.
-pub(super) fn dots(x: &[f32], (rows, stride): (&[f32], usize), out: &mut [f32]) {
-    #[cfg(target_arch = "x86_64")]
-    if let Some(simd) = pulp::x86::V3::try_new() {
-        return simd.vectorize(avx2::Dots { simd, x, rows, stride, out });
-    }
-    portable_dots(x, (rows, stride), out);
-}
-
-fn portable_dots(x: &[f32], (rows, stride): (&[f32], usize), out: &mut [f32]) {
-    vectorised(
-        #[inline(always)]
-        || {
-            for (out, row) in out.iter_mut().zip(rows.chunks(stride)) {
-                *out = dot(x, &row[..x.len()]);
-            }
-        },
-    );
-}
-
-/// Dot products 256 bits at a time, also where there are registers of 512: measured, memory is then read a fifth faster, and
-/// what is in the caches several times as fast as by what the compiler makes of [`dot`]. The same sums, bit for bit.
-#[cfg(target_arch = "x86_64")]
-mod avx2 {
-    use pulp::x86::V3;
-    use pulp::{cast, f32x8};
-
-    use super::{LANES, fold};
-
-    pub(super) struct Dots<'a> {
-        pub simd: V3,
-        pub x: &'a [f32],
-        pub rows: &'a [f32],
-        pub stride: usize,
-        pub out: &'a mut [f32],
-    }
-
-    impl pulp::NullaryFnOnce for Dots<'_> {
-        type Output = ();
-
-        #[inline(always)]
-        fn call(self) {
-            for (out, row) in self.out.iter_mut().zip(self.rows.chunks(self.stride)) {
-                *out = dot(self.simd, self.x, &row[..self.x.len()]);
-            }
-        }
-    }
-
-    #[inline(always)]
-    fn dot(simd: V3, a: &[f32], b: &[f32]) -> f32 {
-        let ((a, rest_a), (b, rest_b)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
-        let rest: f32 = rest_a.iter().zip(rest_b).map(|(a, b)| a * b).sum();
-        let mut sums: [f32x8; LANES / 8] = cast([0.0f32; LANES]);
-        for (a, b) in a.iter().zip(b) {
-            let (a, b): ([f32x8; LANES / 8], [f32x8; LANES / 8]) = (cast(*a), cast(*b));
-            for ((sum, a), b) in sums.iter_mut().zip(a).zip(b) {
-                *sum = simd.add_f32x8(*sum, simd.mul_f32x8(a, b));
-            }
-        }
-        fold(cast(sums)) + rest
-    }
-}
-
 /// As [`dot`], with one side in bf16.
 #[inline(always)]
 pub(super) fn dot_bf16(a: &[f32], b: &[half::bf16]) -> f32 {
@@ -188,7 +124,7 @@ pub(super) fn add_scaled(y: &mut [f32], a: f32, x: &[f32]) {
 
 /// The sum of the lanes, by halves.
 #[inline(always)]
-fn fold(mut lanes: [f32; LANES]) -> f32 {
+pub(super) fn fold(mut lanes: [f32; LANES]) -> f32 {
     let mut width = LANES / 2;
     while width > 0 {
         let (low, high) = lanes.split_at_mut(width);
@@ -213,22 +149,6 @@ mod tests {
         }
         assert!(exp(f32::NAN).is_nan());
         assert!(exp(f32::NEG_INFINITY) < 1e-37);
-    }
-
-    #[test]
-    fn dot_products_do_not_depend_on_the_width_of_registers() {
-        let spread = |n: usize, step: f32| (0..n).map(|i| (i as f32 * step).sin()).collect::<Vec<f32>>();
-        for (width, stride) in [(1, 1), (31, 40), (32, 32), (33, 33), (64, 192), (100, 101), (576, 576)] {
-            // The last row ends where the numbers do.
-            let (x, rows) = (spread(width, 0.7), spread(4 * stride + width, 0.37));
-            let (mut found, mut portable) = ([0.0; 5], [0.0; 5]);
-            dots(&x, (&rows, stride), &mut found);
-            portable_dots(&x, (&rows, stride), &mut portable);
-            let expected: Vec<u32> =
-                rows.chunks(stride).map(|row| dot(&x, &row[..width]).to_bits()).collect();
-            assert_eq!(found.map(f32::to_bits).to_vec(), expected, "{width} of {stride}");
-            assert_eq!(portable.map(f32::to_bits).to_vec(), expected, "{width} of {stride}");
-        }
     }
 
     #[test]
