@@ -19,7 +19,7 @@ pub struct Account {
     /// Bytes of all tensors in a compact checkpoint.
     pub stored_bytes: u64,
     /// Bytes of all tensors in memory, and of the blocks of quantised matrices. Where the CPU has kernels for it, and
-    /// rows are multiples of 256, candle keeps a second copy of such blocks from the first product on, in the order in
+    /// rows are multiples of 256, candle keeps a second copy of such blocks from its first product on, in the order in
     /// which those kernels read them; nothing tells of it from outside, and it is not counted.
     pub resident_bytes: u64,
     /// Floating-point operations for one more token that sees `context` tokens, itself included: two for each

@@ -4,9 +4,12 @@
 
 mod support;
 
+use std::sync::Arc;
+
+use foldgpt::candle::quantized::{GgmlDType, QTensor};
 use foldgpt::candle::{DType, Device, Result, Tensor, Var};
 use foldgpt::model::Activation;
-use foldgpt::ops::{AttentionShape, Kernels};
+use foldgpt::ops::{AttentionShape, Kernels, Matrix};
 use support::{distance, values};
 
 type Op = Box<dyn Fn(Kernels, &[Tensor]) -> Result<Tensor>>;
@@ -219,15 +222,23 @@ fn not_a_number_is_passed_on() {
     let shape =
         AttentionShape { heads: 2, kv_heads: 2, head_dim: 8, scale: 1.0, softcap: None, window: None };
     let kernels = Kernels::Fused;
+    let weight = values(&[60, 32], 1);
+    let blocks = |dtype| Matrix::Quantized(Arc::new(QTensor::quantize(&weight, dtype).unwrap()));
+    let (narrow, q8_0, q4_0) =
+        (weight.to_dtype(DType::BF16).unwrap(), blocks(GgmlDType::Q8_0), blocks(GgmlDType::Q4_0));
+    // Of one row, of few and of many.
+    let wide = |rows| Tensor::full(f32::NAN, (1, rows, 32), &Device::Cpu).unwrap();
+    let products = [1, 3, 21].map(|rows| {
+        let product = |matrix: Matrix| kernels.linear(&wide(rows), matrix, None).unwrap();
+        [(&weight).into(), (&narrow).into(), q8_0.clone(), q4_0.clone()].map(product)
+    });
     let outputs = [
         kernels.rms_norm(&x, &ones, 1e-5, 0.0).unwrap(),
         kernels.attention(&x, &x, &x, shape).unwrap(),
         kernels.gated(Activation::Silu, &x, &x).unwrap(),
-        kernels.linear(&x, values(&[60, 16], 1), None).unwrap(),
-        kernels.linear(&x.repeat((1, 7, 1)).unwrap(), values(&[60, 16], 1), None).unwrap(),
         kernels.nll(&x.squeeze(0).unwrap(), values(&[5, 16], 1), &[0, 1, 2], None).unwrap(),
     ];
-    for output in outputs {
+    for output in outputs.iter().chain(products.iter().flatten()) {
         let values = output.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         assert!(values.iter().all(|value| value.is_nan()));
     }

@@ -4,9 +4,10 @@
 
 use super::simd::{dot, vectorised};
 
-/// The dot product of `x` with the beginning of each of `out.len()` rows, which start `stride` numbers apart: at least as many
-/// as `x` has, of which there is one. Switches to this machine's instructions by itself.
+/// The dot product of `x` with the beginning of each of `out.len()` rows, which start `stride` numbers apart; `x` has at least
+/// one number and no more than `stride`. Switches to this machine's instructions by itself.
 pub(super) fn dots(x: &[f32], (rows, stride): (&[f32], usize), out: &mut [f32]) {
+    debug_assert!((1..=stride).contains(&x.len()) && rows.len().div_ceil(stride) >= out.len());
     #[cfg(target_arch = "x86_64")]
     if let Some(simd) = pulp::x86::V3::try_new() {
         return simd.vectorize(avx2::Dots { simd, x, rows, stride, out });

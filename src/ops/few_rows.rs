@@ -17,6 +17,9 @@ pub(super) trait Lines: Sync {
     /// `(outputs, inputs)`, at least one of each.
     fn shape(&self) -> (usize, usize);
 
+    /// Makes of a row what it is multiplied as, before it is multiplied by several threads.
+    fn prepare(&self, _: &Row<'_>) {}
+
     /// The dot product of `x` with every row from `first` on, as many as `out` has room for.
     fn dots(&self, x: &Row<'_>, first: usize, out: &mut [f32]);
 }
@@ -58,8 +61,9 @@ impl<T> Numbers<'_, T> {
         self.values.len() / self.inputs
     }
 
-    fn from(&self, first: usize) -> &[T] {
-        &self.values[first * self.inputs..]
+    /// So many rows from `first` on.
+    fn rows(&self, first: usize, count: usize) -> &[T] {
+        &self.values[first * self.inputs..][..count * self.inputs]
     }
 }
 
@@ -69,7 +73,7 @@ impl Lines for Numbers<'_, f32> {
     }
 
     fn dots(&self, x: &Row<'_>, first: usize, out: &mut [f32]) {
-        dots(x.numbers, (self.from(first), self.inputs), out);
+        dots(x.numbers, (self.rows(first, out.len()), self.inputs), out);
     }
 }
 
@@ -79,10 +83,11 @@ impl Lines for Numbers<'_, bf16> {
     }
 
     fn dots(&self, x: &Row<'_>, first: usize, out: &mut [f32]) {
+        let rows = self.rows(first, out.len());
         vectorised(
             #[inline(always)]
             || {
-                for (out, row) in out.iter_mut().zip(self.from(first).chunks_exact(self.inputs)) {
+                for (out, row) in out.iter_mut().zip(rows.chunks_exact(self.inputs)) {
                     *out = dot_bf16(x.numbers, row);
                 }
             },
@@ -117,9 +122,12 @@ fn multiply<'a>(products: impl Iterator<Item = (&'a Row<'a>, &'a dyn Lines, &'a 
         if x.numbers.len() != inputs {
             bail!("a row of {} numbers by a matrix ({outputs}, {inputs})", x.numbers.len());
         }
+        matrix.prepare(x);
         let task = task_rows(inputs);
         tasks.extend(out.chunks_mut(task).enumerate().map(|(at, out)| (x, matrix, at * task, out)));
     }
+    // A part of a matrix is in the caches while it is multiplied by one row after the other.
+    tasks.sort_by_key(|&(_, _, first, _)| first);
     tasks.into_par_iter().for_each(|(x, matrix, first, out)| matrix.dots(x, first, out));
     Ok(())
 }

@@ -7,13 +7,13 @@ use super::few_rows::{self, Lines};
 use super::gemm::{Threads, gemm, view};
 use super::{Kernels, Matrix, product, q8_0};
 
-/// From so many rows on by a matrix in f32 panels, which multiply eight at a time, are faster than one row after the other.
+/// From so many rows on a product by a matrix in f32, which is one of panels or `gemm`'s, is faster than one row after the other.
 const F32_ROWS: usize = 2;
 
-/// The same in bf16, to which fewer rows are not rounded.
+/// The same by one in bf16, to which fewer rows are not rounded.
 const BF16_ROWS: usize = 8;
 
-/// The same in blocks, and candle's products, which read a matrix once for all rows.
+/// From so many rows on by blocks of Q8_0, candle's product is used, which reads the matrix once for all rows.
 const BLOCK_ROWS: usize = 2;
 
 /// From so many rows on, blocks are brought into bf16 for a product, which was measured to be no slower than candle's.
@@ -82,7 +82,15 @@ impl Frozen {
         }
         let x_rows = Layout::contiguous_with_offset((rows, inputs), offset);
         match blocks.cpu_fwd(x, &x_rows)?.0 {
-            CpuStorage::F32(y) => Ok(y),
+            CpuStorage::F32(mut y) => {
+                // Candle rounds what is not a number to zero.
+                for (x, y) in numbers()?.chunks_exact(inputs).zip(y.chunks_exact_mut(outputs)) {
+                    if !x.iter().all(|x| x.is_finite()) {
+                        y.fill(f32::NAN);
+                    }
+                }
+                Ok(y)
+            }
             other => bail!("product of {outputs} outputs is {:?}, expected f32", other.dtype()),
         }
     }

@@ -14,7 +14,7 @@ pub enum Matrix {
     /// One number for each element, in f32 or a half-precision type.
     Tensor(Tensor),
     /// Blocks of a few bits an element, in one of ggml's types. Products have no backward. Of a few rows, blocks are
-    /// multiplied as they lie, and each row that goes in is rounded to 8 bits a number: of one row by Q8_0 our own on x86,
+    /// multiplied as they lie, and each row that goes in is rounded to 8 bits a number: of one row by Q8_0 our own on x86-64,
     /// candle's otherwise. Of 16 rows and more, blocks and rows are brought into bf16 on the way.
     Quantized(Arc<QTensor>),
 }

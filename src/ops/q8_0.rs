@@ -1,7 +1,7 @@
 //! Products of one row with a matrix in blocks of ggml's Q8_0: 32 numbers of 8 bits, and what each is multiplied by.
 //!
 //! The row is rounded to such blocks too, with a factor in f32, and the products within a block are summed as integers. Sums do
-//! not depend on the machine.
+//! not depend on the width of the machine's registers.
 
 use std::borrow::Cow;
 
@@ -18,12 +18,12 @@ const BLOCK: usize = 32;
 /// Bytes of a block: the factor in half precision, then the numbers.
 const BYTES: usize = 2 + BLOCK;
 
-/// Lanes of a sum over blocks: each has four products of every block.
+/// Lanes of a sum over blocks: each has four neighbouring products of every block.
 const LANES: usize = 8;
 
 /// A row that goes in.
 pub(super) struct Rounded {
-    numbers: Vec<[i16; BLOCK]>,
+    numbers: Vec<[i8; BLOCK]>,
     factors: Vec<f32>,
 }
 
@@ -36,7 +36,7 @@ impl Rounded {
             #[inline(always)]
             || {
                 for ((numbers, factor), block) in places.zip(blocks) {
-                    (*numbers, *factor) = rounded(block);
+                    *factor = round(block, numbers);
                 }
             },
         );
@@ -44,9 +44,10 @@ impl Rounded {
     }
 }
 
-/// The nearest multiples of a factor, at most 127 of them; NaN where a number is no finite one, as its products are.
+/// The nearest multiples of a factor, up to 127 of it. The factor is NaN where a number is not finite, so that every product
+/// is.
 #[inline(always)]
-fn rounded(x: &[f32; BLOCK]) -> ([i16; BLOCK], f32) {
+fn round(x: &[f32; BLOCK], numbers: &mut [i8; BLOCK]) -> f32 {
     const ROUND: f32 = 12_582_912.0; // 1.5 · 2²³: adding it rounds to an integer held in the low bits
     let (mut largest, mut is_finite) = (0.0f32, true);
     for x in x {
@@ -58,8 +59,10 @@ fn rounded(x: &[f32; BLOCK]) -> ([i16; BLOCK], f32) {
         // Of zeros, or of numbers next to them.
         (factor, inverse) = (0.0, 0.0);
     }
-    let numbers = x.map(|x| (x * inverse + ROUND).to_bits().wrapping_sub(ROUND.to_bits()) as i16);
-    (numbers, if is_finite { factor } else { f32::NAN })
+    for (number, x) in numbers.iter_mut().zip(x) {
+        *number = (x * inverse + ROUND).to_bits().wrapping_sub(ROUND.to_bits()) as i8;
+    }
+    if is_finite { factor } else { f32::NAN }
 }
 
 /// A matrix `(outputs, inputs)`, row by row.
@@ -68,7 +71,7 @@ struct Blocks<'a> {
     inputs: usize,
 }
 
-/// The rows of a matrix in Q8_0 on the CPU. Where candle has instructions for them that are not used here, on ARM, none.
+/// The rows of a matrix in Q8_0 on the CPU. None but on x86-64: elsewhere candle uses instructions that are not used here.
 pub(super) fn lines(matrix: &QTensor) -> Result<Option<Box<dyn Lines + '_>>> {
     let (outputs, inputs) = matrix.shape().dims2()?;
     if matrix.dtype() != GgmlDType::Q8_0 || !cfg!(target_arch = "x86_64") || outputs == 0 || inputs == 0 {
@@ -92,9 +95,13 @@ impl Lines for Blocks<'_> {
         (self.blocks.len() / self.in_row(), self.inputs)
     }
 
+    fn prepare(&self, x: &Row<'_>) {
+        x.rounded.get_or_init(|| Rounded::new(x.numbers));
+    }
+
     fn dots(&self, x: &Row<'_>, first: usize, out: &mut [f32]) {
         let x = x.rounded.get_or_init(|| Rounded::new(x.numbers));
-        dots(x, &self.blocks[first * self.in_row()..], out);
+        dots(x, &self.blocks[first * self.in_row()..][..out.len() * self.in_row()], out);
     }
 }
 
@@ -115,8 +122,7 @@ fn portable_dots(x: &Rounded, blocks: &[[u8; BYTES]], out: &mut [f32]) {
             let factor = widened(u16::from_le_bytes([*low, *high])) * factor;
             let product = |at: usize| i32::from(weights[at].cast_signed()) * i32::from(numbers[at]);
             for (lane, sum) in lanes.iter_mut().enumerate() {
-                let (first, second) = (2 * lane, BLOCK / 2 + 2 * lane);
-                let products = product(first) + product(first + 1) + product(second) + product(second + 1);
+                let products: i32 = (4 * lane..4 * lane + 4).map(product).sum();
                 *sum += factor * products as f32;
             }
         }
@@ -143,7 +149,7 @@ fn widened(bits: u16) -> f32 {
 
 #[cfg(target_arch = "x86_64")]
 mod avx2 {
-    use std::arch::x86_64::{__m128i, __m256i};
+    use std::arch::x86_64::__m256i;
 
     use pulp::cast;
     use pulp::x86::V3;
@@ -171,16 +177,15 @@ mod avx2 {
     #[inline(always)]
     fn dot(simd: V3, x: &Rounded, row: &[[u8; BYTES]]) -> f32 {
         let (avx, avx2) = (simd.avx, simd.avx2);
-        let mut lanes = avx._mm256_setzero_ps();
+        let (mut lanes, ones) = (avx._mm256_setzero_ps(), avx._mm256_set1_epi16(1));
         for (block, (numbers, factor)) in row.iter().zip(x.numbers.iter().zip(&x.factors)) {
             let [low, high, weights @ ..] = block;
             let factor = widened(u16::from_le_bytes([*low, *high])) * factor;
-            let (weights, numbers): ([__m128i; 2], [__m256i; 2]) = (cast(*weights), cast(*numbers));
-            let [first, second] = [0, 1].map(
-                #[inline(always)]
-                |half: usize| avx2._mm256_madd_epi16(avx2._mm256_cvtepi8_epi16(weights[half]), numbers[half]),
-            );
-            let products = avx._mm256_cvtepi32_ps(avx2._mm256_add_epi32(first, second));
+            let (weights, numbers): (__m256i, __m256i) = (cast(*weights), cast(*numbers));
+            // One side has to be without signs. Two products of up to 128 · 127 are no more than 16 bits hold.
+            let (size, signed) = (avx2._mm256_abs_epi8(weights), avx2._mm256_sign_epi8(numbers, weights));
+            let pairs = avx2._mm256_maddubs_epi16(size, signed);
+            let products = avx._mm256_cvtepi32_ps(avx2._mm256_madd_epi16(pairs, ones));
             lanes = avx._mm256_add_ps(lanes, avx._mm256_mul_ps(avx._mm256_set1_ps(factor), products));
         }
         fold(cast(lanes))
@@ -217,15 +222,18 @@ mod tests {
     #[test]
     fn rows_are_rounded_to_the_nearest() {
         for block in spread(4 * BLOCK, 0.37).as_chunks::<BLOCK>().0 {
-            let (numbers, factor) = rounded(block);
+            let mut numbers = [0; BLOCK];
+            let factor = round(block, &mut numbers);
             assert!(numbers.iter().any(|number| number.abs() == 127));
             for (&number, &x) in numbers.iter().zip(block) {
                 assert!((f32::from(number) * factor - x).abs() <= 0.5001 * factor);
             }
         }
-        assert_eq!(rounded(&[0.0; BLOCK]), ([0; BLOCK], 0.0));
-        assert_eq!(rounded(&[1e-40; BLOCK]), ([0; BLOCK], 0.0));
-        assert_eq!(rounded(&[-1e-30; BLOCK]).0, [-127; BLOCK]);
+        for (of, numbers, expected) in [(0.0f32, 0, 0.0f32), (1e-40, 0, 0.0), (-1e-30, -127, 1e-30 / 127.0)] {
+            let mut found = [1; BLOCK];
+            assert_eq!(round(&[of; BLOCK], &mut found).to_bits(), expected.to_bits());
+            assert_eq!(found, [numbers; BLOCK]);
+        }
     }
 
     /// Sums of what is rounded, against the definition; and against candle's product, whose factors of the row are in half
@@ -259,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn sums_do_not_depend_on_the_machine() -> Result<()> {
+    fn sums_do_not_depend_on_the_width_of_registers() -> Result<()> {
         let (outputs, inputs) = (5, 576);
         let (matrix, x) = (matrix(outputs, inputs)?, Rounded::new(&spread(inputs, 0.37)));
         let data = matrix.data()?;
@@ -272,13 +280,29 @@ mod tests {
         Ok(())
     }
 
+    /// Of the largest numbers of either sign, of which there is one more below zero.
+    #[test]
+    fn sums_of_the_largest_products_are_exact() {
+        let mut block = [0x80; BYTES];
+        block[..2].copy_from_slice(&f16::ONE.to_bits().to_le_bytes());
+        for sign in [1.0, -1.0] {
+            let (x, mut found, mut portable) = (Rounded::new(&[sign * 127.0; BLOCK]), [0.0], [0.0]);
+            dots(&x, &[block], &mut found);
+            portable_dots(&x, &[block], &mut portable);
+            let expected = -sign * 32.0 * 128.0 * 127.0;
+            assert_eq!([found[0].to_bits(), portable[0].to_bits()], [f32::to_bits(expected); 2]);
+        }
+    }
+
     #[test]
     fn what_is_no_number_stays_none() {
         let mut block = [1u8; BYTES];
         block[..2].copy_from_slice(&f16::NAN.to_bits().to_le_bytes());
         let product = |x: &[f32], block| {
-            let mut out = [0.0];
-            dots(&Rounded::new(x), &[block], &mut out);
+            let (x, mut out, mut portable) = (Rounded::new(x), [0.0], [0.0]);
+            dots(&x, &[block], &mut out);
+            portable_dots(&x, &[block], &mut portable);
+            assert_eq!(out[0].is_nan(), portable[0].is_nan());
             out[0]
         };
         assert!(product(&[1.0; BLOCK], block).is_nan());
