@@ -10,8 +10,8 @@ use super::Bars;
 // How matrices are quantised in memory.
 #[derive(Debug, Clone, Copy, Args)]
 pub struct QuantizeArgs {
-    /// Quantise the matrices in memory: less of it, and faster generation. Rows that do not fill the blocks of `q4_k` (256
-    /// numbers) are held in `q8_0`
+    /// Quantise the matrices once they are read: less memory from then on (reading takes more than without), and faster
+    /// generation. Rows that do not fill the blocks of `q4_k` (256 numbers) are held in `q8_0`
     #[arg(long, value_enum)]
     pub quantize: Option<QuantizeArg>,
 }
