@@ -17,7 +17,7 @@ use crate::model::{Param, Part};
 use crate::plan::Plan;
 use crate::progress::Observer;
 
-/// Bytes that a thread looks at and sums at once; a constant, so that a tensor has the same checksums every time.
+/// Bytes that a thread reads, looks at and sums at once; a constant, so that a tensor has the same checksums every time.
 const PIECE: usize = 1 << 22;
 
 impl Checkpoint {
@@ -110,11 +110,16 @@ impl Checkpoint {
         })
     }
 
-    /// A tensor's bytes as they are stored, where they are stored in this type.
-    fn raw(&self, stored: &Stored, dtype: DType) -> Result<Option<Vec<u8>>> {
+    /// A tensor's bytes as they are stored, where they are stored in this type, and what `look` finds in each piece.
+    fn pieces<T: Send>(
+        &self,
+        stored: &Stored,
+        dtype: DType,
+        look: impl Fn(&[u8]) -> T + Sync,
+    ) -> Result<Option<(Vec<u8>, Vec<T>)>> {
         let Source::Safetensors(tensors) = &self.source else { return Ok(None) };
         let entry = self.entry(tensors, &stored.name).filter(|(_, entry)| entry.dtype == dtype);
-        entry.map(|(_, entry)| entry.bytes()).transpose()
+        entry.map(|(_, entry)| entry.pieces(PIECE, look)).transpose()
     }
 }
 
@@ -131,23 +136,29 @@ impl Content for Copied<'_> {
     fn bytes(&self, stored: &Stored, dtype: DType) -> Result<Vec<u8>> {
         let missing = || Error::tensor(&self.checkpoint.location, &stored.name, "missing");
         let origin = self.origins.get(&stored.name).ok_or_else(missing)?;
-        let bytes = match self.checkpoint.raw(origin, dtype)? {
-            Some(bytes) if bytes.par_chunks(PIECE).all(|piece| are_finite(piece, dtype)) => bytes,
-            Some(_) => return Err(self.checkpoint.not_finite(origin, dtype)),
-            None => bytes_of(&self.checkpoint.read(origin)?)?,
+        let look = |piece: &[u8]| are_finite(piece, dtype).then(|| checksum(piece));
+        let (bytes, checksums) = match self.checkpoint.pieces(origin, dtype, look)? {
+            Some((bytes, checksums)) => (bytes, checksums.into_iter().collect::<Option<Vec<_>>>()),
+            None => {
+                let bytes = bytes_of(&self.checkpoint.read(origin)?)?;
+                let checksums = bytes.par_chunks(PIECE).map(checksum).collect();
+                (bytes, Some(checksums))
+            }
         };
-        self.checksums.borrow_mut().insert(stored.name.clone(), checksums(&bytes));
+        let checksums = checksums.ok_or_else(|| self.checkpoint.not_finite(origin, dtype))?;
+        self.checksums.borrow_mut().insert(stored.name.clone(), checksums);
         Ok(bytes)
     }
 
     fn is_in(&self, reloaded: &Checkpoint, stored: &Stored) -> Result<bool> {
-        let found = reloaded.raw(stored, reloaded.stored_dtype(&stored.name))?.map(|bytes| checksums(&bytes));
-        Ok(found.is_some() && found.as_ref() == self.checksums.borrow().get(&stored.name))
+        let found = reloaded.pieces(stored, reloaded.stored_dtype(&stored.name), checksum)?;
+        let checksums = self.checksums.borrow();
+        Ok(found.is_some_and(|(_, found)| checksums.get(&stored.name) == Some(&found)))
     }
 }
 
-/// CRC-32 of every piece. It is to find what was written wrongly, which needs no cryptography: SHA-256 took two
-/// fifths of the processor's time.
-fn checksums(bytes: &[u8]) -> Vec<u32> {
-    bytes.par_chunks(PIECE).map(crc32fast::hash).collect()
+/// CRC-32 of a piece. It is to find what was written wrongly, which needs no cryptography: SHA-256 took two fifths of the
+/// processor's time.
+fn checksum(piece: &[u8]) -> u32 {
+    crc32fast::hash(piece)
 }

@@ -6,6 +6,7 @@ use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
 use safetensors::tensor::Metadata;
 use serde_json::Value;
 
@@ -84,11 +85,31 @@ impl Entry {
 
     /// The tensor's bytes, as they lie in the file.
     pub(crate) fn bytes(&self) -> Result<Vec<u8>> {
-        let mut file = File::open(&self.file).map_err(Error::io("open", &self.file))?;
-        file.seek(SeekFrom::Start(self.start)).map_err(Error::io("read", &self.file))?;
         let mut bytes = vec![0u8; self.bytes];
-        file.read_exact(&mut bytes).map_err(Error::io("read", &self.file))?;
+        self.read_into(&mut bytes, 0)?;
         Ok(bytes)
+    }
+
+    /// The same, read by all threads, so many bytes at a time; and what `look` finds in each piece, while the caches hold it.
+    pub(crate) fn pieces<T: Send>(
+        &self,
+        size: usize,
+        look: impl Fn(&[u8]) -> T + Sync,
+    ) -> Result<(Vec<u8>, Vec<T>)> {
+        let mut bytes = vec![0u8; self.bytes];
+        let pieces = bytes.par_chunks_mut(size).enumerate().map(|(index, piece)| {
+            self.read_into(piece, index * size)?;
+            Ok(look(piece))
+        });
+        let found = pieces.collect::<Result<_>>()?;
+        Ok((bytes, found))
+    }
+
+    fn read_into(&self, bytes: &mut [u8], offset: usize) -> Result<()> {
+        let mut file = File::open(&self.file).map_err(Error::io("open", &self.file))?;
+        let start = SeekFrom::Start(self.start + offset as u64);
+        file.seek(start).map_err(Error::io("read", &self.file))?;
+        file.read_exact(bytes).map_err(Error::io("read", &self.file))
     }
 }
 
