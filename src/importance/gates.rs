@@ -54,7 +54,8 @@ pub struct Gates {
     /// nothing but time and memory, and is no part of what results say of their options.
     #[serde(skip_serializing)]
     pub gradient_checkpointing: bool,
-    /// Where the state is kept: written every few steps or seconds, and gone on from where it exists and fits. Nowhere by default.
+    /// Where the state is kept: written every few steps or seconds, and gone on from where it exists and fits. Nowhere by
+    /// default.
     #[serde(skip)]
     pub state_file: Option<PathBuf>,
 }

@@ -65,7 +65,7 @@ mod avx2 {
                 *sum = simd.add_f32x8(*sum, simd.mul_f32x8(a, b));
             }
         }
-        fold(cast(sums)) + rest
+        fold::<LANES>(cast(sums)) + rest
     }
 }
 

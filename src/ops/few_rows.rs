@@ -135,12 +135,7 @@ fn multiply<'a>(products: impl Iterator<Item = (&'a Row<'a>, &'a dyn Lines, &'a 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn numbers(count: usize, seed: u64) -> Vec<f32> {
-        use rand::{Rng, SeedableRng};
-        let mut rng = rand::rngs::StdRng::seed_from_u64(seed);
-        (0..count).map(|_| rng.random_range(-1.0f32..1.0)).collect()
-    }
+    use crate::ops::testing::{is_sum, numbers};
 
     fn matrix(values: &[f32], inputs: usize) -> Numbers<'_, f32> {
         Numbers { values, inputs }
@@ -158,9 +153,7 @@ mod tests {
         let rows = wide.chunks(inputs).chain(widened.chunks(inputs)).chain([&wide[..inputs]]);
         assert_eq!(found.iter().map(Vec::len).collect::<Vec<_>>(), [100, 3, 1]);
         for (found, row) in found.iter().flatten().zip(rows) {
-            let terms = || row.iter().zip(&x).map(|(&a, &b)| f64::from(a) * f64::from(b));
-            let magnitude: f64 = terms().map(f64::abs).sum();
-            assert!((f64::from(*found) - terms().sum::<f64>()).abs() <= 1e-6 * magnitude);
+            assert!(is_sum(*found, row.iter().zip(&x).map(|(&a, &b)| f64::from(a) * f64::from(b))));
         }
         Ok(())
     }

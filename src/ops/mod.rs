@@ -25,6 +25,8 @@ mod rms_norm;
 mod rope;
 mod scale;
 mod simd;
+#[cfg(test)]
+mod testing;
 
 pub use attention::AttentionShape;
 pub use distillation::{Head, HeadLoss, HeadWeights, Soft, TopTokens};

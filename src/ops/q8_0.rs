@@ -10,7 +10,7 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use half::f16;
 
 use super::few_rows::{Lines, Row};
-use super::simd::vectorised;
+use super::simd::{fold, vectorised};
 
 /// Numbers in a block.
 const BLOCK: usize = 32;
@@ -28,6 +28,10 @@ pub(super) struct Rounded {
 }
 
 impl Rounded {
+    fn of<'r>(row: &'r Row<'_>) -> &'r Self {
+        row.rounded.get_or_init(|| Self::new(row.numbers))
+    }
+
     fn new(x: &[f32]) -> Self {
         let (blocks, _) = x.as_chunks::<BLOCK>();
         let mut row = Self { numbers: vec![[0; BLOCK]; blocks.len()], factors: vec![0.0; blocks.len()] };
@@ -96,12 +100,11 @@ impl Lines for Blocks<'_> {
     }
 
     fn prepare(&self, x: &Row<'_>) {
-        x.rounded.get_or_init(|| Rounded::new(x.numbers));
+        Rounded::of(x);
     }
 
     fn dots(&self, x: &Row<'_>, first: usize, out: &mut [f32]) {
-        let x = x.rounded.get_or_init(|| Rounded::new(x.numbers));
-        dots(x, &self.blocks[first * self.in_row()..][..out.len() * self.in_row()], out);
+        dots(Rounded::of(x), &self.blocks[first * self.in_row()..][..out.len() * self.in_row()], out);
     }
 }
 
@@ -130,12 +133,6 @@ fn portable_dots(x: &Rounded, blocks: &[[u8; BYTES]], out: &mut [f32]) {
     }
 }
 
-/// The sum of the lanes, by halves.
-#[inline(always)]
-fn fold([a, b, c, d, e, f, g, h]: [f32; LANES]) -> f32 {
-    ((a + e) + (c + g)) + ((b + f) + (d + h))
-}
-
 /// A number in half precision. `to_f32` asks each time what the machine can do, which takes longer than a block.
 #[inline(always)]
 fn widened(bits: u16) -> f32 {
@@ -154,7 +151,8 @@ mod avx2 {
     use pulp::cast;
     use pulp::x86::V3;
 
-    use super::{BYTES, Rounded, fold, widened};
+    use super::{BYTES, LANES, Rounded, widened};
+    use crate::ops::simd::fold;
 
     pub(super) struct Dots<'a> {
         pub simd: V3,
@@ -188,7 +186,7 @@ mod avx2 {
             let products = avx._mm256_cvtepi32_ps(avx2._mm256_madd_epi16(pairs, ones));
             lanes = avx._mm256_add_ps(lanes, avx._mm256_mul_ps(avx._mm256_set1_ps(factor), products));
         }
-        fold(cast(lanes))
+        fold::<LANES>(cast(lanes))
     }
 }
 
@@ -198,6 +196,7 @@ mod tests {
 
     use super::*;
     use crate::ops::few_rows::one_row;
+    use crate::ops::testing::is_sum;
 
     fn spread(count: usize, step: f32) -> Vec<f32> {
         (0..count).map(|i| (i as f32 * step).sin()).collect()
@@ -258,9 +257,9 @@ mod tests {
         };
         assert_eq!(found.len(), outputs);
         for ((found, wide), candles) in found.iter().zip(&wide).zip(candles) {
-            let terms = || wide.iter().zip(&heard).map(|(&a, &b)| f64::from(a) * b);
-            let magnitude: f64 = terms().map(f64::abs).sum();
-            assert!((f64::from(*found) - terms().sum::<f64>()).abs() <= 1e-6 * magnitude);
+            let terms = wide.iter().zip(&heard).map(|(&a, &b)| f64::from(a) * b);
+            assert!(is_sum(*found, terms.clone()));
+            let magnitude: f64 = terms.map(f64::abs).sum();
             assert!(f64::from(found - candles).abs() <= 5e-4 * magnitude);
         }
         Ok(())

@@ -134,18 +134,7 @@ fn multiply<S: Step>(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn numbers(count: usize, seed: u64) -> Vec<f32> {
-        use rand::{Rng, SeedableRng};
-        let mut rng = rand::rngs::StdRng::seed_from_u64(seed);
-        (0..count).map(|_| rng.random_range(-1.0f32..1.0)).collect()
-    }
-
-    /// Whether `found` is the sum of `terms`, as far as sums in f32 are.
-    fn is_sum(found: f32, terms: impl Iterator<Item = f64> + Clone) -> bool {
-        let magnitude: f64 = terms.clone().map(f64::abs).sum();
-        (f64::from(found) - terms.sum::<f64>()).abs() <= 1e-6 * magnitude
-    }
+    use crate::ops::testing::{is_sum, numbers};
 
     /// Products by a matrix whose numbers are made by `from`, of rows rounded by `rounded`, are those of the definition, by
     /// the machine's own instructions and without them.
