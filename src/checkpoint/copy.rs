@@ -10,6 +10,7 @@ use rayon::prelude::*;
 use super::finite::are_finite;
 use super::layout::{Stored, stored_tensors};
 use super::save::{Format, Prepared, SaveOptions, Saved};
+use super::shard::Place;
 use super::written::{Content, Written, bytes_of};
 use super::{Checkpoint, Source};
 use crate::error::{Error, Result};
@@ -17,8 +18,9 @@ use crate::model::{Param, Part};
 use crate::plan::Plan;
 use crate::progress::Observer;
 
-/// Bytes that a thread reads, looks at and sums at once; a constant, so that a tensor has the same checksums every time.
-const PIECE: usize = 1 << 22;
+/// Bytes that a thread reads, looks at, sums and writes at once: few enough to stay in its caches on the way, and a
+/// constant, so that a tensor has the same checksums every time.
+const PIECE: usize = 1 << 20;
 
 impl Checkpoint {
     /// Writes the model with only the blocks of `kept`, in that order, as [`save`](Self::save) writes the decoder of
@@ -110,13 +112,13 @@ impl Checkpoint {
         })
     }
 
-    /// A tensor's bytes as they are stored, where they are stored in this type, and what `look` finds in each piece.
+    /// What `look` finds in each piece of a tensor, where it is stored in this type.
     fn pieces<T: Send>(
         &self,
         stored: &Stored,
         dtype: DType,
-        look: impl Fn(&[u8]) -> T + Sync,
-    ) -> Result<Option<(Vec<u8>, Vec<T>)>> {
+        look: impl Fn(usize, &[u8]) -> Result<T> + Sync,
+    ) -> Result<Option<Vec<T>>> {
         let Source::Safetensors(tensors) = &self.source else { return Ok(None) };
         let entry = self.entry(tensors, &stored.name).filter(|(_, entry)| entry.dtype == dtype);
         entry.map(|(_, entry)| entry.pieces(PIECE, look)).transpose()
@@ -133,27 +135,32 @@ struct Copied<'a> {
 }
 
 impl Content for Copied<'_> {
-    fn bytes(&self, stored: &Stored, dtype: DType) -> Result<Vec<u8>> {
+    fn write(&self, stored: &Stored, dtype: DType, place: &Place<'_>) -> Result<()> {
         let missing = || Error::tensor(&self.checkpoint.location, &stored.name, "missing");
         let origin = self.origins.get(&stored.name).ok_or_else(missing)?;
-        let look = |piece: &[u8]| are_finite(piece, dtype).then(|| checksum(piece));
-        let (bytes, checksums) = match self.checkpoint.pieces(origin, dtype, look)? {
-            Some((bytes, checksums)) => (bytes, checksums.into_iter().collect::<Option<Vec<_>>>()),
+        let copy = |offset: usize, piece: &[u8]| {
+            if !are_finite(piece, dtype) {
+                return Err(self.checkpoint.not_finite(origin, dtype));
+            }
+            place.write(offset, piece)?;
+            Ok(checksum(piece))
+        };
+        let checksums = match self.checkpoint.pieces(origin, dtype, copy)? {
+            Some(checksums) => checksums,
             None => {
                 let bytes = bytes_of(&self.checkpoint.read(origin)?)?;
-                let checksums = bytes.par_chunks(PIECE).map(checksum).collect();
-                (bytes, Some(checksums))
+                place.write(0, &bytes)?;
+                bytes.par_chunks(PIECE).map(checksum).collect()
             }
         };
-        let checksums = checksums.ok_or_else(|| self.checkpoint.not_finite(origin, dtype))?;
         self.checksums.borrow_mut().insert(stored.name.clone(), checksums);
-        Ok(bytes)
+        Ok(())
     }
 
     fn is_in(&self, reloaded: &Checkpoint, stored: &Stored) -> Result<bool> {
-        let found = reloaded.pieces(stored, reloaded.stored_dtype(&stored.name), checksum)?;
-        let checksums = self.checksums.borrow();
-        Ok(found.is_some_and(|(_, found)| checksums.get(&stored.name) == Some(&found)))
+        let dtype = reloaded.stored_dtype(&stored.name);
+        let found = reloaded.pieces(stored, dtype, |_, piece| Ok(checksum(piece)))?;
+        Ok(found.is_some_and(|found| self.checksums.borrow().get(&stored.name) == Some(&found)))
     }
 }
 

@@ -1,4 +1,4 @@
-//! Safetensors files, read tensor by tensor.
+//! Safetensors files: their headers, and reading them tensor by tensor.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
-use safetensors::tensor::Metadata;
+use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
@@ -86,27 +86,38 @@ impl Entry {
     /// The tensor's bytes, as they lie in the file.
     pub(crate) fn bytes(&self) -> Result<Vec<u8>> {
         let mut bytes = vec![0u8; self.bytes];
-        self.read_into(&mut bytes, 0)?;
+        self.read_into(&mut self.open()?, &mut bytes, 0)?;
         Ok(bytes)
     }
 
-    /// The same, read by all threads, so many bytes at a time; and what `look` finds in each piece, while the caches hold it.
+    /// What `look` finds in each piece of so many bytes, of which it is told where in the tensor it begins. All threads read
+    /// and look, each into memory of its own that its caches hold: no tensor is in memory whole.
     pub(crate) fn pieces<T: Send>(
         &self,
         size: usize,
-        look: impl Fn(&[u8]) -> T + Sync,
-    ) -> Result<(Vec<u8>, Vec<T>)> {
-        let mut bytes = vec![0u8; self.bytes];
-        let pieces = bytes.par_chunks_mut(size).enumerate().map(|(index, piece)| {
-            self.read_into(piece, index * size)?;
-            Ok(look(piece))
+        look: impl Fn(usize, &[u8]) -> Result<T> + Sync,
+    ) -> Result<Vec<T>> {
+        let count = self.bytes.div_ceil(size);
+        // Pieces that follow each other to each thread, in a file that it has opened once, so that the system reads ahead.
+        let runs = (0..count).into_par_iter().chunks(count.div_ceil(rayon::current_num_threads()).max(1));
+        let found = runs.map(|run| {
+            let (mut file, mut memory) = (self.open()?, vec![0u8; size.min(self.bytes)]);
+            let found = run.into_iter().map(|index| {
+                let start = index * size;
+                let (piece, _) = memory.split_at_mut(size.min(self.bytes - start));
+                self.read_into(&mut file, piece, start)?;
+                look(start, piece)
+            });
+            found.collect::<Result<Vec<T>>>()
         });
-        let found = pieces.collect::<Result<_>>()?;
-        Ok((bytes, found))
+        Ok(found.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
     }
 
-    fn read_into(&self, bytes: &mut [u8], offset: usize) -> Result<()> {
-        let mut file = File::open(&self.file).map_err(Error::io("open", &self.file))?;
+    fn open(&self) -> Result<File> {
+        File::open(&self.file).map_err(Error::io("open", &self.file))
+    }
+
+    fn read_into(&self, file: &mut File, bytes: &mut [u8], offset: usize) -> Result<()> {
         let start = SeekFrom::Start(self.start + offset as u64);
         file.seek(start).map_err(Error::io("read", &self.file))?;
         file.read_exact(bytes).map_err(Error::io("read", &self.file))
@@ -147,6 +158,31 @@ pub(super) fn shard_names(index: &Path) -> Result<BTreeSet<String>> {
         return Err(Error::format(index, "`weight_map` is empty"));
     }
     Ok(names)
+}
+
+/// What a file begins with: the length of its header, and the header, which says of the file what `about` says, and that
+/// these tensors follow, one directly after the other.
+pub(crate) fn beginning<'a>(
+    path: &Path,
+    about: About,
+    tensors: impl IntoIterator<Item = (String, DType, &'a [usize])>,
+) -> Result<Vec<u8>> {
+    let mut end = 0;
+    let places = tensors.into_iter().map(|(name, dtype, shape)| {
+        let start = end;
+        end += shape.iter().product::<usize>() * dtype.size_in_bytes();
+        let info = TensorInfo { dtype: dtype.into(), shape: shape.to_vec(), data_offsets: (start, end) };
+        (name, info)
+    });
+    let places = places.collect();
+    let metadata =
+        Metadata::new(Some(about), places).map_err(|error| Error::format(path, error.to_string()))?;
+    let mut header = serde_json::to_vec(&metadata).map_err(|error| Error::format(path, error.to_string()))?;
+    // Numbers begin at a multiple of their size.
+    header.resize(header.len().next_multiple_of(8), b' ');
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.append(&mut header);
+    Ok(bytes)
 }
 
 /// What a file says of itself, by name.

@@ -1,11 +1,10 @@
 //! Writing a checkpoint: everything, or nothing.
 
-use std::borrow::Cow;
-use std::cell::RefCell;
-use std::collections::HashMap;
+use std::cmp::Reverse;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use ::safetensors::Dtype;
 use candle_core::DType;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -13,8 +12,9 @@ use serde_json::{Value, json};
 use super::card::{CARD, ModelCard};
 use super::layout::Stored;
 use super::safetensors::{COMPACT, STANDARD, index, single};
+use super::shard::Shard;
 use super::staging::Staging;
-use super::written::{Content, Written};
+use super::written::Written;
 use super::{Checkpoint, Source, compact, surgery};
 use crate::error::{Error, Result};
 use crate::model::{Architecture, Decoder};
@@ -277,31 +277,25 @@ fn write_weights(
 ) -> Result<(Vec<String>, u64)> {
     let total = written.bytes();
     let stem = if written.format == Format::Compact { COMPACT } else { STANDARD };
-    let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
+    let shards = shards(&written.tensors, options.max_shard_bytes);
     let (mut names, mut weight_map) = (Vec::new(), serde_json::Map::new());
-    crate::progress::stage(STAGE, total, observer, |observer| {
-        let course = RefCell::new(Course { done: 0, total, observer, failure: None });
-        let views = written.tensors.iter().map(|(stored, dtype)| {
-            let (bytes, content) = (stored.bytes(*dtype), written.content.as_ref());
-            TensorView { stored, dtype: *dtype, bytes, content, course: &course }
-        });
-        let views: Vec<TensorView<'_, '_>> = views.collect();
-        let shards = shards(&views, options.max_shard_bytes);
-        for (place, views) in shards.iter().enumerate() {
+    crate::progress::counted(STAGE, total, observer, |advance| {
+        let mut done = 0;
+        for (number, tensors) in (1..).zip(&shards) {
             let name = match shards.len() {
                 1 => single(stem),
-                count => format!("{stem}-{:05}-of-{count:05}.safetensors", place + 1),
+                count => format!("{stem}-{number:05}-of-{count:05}.safetensors"),
             };
-            let path = staging.path.join(&name);
-            let named = views.iter().map(|view| (view.stored.name.as_str(), *view));
-            let serialized = ::safetensors::serialize_to_file(named, Some(metadata.clone()), &path);
-            if let Some(error) = course.borrow_mut().failure.take() {
-                return Err(error);
+            let shard = Shard::create(staging.path.join(&name), tensors)?;
+            let mut filled = 0;
+            for (stored, dtype) in tensors {
+                written.content.write(stored, *dtype, &shard.place(filled))?;
+                filled += stored.bytes(*dtype);
+                advance(done + filled)?;
+                weight_map.insert(stored.name.clone(), Value::from(name.as_str()));
             }
-            serialized.map_err(|error| not_written(&path, error))?;
-            staging.adopt(&path)?;
-            weight_map
-                .extend(views.iter().map(|view| (view.stored.name.clone(), Value::from(name.as_str()))));
+            shard.finish()?;
+            done += filled;
             names.push(name);
         }
         Ok(())
@@ -330,86 +324,28 @@ fn compare(written: &Written<'_>, directory: &Path, observer: &mut dyn Observer)
     Ok(reloaded)
 }
 
-/// How far the writing is.
-struct Course<'o> {
-    done: u64,
-    total: u64,
-    observer: &'o mut dyn Observer,
-    /// Why a tensor could not be put together, or that the observer stopped: the writer's interface has no place for
-    /// an error.
-    failure: Option<Error>,
-}
-
-impl Course<'_> {
-    /// Tells the observer of so many bytes more.
-    fn advance(&mut self, bytes: u64) -> Result<()> {
-        self.done += bytes;
-        crate::progress::advance(STAGE, self.done, self.total, self.observer)
-    }
-}
-
-/// A stored tensor put together only while it is written.
-struct TensorView<'a, 'o> {
-    stored: &'a Stored,
-    dtype: DType,
-    bytes: u64,
-    content: &'a dyn Content,
-    course: &'a RefCell<Course<'o>>,
-}
-
-impl ::safetensors::View for &TensorView<'_, '_> {
-    fn dtype(&self) -> ::safetensors::Dtype {
-        self.dtype.into()
-    }
-
-    fn shape(&self) -> &[usize] {
-        &self.stored.shape
-    }
-
-    /// Nothing after a failure: what is written then is thrown away.
-    fn data(&self) -> Cow<'_, [u8]> {
-        let mut course = self.course.borrow_mut();
-        if course.failure.is_some() {
-            return Cow::Borrowed(&[]);
-        }
-        let bytes = self.content.bytes(self.stored, self.dtype);
-        let told = bytes.and_then(|bytes| course.advance(self.bytes).map(|()| bytes));
-        Cow::Owned(told.unwrap_or_else(|error| {
-            course.failure = Some(error);
-            Vec::new()
-        }))
-    }
-
-    fn data_len(&self) -> usize {
-        self.bytes as usize
-    }
-}
-
-/// Consecutive tensors, cut where a file would pass `limit`.
-fn shards<'b, 'a, 'o>(views: &'b [TensorView<'a, 'o>], limit: u64) -> Vec<Vec<&'b TensorView<'a, 'o>>> {
-    let mut shards: Vec<Vec<&TensorView<'_, '_>>> = Vec::new();
+/// Consecutive tensors, cut where a file would pass `limit`, each file's as safetensors' own writer orders them: wide
+/// types first, so that every number lies at a multiple of its size, and then by name.
+fn shards(tensors: &[(Stored, DType)], limit: u64) -> Vec<Vec<&(Stored, DType)>> {
+    let mut shards: Vec<Vec<&(Stored, DType)>> = Vec::new();
     let mut filled = 0u64;
-    for view in views {
-        let bytes = view.bytes;
+    for tensor in tensors {
+        let bytes = tensor.0.bytes(tensor.1);
         match shards.last_mut().filter(|_| filled + bytes <= limit) {
-            Some(shard) => shard.push(view),
+            Some(shard) => shard.push(tensor),
             None => {
-                shards.push(vec![view]);
+                shards.push(vec![tensor]);
                 filled = 0;
             }
         }
         filled += bytes;
+    }
+    for shard in &mut shards {
+        shard.sort_by_key(|(stored, dtype)| (Reverse(Dtype::from(*dtype)), &stored.name));
     }
     shards
 }
 
 fn pretty(value: &Value) -> Result<String> {
     serde_json::to_string_pretty(value).map_err(|error| Error::Plan(format!("cannot write json: {error}")))
-}
-
-fn not_written(path: &Path, error: ::safetensors::SafeTensorError) -> Error {
-    match error {
-        ::safetensors::SafeTensorError::IoError(source) => Error::io("write", path)(source),
-        other => Error::format(path, other.to_string()),
-    }
 }

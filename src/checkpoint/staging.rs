@@ -54,15 +54,6 @@ impl Staging {
         file.write_all(bytes).and_then(|()| file.sync_all()).map_err(Error::io("write", &path))
     }
 
-    /// Syncs a file that another writer made, and gives it the permissions of the others: the tensor writer makes
-    /// files that only their owner may read.
-    pub(super) fn adopt(&self, path: &Path) -> Result<()> {
-        let like = self.path.join("config.json");
-        let permissions = std::fs::metadata(&like).map_err(Error::io("read", &like))?.permissions();
-        std::fs::set_permissions(path, permissions).map_err(Error::io("write", path))?;
-        sync(path)
-    }
-
     pub(super) fn commit(mut self, directory: &Path) -> Result<()> {
         sync_directory(&self.path)?;
         std::fs::rename(&self.path, directory).map_err(Error::io("rename to", directory))?;

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use candle_core::{DType, Device, Tensor};
 
 use super::layout::{Stored, stored_tensors};
+use super::shard::Place;
 use super::{Checkpoint, Format};
 use crate::error::{Error, Result};
 use crate::model::{Architecture, BlockParam, Decoder, Param, StoredTypes};
@@ -123,8 +124,8 @@ impl Written<'_> {
 
 /// What the tensors of a checkpoint in the making hold.
 pub(super) trait Content {
-    /// The bytes of a tensor as it will be stored in `dtype`.
-    fn bytes(&self, stored: &Stored, dtype: DType) -> Result<Vec<u8>>;
+    /// Writes a tensor, as it will be stored in `dtype`, to its place.
+    fn write(&self, stored: &Stored, dtype: DType, place: &Place<'_>) -> Result<()>;
 
     /// Whether a tensor of the checkpoint that was written holds what it should.
     fn is_in(&self, reloaded: &Checkpoint, stored: &Stored) -> Result<bool>;
@@ -160,13 +161,13 @@ struct InMemory<'a> {
 }
 
 impl Content for InMemory<'_> {
-    fn bytes(&self, stored: &Stored, dtype: DType) -> Result<Vec<u8>> {
-        bytes_of(&self.tensor(stored, dtype)?)
+    fn write(&self, stored: &Stored, dtype: DType, place: &Place<'_>) -> Result<()> {
+        place.write(0, &bytes_of(&self.tensor(stored, dtype)?)?)
     }
 
     fn is_in(&self, reloaded: &Checkpoint, stored: &Stored) -> Result<bool> {
         let on_disk = reloaded.read(stored)?;
-        Ok(bytes_of(&on_disk)? == self.bytes(stored, on_disk.dtype())?)
+        Ok(bytes_of(&on_disk)? == bytes_of(&self.tensor(stored, on_disk.dtype())?)?)
     }
 }
 

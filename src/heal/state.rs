@@ -9,7 +9,6 @@ use std::io::Write;
 use std::path::Path;
 
 use candle_core::{DType, Tensor};
-use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use serde::{Deserialize, Serialize};
 
 use super::adamw::Moments;
@@ -87,11 +86,10 @@ impl State {
 
     /// Writes it with the student's values, tensor by tensor: complete, or not at all.
     pub(super) fn save(&self, path: &Path, student: &Student) -> Result<()> {
-        let header = self.header(student).map_err(|reason| Error::format(path, reason))?;
+        let beginning = self.beginning(path, student)?;
         file::replace(path, |file| {
             let mut put = |bytes: &[u8]| file.write_all(bytes).map_err(Error::io("write", path));
-            put(&(header.len() as u64).to_le_bytes())?;
-            put(&header)?;
+            put(&beginning)?;
             for (place, (trained, moments)) in student.trained.iter().zip(&self.moments).enumerate() {
                 let value = values(trained)?;
                 let best = self.best.as_ref().and_then(|best| best.get(place));
@@ -104,26 +102,15 @@ impl State {
         })
     }
 
-    /// The header of the file: the position, and where the numbers of every tensor are, in the order of writing.
-    fn header(&self, student: &Student) -> Result<Vec<u8>, String> {
-        let json = serde_json::to_string(&self.position).map_err(|error| error.to_string())?;
+    /// What the file begins with: the position, and which tensors follow, in the order of writing.
+    fn beginning(&self, path: &Path, student: &Student) -> Result<Vec<u8>> {
+        let json = serde_json::to_string(&self.position);
+        let json = json.map_err(|error| Error::format(path, error.to_string()))?;
         let kinds = if self.best.is_some() { &KINDS[..] } else { &KINDS[..KINDS.len() - 1] };
-        let (mut tensors, mut end) = (Vec::new(), 0);
-        for trained in &student.trained {
-            for kind in kinds {
-                let start = end;
-                end += trained.var.elem_count() * size_of::<f32>();
-                let shape = trained.var.dims().to_vec();
-                let info = TensorInfo { dtype: Dtype::F32, shape, data_offsets: (start, end) };
-                tensors.push((name(kind, trained), info));
-            }
-        }
-        let metadata = HashMap::from([(METADATA.to_string(), json)]);
-        let metadata = Metadata::new(Some(metadata), tensors).map_err(|error| error.to_string())?;
-        let mut header = serde_json::to_vec(&metadata).map_err(|error| error.to_string())?;
-        // Numbers begin at a multiple of their size.
-        header.resize(header.len().next_multiple_of(8), b' ');
-        Ok(header)
+        let tensors = student.trained.iter().flat_map(|trained| {
+            kinds.iter().map(|kind| (name(kind, trained), DType::F32, trained.var.dims()))
+        });
+        checkpoint::beginning(path, HashMap::from([(METADATA.to_string(), json)]), tensors)
     }
 
     /// The state in a file, which has to be one of this healing, read tensor by tensor; the student gets its values.
