@@ -20,12 +20,21 @@ pub(crate) fn replace(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> R
         let _ = std::fs::remove_file(partial);
     }
     placed?;
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    // Only Unix opens directories as files; elsewhere the rename alone has to do.
+    sync_directory(parent(path))
+}
+
+/// Waits until the names in a directory are on the disk. Only Unix opens directories as files; elsewhere the rename alone
+/// has to do.
+pub(crate) fn sync_directory(path: &Path) -> Result<()> {
     if cfg!(unix) {
-        File::open(parent).and_then(|directory| directory.sync_all()).map_err(Error::io("sync", parent))?;
+        File::open(path).and_then(|directory| directory.sync_all()).map_err(Error::io("sync", path))?;
     }
     Ok(())
+}
+
+/// The directory that a path lies in.
+pub(crate) fn parent(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// Writes a file to the disk, and closes it.

@@ -9,7 +9,7 @@ use std::path::Path;
 
 use foldgpt::candle::{DType, Device, Tensor};
 use foldgpt::model::{Part, Unit};
-use foldgpt::{Checkpoint, Error, Format, Observer, Plan, SaveOptions, Scores, Target};
+use foldgpt::{Checkpoint, Decoder, Error, Format, Observer, Plan, SaveOptions, Scores, Target};
 use support::{FAMILIES, folded, kinds, load, open, windows};
 
 /// Every file of a directory.
@@ -55,6 +55,56 @@ fn copied_blocks_are_what_saving_them_writes() {
         assert_same(&open(family), &[0, 3], &options(Format::Expanded, 40_000), family);
         let narrow = open(family).stored_as(DType::BF16);
         assert_same(&narrow, &[1, 2], &options(Format::Expanded, u64::MAX), &format!("{family} as bf16"));
+    }
+}
+
+/// A random model with tensors in bf16 of nearly three mebibytes, the most that a thread copies at once being one.
+fn write_large(directory: &Path) {
+    let config = serde_json::json!({
+        "model_type": "llama", "hidden_size": 600, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 6, "num_key_value_heads": 6, "vocab_size": 2501, "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": false,
+    });
+    let tiny = Checkpoint::open(Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/tiny-stories")).unwrap();
+    let checkpoint = Checkpoint::create(config, tiny.tokenizer().unwrap()).unwrap();
+    let decoder = Decoder::random(checkpoint.architecture().clone(), 7, DType::F32, &Device::Cpu).unwrap();
+    checkpoint.save(&decoder, None, directory, &SaveOptions::default(), &mut ()).unwrap();
+}
+
+#[test]
+fn tensors_that_are_copied_in_pieces_are_whole() {
+    let scratch = tempfile::tempdir().unwrap();
+    let directory = scratch.path().join("large");
+    write_large(&directory);
+    let checkpoint = Checkpoint::open(&directory).unwrap();
+    for limit in [u64::MAX, 4_000_000, 1] {
+        assert_same(
+            &checkpoint,
+            &[1],
+            &options(Format::Expanded, limit),
+            &format!("in files of {limit} bytes"),
+        );
+    }
+
+    // A number that is not finite is found in whatever piece it lies, and what was written by then is gone.
+    let weights = directory.join("model.safetensors");
+    let whole = foldgpt::candle::safetensors::load(&weights, &Device::Cpu).unwrap();
+    let (name, shape) = ("lm_head.weight", (2501, 600));
+    for place in [0, 700_000, 2501 * 600 - 1] {
+        let (mut tensors, mut values) = (whole.clone(), vec![0.5f32; 2501 * 600]);
+        values[place] = f32::NAN;
+        let broken = Tensor::from_vec(values, shape, &Device::Cpu).unwrap().to_dtype(DType::BF16).unwrap();
+        tensors.insert(name.into(), broken);
+        foldgpt::candle::safetensors::save(&tensors, &weights).unwrap();
+        let out = scratch.path().join("out");
+        let checkpoint = Checkpoint::open(&directory).unwrap();
+        let error = checkpoint.save_blocks(&[0], None, &out, &SaveOptions::default(), &mut ()).unwrap_err();
+        assert!(matches!(&error, Error::Tensor { tensor, .. } if tensor == name), "{place}: {error}");
+        assert_eq!(
+            std::fs::read_dir(scratch.path()).unwrap().count(),
+            1,
+            "{place}: something is left behind"
+        );
     }
 }
 

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use super::finite::are_finite;
 use super::layout::{Stored, stored_tensors};
 use super::save::{Format, Prepared, SaveOptions, Saved};
-use super::shard::Place;
+use super::shard::{Place, Writer};
 use super::written::{Content, Written, bytes_of};
 use super::{Checkpoint, Source};
 use crate::error::{Error, Result};
@@ -24,8 +24,9 @@ const PIECE: usize = 1 << 20;
 
 impl Checkpoint {
     /// Writes the model with only the blocks of `kept`, in that order, as [`save`](Self::save) writes the decoder of
-    /// these blocks, byte for byte, and never has more than a tensor in memory: stored tensors are copied as they are
-    /// (scales too, of which `save` narrows those that lose nothing by it).
+    /// these blocks, byte for byte: stored tensors are copied as they are (scales too, of which `save` narrows those that
+    /// lose nothing by it). Of safetensors files a mebibyte for each thread is in memory; of GGUF files, and where a
+    /// tensor changes its type, one tensor at a time.
     ///
     /// The directory is complete or absent, as there; each tensor is compared with what was copied by its checksums. A value
     /// that is NaN or infinite is refused in what is copied, and not looked for in the blocks that are dropped, where
@@ -113,15 +114,16 @@ impl Checkpoint {
     }
 
     /// What `look` finds in each piece of a tensor, where it is stored in this type.
-    fn pieces<T: Send>(
+    fn pieces<S, T: Send>(
         &self,
         stored: &Stored,
         dtype: DType,
-        look: impl Fn(usize, &[u8]) -> Result<T> + Sync,
+        begin: impl Fn() -> Result<S> + Sync,
+        look: impl Fn(&mut S, usize, &[u8]) -> Result<T> + Sync,
     ) -> Result<Option<Vec<T>>> {
         let Source::Safetensors(tensors) = &self.source else { return Ok(None) };
         let entry = self.entry(tensors, &stored.name).filter(|(_, entry)| entry.dtype == dtype);
-        entry.map(|(_, entry)| entry.pieces(PIECE, look)).transpose()
+        entry.map(|(_, entry)| entry.pieces(PIECE, begin, look)).transpose()
     }
 }
 
@@ -138,18 +140,18 @@ impl Content for Copied<'_> {
     fn write(&self, stored: &Stored, dtype: DType, place: &Place<'_>) -> Result<()> {
         let missing = || Error::tensor(&self.checkpoint.location, &stored.name, "missing");
         let origin = self.origins.get(&stored.name).ok_or_else(missing)?;
-        let copy = |offset: usize, piece: &[u8]| {
+        let copy = |writer: &mut Writer<'_>, offset: usize, piece: &[u8]| {
             if !are_finite(piece, dtype) {
                 return Err(self.checkpoint.not_finite(origin, dtype));
             }
-            place.write(offset, piece)?;
+            writer.write(offset, piece)?;
             Ok(checksum(piece))
         };
-        let checksums = match self.checkpoint.pieces(origin, dtype, copy)? {
+        let checksums = match self.checkpoint.pieces(origin, dtype, || place.writer(), copy)? {
             Some(checksums) => checksums,
             None => {
                 let bytes = bytes_of(&self.checkpoint.read(origin)?)?;
-                place.write(0, &bytes)?;
+                place.writer()?.write(0, &bytes)?;
                 bytes.par_chunks(PIECE).map(checksum).collect()
             }
         };
@@ -159,7 +161,7 @@ impl Content for Copied<'_> {
 
     fn is_in(&self, reloaded: &Checkpoint, stored: &Stored) -> Result<bool> {
         let dtype = reloaded.stored_dtype(&stored.name);
-        let found = reloaded.pieces(stored, dtype, |_, piece| Ok(checksum(piece)))?;
+        let found = reloaded.pieces(stored, dtype, || Ok(()), |(), _, piece| Ok(checksum(piece)))?;
         Ok(found.is_some_and(|found| self.checksums.borrow().get(&stored.name) == Some(&found)))
     }
 }

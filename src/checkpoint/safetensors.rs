@@ -91,22 +91,24 @@ impl Entry {
     }
 
     /// What `look` finds in each piece of so many bytes, of which it is told where in the tensor it begins. All threads read
-    /// and look, each into memory of its own that its caches hold: no tensor is in memory whole.
-    pub(crate) fn pieces<T: Send>(
+    /// and look, each into memory of its own that its caches hold, with what `begin` made for it: there is no more than a
+    /// piece of each in memory.
+    pub(crate) fn pieces<S, T: Send>(
         &self,
         size: usize,
-        look: impl Fn(usize, &[u8]) -> Result<T> + Sync,
+        begin: impl Fn() -> Result<S> + Sync,
+        look: impl Fn(&mut S, usize, &[u8]) -> Result<T> + Sync,
     ) -> Result<Vec<T>> {
         let count = self.bytes.div_ceil(size);
         // Pieces that follow each other to each thread, in a file that it has opened once, so that the system reads ahead.
         let runs = (0..count).into_par_iter().chunks(count.div_ceil(rayon::current_num_threads()).max(1));
         let found = runs.map(|run| {
-            let (mut file, mut memory) = (self.open()?, vec![0u8; size.min(self.bytes)]);
+            let (mut file, mut memory, mut with) = (self.open()?, vec![0u8; size.min(self.bytes)], begin()?);
             let found = run.into_iter().map(|index| {
                 let start = index * size;
                 let (piece, _) = memory.split_at_mut(size.min(self.bytes - start));
                 self.read_into(&mut file, piece, start)?;
-                look(start, piece)
+                look(&mut with, start, piece)
             });
             found.collect::<Result<Vec<T>>>()
         });
@@ -180,6 +182,11 @@ pub(crate) fn beginning<'a>(
     let mut header = serde_json::to_vec(&metadata).map_err(|error| Error::format(path, error.to_string()))?;
     // Numbers begin at a multiple of their size.
     header.resize(header.len().next_multiple_of(8), b' ');
+    if header.len() as u64 > LARGEST_HEADER {
+        let reason =
+            format!("a header of {} bytes, of which safetensors has at most {LARGEST_HEADER}", header.len());
+        return Err(Error::format(path, reason));
+    }
     let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
     bytes.append(&mut header);
     Ok(bytes)

@@ -1,10 +1,8 @@
 //! Writing a checkpoint: everything, or nothing.
 
-use std::cmp::Reverse;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use ::safetensors::Dtype;
 use candle_core::DType;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -278,24 +276,23 @@ fn write_weights(
     let total = written.bytes();
     let stem = if written.format == Format::Compact { COMPACT } else { STANDARD };
     let shards = shards(&written.tensors, options.max_shard_bytes);
+    let count = shards.len();
     let (mut names, mut weight_map) = (Vec::new(), serde_json::Map::new());
     crate::progress::counted(STAGE, total, observer, |advance| {
         let mut done = 0;
-        for (number, tensors) in (1..).zip(&shards) {
-            let name = match shards.len() {
+        for (number, tensors) in (1..).zip(shards) {
+            let name = match count {
                 1 => single(stem),
                 count => format!("{stem}-{number:05}-of-{count:05}.safetensors"),
             };
             let shard = Shard::create(staging.path.join(&name), tensors)?;
-            let mut filled = 0;
-            for (stored, dtype) in tensors {
-                written.content.write(stored, *dtype, &shard.place(filled))?;
-                filled += stored.bytes(*dtype);
-                advance(done + filled)?;
+            for (stored, dtype, place) in shard.places() {
+                written.content.write(stored, dtype, &place)?;
+                done += stored.bytes(dtype);
+                advance(done)?;
                 weight_map.insert(stored.name.clone(), Value::from(name.as_str()));
             }
             shard.finish()?;
-            done += filled;
             names.push(name);
         }
         Ok(())
@@ -324,8 +321,7 @@ fn compare(written: &Written<'_>, directory: &Path, observer: &mut dyn Observer)
     Ok(reloaded)
 }
 
-/// Consecutive tensors, cut where a file would pass `limit`, each file's as safetensors' own writer orders them: wide
-/// types first, so that every number lies at a multiple of its size, and then by name.
+/// Consecutive tensors, cut where a file would pass `limit`.
 fn shards(tensors: &[(Stored, DType)], limit: u64) -> Vec<Vec<&(Stored, DType)>> {
     let mut shards: Vec<Vec<&(Stored, DType)>> = Vec::new();
     let mut filled = 0u64;
@@ -339,9 +335,6 @@ fn shards(tensors: &[(Stored, DType)], limit: u64) -> Vec<Vec<&(Stored, DType)>>
             }
         }
         filled += bytes;
-    }
-    for shard in &mut shards {
-        shard.sort_by_key(|(stored, dtype)| (Reverse(Dtype::from(*dtype)), &stored.name));
     }
     shards
 }

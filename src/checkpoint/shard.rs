@@ -1,9 +1,11 @@
 //! A file of weights in the making, whose tensors are written wherever they lie, by any thread.
 
+use std::cmp::Reverse;
 use std::fs::File;
-use std::io::Write;
-use std::path::PathBuf;
+use std::io::{Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
 
+use ::safetensors::Dtype;
 use candle_core::DType;
 
 use super::layout::Stored;
@@ -11,21 +13,33 @@ use super::safetensors::{About, beginning};
 use crate::error::{Error, Result};
 
 /// A file with the header of its tensors, and room for what they hold.
-pub(super) struct Shard {
+pub(super) struct Shard<'a> {
     path: PathBuf,
     file: File,
+    /// In the order of the file.
+    tensors: Vec<&'a (Stored, DType)>,
+    /// Where the first begins.
     start: u64,
 }
 
 /// Where the bytes of one tensor go.
 pub(super) struct Place<'a> {
-    shard: &'a Shard,
+    path: &'a Path,
     start: u64,
+    bytes: u64,
 }
 
-impl Shard {
-    /// Makes the file of these tensors, which lie in it in this order.
-    pub(super) fn create(path: PathBuf, tensors: &[&(Stored, DType)]) -> Result<Self> {
+/// A handle by which one thread writes to a place.
+pub(super) struct Writer<'a> {
+    place: &'a Place<'a>,
+    file: File,
+}
+
+impl<'a> Shard<'a> {
+    /// Makes the file of these tensors, in the order of safetensors' own writer: wide types first, so that every number
+    /// lies at a multiple of its size, and then by name.
+    pub(super) fn create(path: PathBuf, mut tensors: Vec<&'a (Stored, DType)>) -> Result<Self> {
+        tensors.sort_by_key(|(stored, dtype)| (Reverse(Dtype::from(*dtype)), &stored.name));
         // What transformers looks for.
         let about = About::from([("format".into(), "pt".into())]);
         let named = tensors.iter().map(|(stored, dtype)| (stored.name.clone(), *dtype, &*stored.shape));
@@ -35,12 +49,17 @@ impl Shard {
         let mut file = File::create(&path).map_err(Error::io("create", &path))?;
         let written = file.write_all(&header).and_then(|()| file.set_len(start + bytes));
         written.map_err(Error::io("write", &path))?;
-        Ok(Self { path, file, start })
+        Ok(Self { path, file, tensors, start })
     }
 
-    /// Where a tensor goes that has so many bytes of others before it.
-    pub(super) fn place(&self, before: u64) -> Place<'_> {
-        Place { shard: self, start: self.start + before }
+    /// Every tensor with the place that it has to be written to.
+    pub(super) fn places(&self) -> impl Iterator<Item = (&'a Stored, DType, Place<'_>)> {
+        let mut end = self.start;
+        self.tensors.iter().map(move |(stored, dtype)| {
+            let (start, bytes) = (end, stored.bytes(*dtype));
+            end += bytes;
+            (stored, *dtype, Place { path: &self.path, start, bytes })
+        })
     }
 
     /// Waits until all of it is on the disk.
@@ -50,33 +69,32 @@ impl Shard {
 }
 
 impl Place<'_> {
-    /// Writes bytes of the tensor from its byte `offset` on.
-    pub(super) fn write(&self, offset: usize, bytes: &[u8]) -> Result<()> {
-        let written = write_at(self.shard, self.start + offset as u64, bytes);
-        written.map_err(Error::io("write", &self.shard.path))
+    /// A handle of its own, since writing by one that others use would need a lock.
+    pub(super) fn writer(&self) -> Result<Writer<'_>> {
+        let file = File::options().write(true).open(self.path).map_err(Error::io("open", self.path))?;
+        Ok(Writer { place: self, file })
     }
 }
 
-/// One handle serves all threads: a lock around going to a place and writing cost an eighth of the time of copying.
-#[cfg(unix)]
-fn write_at(shard: &Shard, start: u64, bytes: &[u8]) -> std::io::Result<()> {
-    std::os::unix::fs::FileExt::write_all_at(&shard.file, bytes, start)
-}
-
-/// Elsewhere every use has a handle of its own, since writing moves the place that others would write at.
-#[cfg(not(unix))]
-fn write_at(shard: &Shard, start: u64, bytes: &[u8]) -> std::io::Result<()> {
-    use std::io::{Seek, SeekFrom};
-    let mut file = File::options().write(true).open(&shard.path)?;
-    file.seek(SeekFrom::Start(start))?;
-    file.write_all(bytes)
+impl Writer<'_> {
+    /// Writes bytes of the tensor from its byte `offset` on.
+    pub(super) fn write(&mut self, offset: usize, bytes: &[u8]) -> Result<()> {
+        let Place { path, start, bytes: room } = *self.place;
+        let (offset, end) = (offset as u64, offset as u64 + bytes.len() as u64);
+        if end > room {
+            return Err(Error::format(path, format!("bytes {offset}..{end} of a tensor of {room} bytes")));
+        }
+        let written =
+            self.file.seek(SeekFrom::Start(start + offset)).and_then(|_| self.file.write_all(bytes));
+        written.map_err(Error::io("write", path))
+    }
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use ::safetensors::tensor::TensorView;
     use rayon::prelude::*;
-    use safetensors::tensor::TensorView;
 
     use super::super::safetensors::header;
     use super::*;
@@ -95,22 +113,30 @@ mod tests {
             (stored, dtype)
         };
         let tensors = [
-            stored("norm", &[33], DType::F32),
+            stored("norm", &[3], DType::BF16),
             stored("embed", &[70, 30], DType::BF16),
-            stored("head", &[1, 5], DType::BF16),
+            stored("scale", &[33], DType::F32),
+            stored("none", &[0, 4], DType::F32),
         ];
-        let values: Vec<Vec<u8>> =
-            (0..).zip(&tensors).map(|(seed, (s, d))| bytes(s.bytes(*d) as usize, seed)).collect();
+        let values: Vec<Vec<u8>> = (0..)
+            .zip(&tensors)
+            .map(|(seed, (stored, dtype))| bytes(stored.bytes(*dtype) as usize, seed))
+            .collect();
+        let value =
+            |name: &str| tensors.iter().zip(&values).find(|((stored, _), _)| stored.name == name).unwrap().1;
 
         let path = scratch.path().join("pieces");
-        let shard = Shard::create(path.clone(), &tensors.each_ref()).unwrap();
-        let mut before = 0;
-        for value in &values {
-            let place = shard.place(before);
-            let written =
-                value.par_chunks(64).enumerate().rev().map(|(index, piece)| place.write(index * 64, piece));
+        let shard = Shard::create(path.clone(), tensors.iter().collect()).unwrap();
+        for (stored, _, place) in shard.places() {
+            let value = value(&stored.name);
+            let written = value
+                .par_chunks(64)
+                .enumerate()
+                .rev()
+                .map(|(index, piece)| place.writer()?.write(index * 64, piece));
             written.collect::<Result<()>>().unwrap();
-            before += value.len() as u64;
+            let beyond = place.writer().unwrap().write(value.len(), &[0]);
+            assert!(beyond.is_err(), "the next tensor is not written over");
         }
         shard.finish().unwrap();
 
@@ -118,24 +144,28 @@ mod tests {
             (stored.name.clone(), TensorView::new((*dtype).into(), stored.shape.clone(), value).unwrap())
         });
         let about = About::from([("format".into(), "pt".into())]);
-        let expected = safetensors::serialize(views, Some(about)).unwrap();
+        let expected = ::safetensors::serialize(views, Some(about)).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), expected);
 
         // Read again in pieces of any size, each of which is told where it begins.
         let (_, entries) = header(&path).unwrap();
         for ((stored, _), value) in tensors.iter().zip(&values) {
             for size in [1, 7, 64, 1 << 20] {
-                let look = |start: usize, piece: &[u8]| Ok((start, piece.to_vec()));
-                let found = entries[&stored.name].pieces(size, look).unwrap();
+                let look = |(): &mut (), start: usize, piece: &[u8]| Ok((start, piece.to_vec()));
+                let found = entries[&stored.name].pieces(size, || Ok(()), look).unwrap();
                 let starts: Vec<usize> = found.iter().map(|(start, _)| *start).collect();
                 assert_eq!(starts, (0..value.len()).step_by(size).collect::<Vec<_>>());
                 assert!(found.iter().all(|(_, piece)| piece.len() <= size));
                 assert_eq!(&found.into_iter().flat_map(|(_, piece)| piece).collect::<Vec<_>>(), value);
             }
-            let refused = entries[&stored.name].pieces(16, |start, _| match start {
-                16 => Err(Error::Cancelled { stage: "save" }),
-                _ => Ok(()),
-            });
+            let refused = entries[&stored.name].pieces(
+                16,
+                || Ok(()),
+                |(), start, _| match start {
+                    16 => Err(Error::Cancelled { stage: "save" }),
+                    _ => Ok(()),
+                },
+            );
             assert_eq!(refused.is_err(), value.len() > 16);
         }
     }

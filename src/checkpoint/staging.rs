@@ -5,6 +5,7 @@ use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
+use crate::file::{parent, sync_directory};
 
 /// The directory that is written into; removed again unless it is committed.
 pub(super) struct Staging {
@@ -69,17 +70,4 @@ impl Drop for Staging {
             let _ = std::fs::remove_dir_all(&self.path);
         }
     }
-}
-
-fn sync(path: &Path) -> Result<()> {
-    File::open(path).and_then(|file| file.sync_all()).map_err(Error::io("sync", path))
-}
-
-/// Only Unix opens directories as files; elsewhere the rename alone has to do.
-fn sync_directory(path: &Path) -> Result<()> {
-    if cfg!(unix) { sync(path) } else { Ok(()) }
-}
-
-fn parent(directory: &Path) -> &Path {
-    directory.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }

@@ -162,7 +162,7 @@ struct InMemory<'a> {
 
 impl Content for InMemory<'_> {
     fn write(&self, stored: &Stored, dtype: DType, place: &Place<'_>) -> Result<()> {
-        place.write(0, &bytes_of(&self.tensor(stored, dtype)?)?)
+        place.writer()?.write(0, &bytes_of(&self.tensor(stored, dtype)?)?)
     }
 
     fn is_in(&self, reloaded: &Checkpoint, stored: &Stored) -> Result<bool> {
