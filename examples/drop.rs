@@ -19,7 +19,7 @@ use foldgpt::{Bytes, SaveOptions};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Writes a model without some of its blocks, never having it in memory
+/// Writes a model without some of its blocks, never having it in memory (of a GGUF file, one tensor at a time in f32)
 #[derive(Parser)]
 struct Args {
     /// A directory in the Hugging Face layout, a GGUF file, or a hub id (`org/name`, feature `hub`)
@@ -33,7 +33,7 @@ struct Args {
     out: PathBuf,
     #[command(flatten)]
     format: cli::target::FormatArgs,
-    /// Tensors are split into files of at most this many bytes
+    /// Tensors are split into files of at most this many bytes; a larger tensor has a file of its own
     #[arg(long, default_value = "5GB")]
     max_shard: Bytes,
 }

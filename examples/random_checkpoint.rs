@@ -72,7 +72,8 @@ fn main() -> Result<()> {
     std::fs::create_dir(&partial)?;
     for name in ["tokenizer.json", "tokenizer_config.json"] {
         let from = args.tokenizer.join(name);
-        std::fs::copy(&from, partial.join(name)).with_context(|| from.display().to_string())?;
+        std::fs::copy(&from, partial.join(name))
+            .with_context(|| format!("--tokenizer: cannot copy {}", from.display()))?;
     }
     std::fs::write(partial.join("config.json"), serde_json::to_string_pretty(&config)?)?;
     write(&tensors(&args), args.max_shard.0, &partial)?;
@@ -166,7 +167,12 @@ fn write(tensors: &[Random], limit: u64, directory: &Path) -> Result<()> {
         };
         let named = shard.iter().map(|tensor| (tensor.name.as_str(), *tensor));
         let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
-        safetensors::serialize_to_file(named, Some(metadata), &directory.join(&name))?;
+        let path = directory.join(&name);
+        let written = safetensors::serialize_to_file(named, Some(metadata), &path);
+        written.with_context(|| format!("cannot write {}", path.display()))?;
+        // That writer makes files that only their owner may read.
+        let permissions = std::fs::metadata(directory.join("config.json"))?.permissions();
+        std::fs::set_permissions(&path, permissions)?;
         map.extend(shard.iter().map(|tensor| (tensor.name.clone(), Value::from(name.as_str()))));
         println!("{name}: {} tensors", shard.len());
     }

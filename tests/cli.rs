@@ -66,3 +66,42 @@ fn flags_of_sharing_say_what_is_shared() {
         Donor::First
     );
 }
+
+/// The signal of Ctrl-C, sent to this process while a model is copied.
+#[cfg(unix)]
+#[test]
+fn an_interrupt_cancels_what_runs_and_leaves_nothing() {
+    use foldgpt::{Checkpoint, Error, Observer, SaveOptions};
+    use std::ops::ControlFlow;
+    use std::time::{Duration, Instant};
+
+    /// Sends the signal when copying has begun, and waits until it has arrived.
+    struct Interrupted(cli::Bars);
+    impl Observer for Interrupted {
+        fn started(&mut self, stage: &'static str, total: u64) {
+            self.0.started(stage, total);
+        }
+        fn advanced(&mut self, stage: &'static str, done: u64, total: u64) -> ControlFlow<()> {
+            // Of the shell's own, since not every system has a program for it.
+            let kill = format!("kill -s INT {}", std::process::id());
+            assert!(std::process::Command::new("sh").args(["-c", &kill]).status().unwrap().success());
+            let start = Instant::now();
+            while self.0.advanced(stage, done, total).is_continue() {
+                assert!(start.elapsed() < Duration::from_secs(60), "the signal has not arrived");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            ControlFlow::Break(())
+        }
+        fn finished(&mut self, stage: &'static str) {
+            self.0.finished(stage);
+        }
+    }
+
+    let checkpoint = Checkpoint::open("examples/tiny-stories").unwrap();
+    let scratch = tempfile::tempdir().unwrap();
+    let mut observer = Interrupted(cli::Bars::default());
+    let out = scratch.path().join("out");
+    let result = checkpoint.save_blocks(&[0], None, &out, &SaveOptions::default(), &mut observer);
+    assert!(matches!(result, Err(Error::Cancelled { stage: "save" })), "{result:?}");
+    assert_eq!(std::fs::read_dir(scratch.path()).unwrap().count(), 0);
+}

@@ -2,6 +2,7 @@
 #![allow(dead_code, unreachable_pub, clippy::print_stdout, clippy::print_stderr)]
 
 pub mod heal;
+pub mod interrupt;
 pub mod quantize;
 pub mod scoring;
 pub mod target;
@@ -216,7 +217,7 @@ pub fn peak_memory() -> Option<Bytes> {
     line.trim().parse::<Bytes>().ok().map(|kilobytes| Bytes(kilobytes.0 / 1000 * 1024))
 }
 
-/// A bar on standard error for every stage; nothing where standard error is no terminal.
+/// A bar on standard error for every stage, where that is a terminal; and what Ctrl-C cancels.
 #[derive(Debug, Default)]
 pub struct Bars {
     bar: Option<ProgressBar>,
@@ -226,6 +227,7 @@ pub struct Bars {
 
 impl Observer for Bars {
     fn started(&mut self, stage: &'static str, total: u64) {
+        interrupt::started();
         if let Some(outer) = self.bar.take() {
             outer.finish_and_clear();
         }
@@ -243,7 +245,7 @@ impl Observer for Bars {
         if let Some(bar) = &self.bar {
             bar.set_position(done);
         }
-        ControlFlow::Continue(())
+        interrupt::flow()
     }
 
     fn measured(&mut self, stage: &'static str, what: &'static str, value: f64) {
@@ -258,6 +260,7 @@ impl Observer for Bars {
     }
 
     fn finished(&mut self, _: &'static str) {
+        interrupt::finished();
         if let Some(bar) = self.bar.take() {
             bar.finish_and_clear();
         }

@@ -69,7 +69,13 @@ impl Method {
         }
         let least = with_overhead(footprint.streamed(checkpoint, self, options));
         let Some(spare) = most.0.checked_sub(least) else {
-            return Err(refuse(least, "blocks are read one at a time already".into()));
+            let mut reason = "blocks are read one at a time already".to_owned();
+            if dtype != DType::BF16 {
+                let narrow = Footprint::new(checkpoint.architecture(), DType::BF16, windows);
+                let bytes = with_overhead(narrow.streamed(checkpoint, self, options));
+                reason += &format!("; with matrices in bf16 it would take about {}", Bytes(bytes));
+            }
+            return Err(refuse(least, reason));
         };
         let (room, all) = (without_overhead(spare), footprint.states(self, options));
         let options = StreamOptions { state_bytes: (room < all).then_some(room), ..StreamOptions::default() };
