@@ -77,7 +77,8 @@ fn main() -> Result<()> {
 
     let decoder = train(&checkpoint, &tokens, &args)?;
     report(&decoder, &tokenizer, &tokens, args.seed + 1)?;
-    let saved = checkpoint.save(&decoder, None, &args.out, &SaveOptions::default(), &mut ())?;
+    let mut bars = cli::Bars::default();
+    let saved = checkpoint.save(&decoder, None, &args.out, &SaveOptions::default(), &mut bars)?;
     println!("\nsaved {} bytes of weights to {}", saved.tensor_bytes, saved.directory.display());
     Ok(())
 }

@@ -7,6 +7,8 @@
 //! ```
 #![allow(clippy::print_stdout)]
 
+mod cli;
+
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -76,7 +78,10 @@ fn main() -> Result<()> {
             .with_context(|| format!("--tokenizer: cannot copy {}", from.display()))?;
     }
     std::fs::write(partial.join("config.json"), serde_json::to_string_pretty(&config)?)?;
-    write(&tensors(&args), args.max_shard.0, &partial)?;
+    cli::interrupt::started();
+    let written = write(&tensors(&args), args.max_shard.0, &partial);
+    cli::interrupt::finished();
+    written?;
     let checkpoint = Checkpoint::open(&partial)?;
     std::fs::rename(&partial, &args.out)
         .with_context(|| format!("cannot rename to {}", args.out.display()))?;
@@ -170,6 +175,7 @@ fn write(tensors: &[Random], limit: u64, directory: &Path) -> Result<()> {
         let path = directory.join(&name);
         let written = safetensors::serialize_to_file(named, Some(metadata), &path);
         written.with_context(|| format!("cannot write {}", path.display()))?;
+        ensure!(cli::interrupt::flow().is_continue(), "interrupted, and nothing is left");
         // That writer makes files that only their owner may read.
         let permissions = std::fs::metadata(directory.join("config.json"))?.permissions();
         std::fs::set_permissions(&path, permissions)?;
@@ -193,7 +199,11 @@ impl View for &Random {
         &self.shape
     }
 
+    /// Nothing once this is interrupted: what is written then is thrown away.
     fn data(&self) -> Cow<'_, [u8]> {
+        if cli::interrupt::flow().is_break() {
+            return Cow::Borrowed(&[]);
+        }
         Cow::Owned(if self.shape.len() == 1 { ones(self.data_len()) } else { self.values() })
     }
 

@@ -323,9 +323,10 @@ fn what_fits_stays_in_memory_and_what_does_not_is_streamed_or_refused() {
             assert!(found.to_string().contains("disk"), "{method} {dtype:?}: {found}");
             let Residence::Streamed { bytes: taken, .. } = found else { panic!("{method}: {found}") };
             assert!(taken < bytes, "{method} {dtype:?}: {taken} of {bytes}");
-            let Err(Error::Memory { needed, limit, .. }) = residence(method, 1000) else {
+            let Err(Error::Memory { needed, limit, reason, .. }) = residence(method, 1000) else {
                 panic!("{method}: nothing fits in 1000 bytes");
             };
+            assert_eq!(reason.contains("in bf16 it would take"), dtype == DType::F32, "{reason}");
             assert!(needed <= Bytes(taken) && limit == Bytes(1000), "{method}: {needed}");
             // What is said to be needed is enough.
             assert!(residence(method, needed.0).is_ok(), "{method}");

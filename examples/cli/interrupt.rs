@@ -2,36 +2,51 @@
 //! later run goes on from. The second ends the program at once, and so does the first where no stage runs.
 
 use std::ops::ControlFlow;
-use std::sync::Once;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, LazyLock};
+
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::flag;
 
 static RUNNING: AtomicUsize = AtomicUsize::new(0);
-static ASKED: AtomicBool = AtomicBool::new(false);
+static SIGNALS: LazyLock<Signals> = LazyLock::new(Signals::watch);
 
-/// What shells expect of a program that Ctrl-C ended: 128 and the number of the signal.
-const STATUS: i32 = 130;
+struct Signals {
+    /// Whether one has come.
+    asked: Arc<AtomicBool>,
+    /// Whether the next one ends the program.
+    last: Arc<AtomicBool>,
+}
+
+impl Signals {
+    fn watch() -> Self {
+        let signals = Self { asked: Arc::default(), last: Arc::default() };
+        for signal in [SIGINT, SIGTERM] {
+            let (asked, last) = (signals.asked.clone(), signals.last.clone());
+            // In this order: the first sets what makes the second end the program, with what shells expect then. Without
+            // them, a signal ends it as ever.
+            let _ = flag::register_conditional_shutdown(signal, 128 + signal, last.clone())
+                .and_then(|_| flag::register(signal, asked))
+                .and_then(|_| flag::register(signal, last));
+        }
+        signals
+    }
+}
 
 /// A stage begins.
 pub fn started() {
-    static WATCH: Once = Once::new();
-    // Without a handler, Ctrl-C ends the program as ever.
-    WATCH.call_once(|| ctrlc::set_handler(asked).unwrap_or_default());
     RUNNING.fetch_add(1, Ordering::SeqCst);
+    SIGNALS.last.store(SIGNALS.asked.load(Ordering::SeqCst), Ordering::SeqCst);
 }
 
 /// Whether a stage is to go on.
 pub fn flow() -> ControlFlow<()> {
-    if ASKED.load(Ordering::SeqCst) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    if SIGNALS.asked.load(Ordering::SeqCst) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
 }
 
 /// A stage is over.
 pub fn finished() {
-    RUNNING.fetch_sub(1, Ordering::SeqCst);
-}
-
-fn asked() {
-    if ASKED.swap(true, Ordering::SeqCst) || RUNNING.load(Ordering::SeqCst) == 0 {
-        std::process::exit(STATUS);
+    if RUNNING.fetch_sub(1, Ordering::SeqCst) == 1 {
+        SIGNALS.last.store(true, Ordering::SeqCst);
     }
-    eprintln!("stopping; once more stops at once");
 }

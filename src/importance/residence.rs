@@ -69,11 +69,11 @@ impl Method {
         }
         let least = with_overhead(footprint.streamed(checkpoint, self, options));
         let Some(spare) = most.0.checked_sub(least) else {
+            let narrow = Footprint::new(checkpoint.architecture(), DType::BF16, windows);
+            let bytes = with_overhead(narrow.streamed(checkpoint, self, options));
             let mut reason = "blocks are read one at a time already".to_owned();
-            if dtype != DType::BF16 {
-                let narrow = Footprint::new(checkpoint.architecture(), DType::BF16, windows);
-                let bytes = with_overhead(narrow.streamed(checkpoint, self, options));
-                reason += &format!("; with matrices in bf16 it would take about {}", Bytes(bytes));
+            if bytes < least {
+                reason = format!("{reason}; with matrices in bf16 it would take about {}", Bytes(bytes));
             }
             return Err(refuse(least, reason));
         };
