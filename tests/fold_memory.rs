@@ -1,6 +1,8 @@
 //! What planning and folding hold in memory, counted by the allocator, is what a dry run says and a limit goes by.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod support;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -8,8 +10,9 @@ use foldgpt::candle::{DType, Device};
 use foldgpt::importance::Method;
 use foldgpt::pipeline::{Share, Stage};
 use foldgpt::plan::{Groups, Ranks, Residual, ResidualStart, ScaleStart};
-use foldgpt::{Bytes, Checkpoint, Compressor, Decoder, Error, Observer, SaveOptions};
+use foldgpt::{Bytes, Compressor, Decoder, Error, Observer, SaveOptions};
 use peak_alloc::PeakAlloc;
+use support::new_llama;
 
 #[global_allocator]
 static ALLOCATOR: PeakAlloc = PeakAlloc;
@@ -23,13 +26,10 @@ const F32: usize = size_of::<f32>();
 
 /// A random model on disk, with the tokenizer of the embedded one.
 fn write(directory: &Path) {
-    let tiny = Checkpoint::open(Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/tiny-stories")).unwrap();
-    let config = serde_json::json!({
-        "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE,
-        "num_hidden_layers": DEPTH, "num_attention_heads": 8, "num_key_value_heads": 8,
-        "vocab_size": tiny.architecture().vocab_size, "rms_norm_eps": 1e-5, "tie_word_embeddings": true,
-    });
-    let checkpoint = Checkpoint::create(config, tiny.tokenizer().unwrap()).unwrap();
+    let checkpoint = new_llama(serde_json::json!({
+        "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": DEPTH,
+        "num_attention_heads": 8, "num_key_value_heads": 8, "tie_word_embeddings": true,
+    }));
     let decoder = Decoder::random(checkpoint.architecture().clone(), 0, DType::F32, &Device::Cpu).unwrap();
     checkpoint.save(&decoder, None, directory, &SaveOptions::default(), &mut ()).unwrap();
 }

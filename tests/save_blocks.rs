@@ -10,7 +10,7 @@ use std::path::Path;
 use foldgpt::candle::{DType, Device, Tensor};
 use foldgpt::model::{Part, Unit};
 use foldgpt::{Checkpoint, Decoder, Error, Format, Observer, Plan, SaveOptions, Scores, Target};
-use support::{FAMILIES, folded, kinds, load, open, windows};
+use support::{FAMILIES, folded, kinds, load, new_llama, open, windows};
 
 /// Every file of a directory.
 fn files(directory: &Path) -> BTreeMap<String, Vec<u8>> {
@@ -60,13 +60,10 @@ fn copied_blocks_are_what_saving_them_writes() {
 
 /// A random model with tensors in bf16 of nearly three mebibytes, the most that a thread copies at once being one.
 fn write_large(directory: &Path) {
-    let config = serde_json::json!({
-        "model_type": "llama", "hidden_size": 600, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 6, "num_key_value_heads": 6, "vocab_size": 2501, "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": false,
-    });
-    let tiny = Checkpoint::open(Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/tiny-stories")).unwrap();
-    let checkpoint = Checkpoint::create(config, tiny.tokenizer().unwrap()).unwrap();
+    let checkpoint = new_llama(serde_json::json!({
+        "hidden_size": 600, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 6,
+        "num_key_value_heads": 6, "vocab_size": 2501,
+    }));
     let decoder = Decoder::random(checkpoint.architecture().clone(), 7, DType::F32, &Device::Cpu).unwrap();
     checkpoint.save(&decoder, None, directory, &SaveOptions::default(), &mut ()).unwrap();
 }

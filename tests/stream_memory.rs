@@ -1,6 +1,8 @@
 //! What streamed scoring and copying hold in memory, counted by the allocator.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod support;
+
 use std::path::Path;
 
 use foldgpt::candle::{DType, Device};
@@ -8,6 +10,7 @@ use foldgpt::importance::{BlockInfluence, Gates, Method, MethodOptions, Perplexi
 use foldgpt::plan::{Groups, Ranks, ResidualStart};
 use foldgpt::{Bytes, Checkpoint, Decoder, Format, Importance, Plan, SaveOptions, StreamOptions, Windows};
 use peak_alloc::PeakAlloc;
+use support::new_llama;
 
 #[global_allocator]
 static ALLOCATOR: PeakAlloc = PeakAlloc;
@@ -27,13 +30,10 @@ const STATE: usize = SEQ * HIDDEN * F32;
 
 /// A random model on disk, in bf16 and several shards; `sharing` ties pairs of its blocks, with residuals of a high rank.
 fn write(directory: &Path, depth: usize, vocab: usize, sharing: bool) {
-    let config = serde_json::json!({
-        "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE,
-        "num_hidden_layers": depth, "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": vocab,
-        "rms_norm_eps": 1e-5, "tie_word_embeddings": false,
-    });
-    let tiny = Checkpoint::open(Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/tiny-stories")).unwrap();
-    let checkpoint = Checkpoint::create(config, tiny.tokenizer().unwrap()).unwrap();
+    let checkpoint = new_llama(serde_json::json!({
+        "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": depth,
+        "num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": vocab,
+    }));
     let mut arch = checkpoint.architecture().clone();
     if sharing {
         let plan = Plan::builder().share(Groups::of(2)).residual(Ranks::Uniform(RANK), ResidualStart::Svd);
@@ -156,4 +156,6 @@ fn streaming_holds_two_blocks_and_copying_a_piece_a_thread() {
     let limit = (threads + 2) << 20;
     assert!(copying < limit, "{copying} bytes, expected fewer than {limit}");
     assert!(limit < vocab * HIDDEN * 2, "{limit} bytes are no less than a tensor");
+    let stored = large.tensor_bytes() as usize;
+    assert!(4 * copying < stored, "{copying} bytes to copy from {stored}");
 }

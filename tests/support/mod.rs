@@ -32,6 +32,19 @@ pub fn open(family: &str) -> Checkpoint {
     Checkpoint::open(fixture(family)).unwrap()
 }
 
+/// A Llama of these sizes that has no weights yet, with the tokenizer of the embedded model, and its vocabulary by default.
+pub fn new_llama(sizes: serde_json::Value) -> Checkpoint {
+    let tiny = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("examples/tiny-stories");
+    let tiny = Checkpoint::open(tiny).unwrap();
+    let mut config = serde_json::json!({
+        "model_type": "llama", "vocab_size": tiny.architecture().vocab_size, "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": false,
+    });
+    let serde_json::Value::Object(sizes) = sizes else { panic!("{sizes} are no fields") };
+    config.as_object_mut().unwrap().extend(sizes);
+    Checkpoint::create(config, tiny.tokenizer().unwrap()).unwrap()
+}
+
 pub fn load(family: &str) -> Decoder {
     open(family).decoder(DType::F32, &Device::Cpu).unwrap()
 }
